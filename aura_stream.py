@@ -1,0 +1,2295 @@
+"""Aura's analysis stream, served well: structured concurrency, from top to bottom.
+
+**A run writes a log. A delivery plays that log to one viewer, well or badly.**
+
+Run it, and in a second terminal ask for an analysis and watch it:
+
+    python aura_stream.py
+    curl -X POST localhost:9000/aura/cases/85116/analysis-runs \\
+         -H "Authorization: Bearer test-token" -d '{"runId": "test-run-001"}'
+    curl -N localhost:9000/aura/analysis-runs/test-run-001/stream \\
+         -H "Authorization: Bearer test-token"
+
+How to read it: downwards. A chapter uses only names from the chapters above it (a test proves it),
+so nothing has to be taken on trust. Ten minutes? Read Runs, Deliveries and Serving.
+
+     1  Settings               every knob, once
+     2  Events                 an event and its bytes
+     3  Time                   script time, which a test can move
+     4  Scripts                what runs and streams do, as data
+     5  Journal                who asked, what they got, who closed first
+     6  Runs                   analysis -> channel -> log
+     7  Deliveries             log -> one viewer
+     8  Contract               who may ask for what, and how we refuse
+     9  HTTP                   the routes
+    10  What ASGI cannot say   the fenced corner: sockets, deadlines, other people's bugs
+    11  Serving                the nurseries, and the order in which they end
+    12  Command line
+
+The task tree: who is inside whom is who ends with whom.
+
+    serve
+    └─ connections                   a nursery: one task per socket
+       ├─ connection 127.0.0.1:…
+       │  └─ request                 Quart's nursery, cancelled when the client leaves
+       │     └─ delivery             log -> this viewer, and nobody else
+       └─ runs                       a nursery: every run belongs to the server
+          ├─ run test-run-001        conduct: channel -> log, wakes the viewers
+          │  └─ analysis             perform: sends events into the channel
+          └─ accept                  a nursery: takes new connections, ends first
+
+The journey of one event:
+
+    1  a step of a run script (or a Python analysis) makes an Event; that encodes it, once
+    2  it enters the run's memory channel; if 256 are waiting there, the analysis waits too
+    3  the transcriber takes all that is there
+    4  each event gets its id, its place in the log: `id: 7`
+    5  one announcement wakes every viewer of the run
+    6  each delivery reads all it has not sent yet, as one piece of bytes
+    7  one write puts the piece on the viewer's socket
+    8  a viewer that comes late, or comes back, starts at 6: the log is still there
+"""
+
+from __future__ import annotations
+
+import argparse
+import bisect
+import contextlib
+import dataclasses
+import difflib
+import gc
+import http.client
+import json
+import logging
+import math
+import os
+import random
+import re
+import signal
+import socket
+import struct
+import sys
+import threading
+import time as clock
+import uuid
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any, NamedTuple, NoReturn
+from urllib.parse import quote, urlsplit
+
+import h11
+import trio
+from h11._writers import ChunkedWriter
+from hypercorn.app_wrappers import ASGIWrapper
+from hypercorn.config import Config
+from hypercorn.events import Closed, RawData, Updated
+from hypercorn.events import Event as ServerEvent
+from hypercorn.protocol.events import Body
+from hypercorn.protocol.events import Event as StreamEvent
+from hypercorn.protocol.h11 import H11Protocol
+from hypercorn.trio.task_group import TaskGroup
+from hypercorn.trio.tcp_server import TCPServer
+from hypercorn.trio.worker_context import WorkerContext
+from hypercorn.typing import ASGIFramework, ASGIReceiveCallable, ASGISendCallable, ConnectionState
+from hypercorn.utils import parse_socket_addr
+from quart import Response, g, request
+from quart_trio import QuartTrio
+from quart_trio.asgi import TrioASGIHTTPConnection
+from werkzeug.exceptions import HTTPException
+
+__version__ = "0.1.0"
+
+log = logging.getLogger("aura_stream")
+
+
+# ═══ 1  Settings ══════════════════════════════════════════════════════════════════════════════════
+# Every limit has its number here, once. README and --help are readings of this table.
+
+
+def knob(default: Any, says: str, variable: str = "", choices: tuple[str, ...] = ()) -> Any:
+    """A setting: default, one sentence, environment variable if not AURA_<NAME>, allowed values."""
+    return field(default=default, metadata={"says": says, "env": variable, "choices": choices})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything that can be set. A flag beats its environment variable, which beats the
+    default."""
+
+    host: str = knob("127.0.0.1", "address to listen on")
+    port: int = knob(9000, "port to listen on; 0 takes a free one")
+    instance: str = knob("", "name of this instance in answers and hints; empty: host:pid")
+    auth: str = knob("on", "`on`: `/aura/**` needs any Bearer token", choices=("on", "off"))
+    unknown_run: str = knob("404", "status of an unknown run's stream", choices=("404", "200"))
+    demo_off: bool = knob(False, "answer triggers with `disabled`, start nothing", "DEMO_OFF")
+    event_delay: float = knob(0.15, "seconds between the events of an ordinary run")
+    heartbeat: float = knob(30.0, "quiet seconds before a heartbeat", "SSE_HEARTBEAT_INTERVAL")
+    retry_ms: int = knob(0, "`retry:` after `: connected`; 0 sends none", "SSE_RETRY_MS")
+    event_ids: bool = knob(True, "send `id:` lines", "SSE_ENABLE_LAST_EVENT_ID")
+    idle_timeout: float = knob(300.0, "seconds a run may say nothing before it fails")
+    retrigger_window: float = knob(10.0, "seconds after its end a runId is still the same run")
+    retention: float = knob(3600.0, "seconds an ended run stays readable")
+    max_live_runs: int = knob(5000, "runs alive at once; one more is 503")
+    max_ended_runs: int = knob(1000, "ended runs kept; the first to end is forgotten first")
+    max_run_events: int = knob(100_000, "events kept of a run; the oldest go, viewers get `gap`")
+    max_run_bytes: int = knob(16 * 2**20, "bytes kept of a run, likewise")
+    max_log_bytes: int = knob(256 * 2**20, "bytes kept of all runs together")
+    send_timeout: float = knob(5.0, "seconds a viewer may refuse to read; then its stream ends")
+    send_buffer: int = knob(64 * 2**10, "SO_SNDBUF, what the kernel hides of a stalled viewer")
+    keep_alive: float = knob(5.0, "seconds an idle connection is kept")
+    head_timeout: float = knob(10.0, "seconds for a request's head, then 408")
+    max_head: int = knob(16 * 2**10, "bytes of a request's head, then 431")
+    body_timeout: float = knob(30.0, "seconds for a request's body, then 408")
+    max_body: int = knob(2**20, "bytes of a request's body, then 413")
+    grace: float = knob(5.0, "seconds open streams get at the stop, then they are cut")
+    redis_url: str = knob("", "not in this version: runs are kept in memory only", "REDIS_URL")
+    log_level: str = knob("INFO", "DEBUG, INFO, WARNING or ERROR", "LOG_LEVEL",
+                          choices=("DEBUG", "INFO", "WARNING", "ERROR"))
+
+    def __post_init__(self) -> None:
+        for one in dataclasses.fields(self):
+            value, choices = getattr(self, one.name), one.metadata["choices"]
+            if choices and value not in choices:
+                raise ValueError(f"{flag(one)} must be {' or '.join(choices)}, not {value!r}")
+            if isinstance(value, (int, float)) and not 0 <= value < 1e12:
+                raise ValueError(f"{flag(one)} must be 0 or more, not {value!r}")
+        if self.port > 65535:
+            raise ValueError(f"--port must be at most 65535, not {self.port}")
+
+    @classmethod
+    def read(cls, flags: Mapping[str, str], environment: Mapping[str, str]) -> Settings:
+        """What flags and environment ask for; a ValueError is a sentence that names the culprit."""
+        found: dict[str, Any] = {}
+        for one in dataclasses.fields(cls):
+            if (text := flags.get(one.name)) is not None:
+                found[one.name] = _from_text(type(one.default), text, flag(one))
+            elif (text := environment.get(variable(one))) is not None:
+                found[one.name] = _from_text(type(one.default), text, variable(one))
+        return cls(**found)
+
+
+def flag(one: dataclasses.Field[Any]) -> str:
+    return "--" + one.name.replace("_", "-")
+
+
+def variable(one: dataclasses.Field[Any]) -> str:
+    return str(one.metadata["env"]) or f"AURA_{one.name.upper()}"
+
+
+_YES_NO = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False, "": False}
+
+
+def _from_text(kind: type, text: str, source: str) -> object:
+    wanted = {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, "text")
+    try:
+        if kind is bool:
+            return _YES_NO[text.lower()]
+        return kind(text)
+    except (KeyError, ValueError):
+        raise ValueError(f"{source} must be {wanted}, not {text!r}") from None
+
+
+# ═══ 2  Events ════════════════════════════════════════════════════════════════════════════════════
+# The wire format, and nothing else. What a client parses is what the analysis said, for any input.
+
+LINE_END = re.compile(r"\r\n|\r|\n")  # all that ends a line in SSE; str.splitlines() knows more
+
+
+def to_json(value: object) -> str:
+    """One line of JSON; NaN and infinities, which JSON does not have, are a ValueError."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
+def to_bytes(text: str) -> bytes:
+    """UTF-8. A lone surrogate becomes \\udXXX: inside JSON that is its escape, so even this
+    survives the journey."""
+    return text.encode("utf-8", "backslashreplace")
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One thing an analysis says. Making it encodes it, once, for all viewers and for ever.
+
+    `data` is text, sent line by line, or anything JSON can say, sent as one line.
+    """
+
+    name: str
+    data: Any
+    block: bytes = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if LINE_END.search(self.name) or "\0" in self.name:
+            raise ValueError(f"an event's name is one line without NUL, not {self.name!r}")
+        text = self.data if isinstance(self.data, str) else to_json(self.data)
+        lines = [f"event: {self.name}"] if self.name else []
+        lines += [f"data: {line}" for line in LINE_END.split(text)]
+        object.__setattr__(self, "block", to_bytes("\n".join(lines) + "\n\n"))
+
+
+def comment(text: str) -> bytes:
+    """A comment: keeps connections warm, and no client sees it."""
+    return to_bytes("".join(f": {line}\n" for line in LINE_END.split(text)) + "\n")
+
+
+DONE = b"data: [DONE]\n\n"
+
+
+def read_events(text: str) -> Iterator[tuple[str, str, str]]:
+    """(id, name, data) of every event in whole SSE text, as the WHATWG parser would dispatch
+    them."""
+    last_id = name = ""
+    data: list[str] = []
+    for line in LINE_END.split(text.removeprefix("\ufeff")):
+        key, _, value = line.partition(":")
+        value = value.removeprefix(" ")
+        if not line:
+            if data:
+                yield last_id, name or "message", "\n".join(data)
+            name, data = "", []
+        elif key == "data":
+            data.append(value)
+        elif key == "event":
+            name = value
+        elif key == "id" and "\0" not in value:
+            last_id = value
+
+
+# ═══ 3  Time ══════════════════════════════════════════════════════════════════════════════════════
+# Script time is what sleeps, heartbeats and idle time-outs are measured in. Deadlines that protect
+# the server are Trio's own, and never move with it: a clock that jumps 300 s for a test must not
+# evict every reader on the way.
+
+
+class Time:
+    """Script time: the wall clock, moved ahead by hand if somebody wishes."""
+
+    def __init__(self) -> None:
+        self._ahead = 0.0
+        self._waiting: dict[trio.CancelScope, float] = {}
+
+    def now(self) -> float:
+        return trio.current_time() + self._ahead
+
+    async def sleep(self, seconds: float) -> None:
+        with self.limit(seconds):
+            await trio.sleep_forever()
+
+    def limit(self, seconds: float) -> Limit:
+        """A cancel scope, like `trio.move_on_after`, whose deadline is in script time."""
+        return Limit(self, self.now() + seconds)
+
+    def advance(self, seconds: float) -> None:
+        """Move script time ahead; whatever is due then wakes now."""
+        self._ahead += seconds
+        for scope, deadline in self._waiting.items():
+            scope.deadline = deadline - self._ahead
+
+
+class Limit:
+    """`with` gives the Trio cancel scope; ask it for `cancelled_caught` afterwards."""
+
+    def __init__(self, time: Time, deadline: float) -> None:
+        self._time, self._deadline = time, deadline
+        self._scope = trio.CancelScope(deadline=deadline - time._ahead)
+
+    def __enter__(self) -> trio.CancelScope:
+        self._time._waiting[self._scope] = self._deadline
+        return self._scope.__enter__()
+
+    def __exit__(self, *error: Any) -> bool:
+        del self._time._waiting[self._scope]
+        return self._scope.__exit__(*error)
+
+
+# ═══ 4  Scripts ═══════════════════════════════════════════════════════════════════════════════════
+# What a run says and how a stream is served, as data: a list of steps, each one verb and its
+# argument. A script is checked whole before it runs; afterwards it cannot be wrong, only unkind.
+
+
+class Wrong(ValueError):
+    """A value that is not what it must be: a sentence, and the path of keys that leads to it."""
+
+    def __init__(self, says: str, *path: str) -> None:
+        super().__init__(" ".join([*map(repr, path), says]))
+        self.says, self.path = says, path
+
+
+class Mistake(ValueError):
+    """A script that cannot be played: where, which step, and what to write instead."""
+
+    def __init__(self, at: str, step: object, hint: str) -> None:
+        super().__init__(f"{at}: {hint}")
+        self.at, self.step, self.hint = at, step, hint
+
+
+def shown(value: Any) -> str:
+    """A value in a message: as JSON, cut short."""
+    text = json.dumps(value, default=repr)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else f" (there are: {', '.join(sorted(known))})"
+
+
+# Checks. Each takes a value from outside and is silent, or raises Wrong.
+
+Check = Callable[[Any], None]
+
+
+def anything(value: Any) -> None:
+    """Whatever JSON can say."""
+
+
+def kind(name: str, *types: type) -> Check:
+    def check(value: Any) -> None:
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            raise Wrong(f"takes {name}, not {shown(value)}")
+
+    return check
+
+
+a_text, a_flag = kind("a text", str), kind("true or false", bool)
+an_object, a_list = kind("an object", dict), kind("a list", list)
+
+
+def number(low: float, high: float, *, whole: bool = False) -> Check:
+    name = f"a {'whole ' * whole}number from {low:g} to {high:g}"
+
+    def check(value: Any) -> None:
+        kind(name, int, *(() if whole else (float,)))(value)
+        if not low <= value <= high:
+            raise Wrong(f"takes {name}, not {shown(value)}")
+
+    return check
+
+
+def seconds(value: Any) -> None:
+    """Seconds, or a range of them."""
+    ends = value if isinstance(value, list) and len(value) == 2 else [value]
+    for end in ends:
+        number(0, 1e9)(end)
+    if ends[0] > ends[-1]:
+        raise Wrong(f"takes a range [a, b] with a at most b, not {shown(value)}")
+
+
+def keys(checks: Mapping[str, Check], *, needs: str = "", strict: bool = True) -> Check:
+    """An object of these keys; others are wrong, or where that is not strict, nobody's business."""
+
+    def check(value: Any) -> None:
+        an_object(value)
+        if needs and needs not in value:
+            raise Wrong(f"needs {needs!r}")
+        for key, part in value.items():
+            if key in checks:
+                within(key, checks[key], part)
+            elif strict:
+                raise Wrong(f"has no {key!r}{did_you_mean(key, checks)}")
+
+    return check
+
+
+def within(key: str, check: Check, value: Any) -> None:
+    try:
+        check(value)
+    except Wrong as wrong:
+        raise Wrong(wrong.says, key, *wrong.path) from None
+
+
+def optional(check: Check) -> Check:
+    return lambda value: None if value is None else check(value)
+
+
+def either(says: str, *checks: Check) -> Check:
+    def check(value: Any) -> None:
+        for one in checks:
+            with contextlib.suppress(Wrong):
+                return one(value)
+        raise Wrong(f"takes {says}, not {shown(value)}")
+
+    return check
+
+
+def just(*values: object) -> Check:
+    return lambda value: None if value in values else kind("one of them")(value)
+
+
+def _event(value: Any) -> None:
+    keys({"event": a_text, "data": anything}, needs="data")(value)
+    try:
+        Event(value.get("event", ""), "")
+    except ValueError as error:
+        raise Wrong(str(error)) from None
+
+
+def _failure(value: Any) -> None:
+    if not isinstance(value, str):
+        parts = {"error": a_text, "stage": a_text, "code": a_text, "retryable": a_flag}
+        keys(parts, needs="error")(value)
+
+
+def _headers(value: Any) -> None:
+    an_object(value)
+    for name, text in value.items():
+        if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
+            raise Wrong("is no name a header can have", name)
+        if text is not None:
+            within(name, a_text, text)
+            if not re.fullmatch(r"[\x21-\x7e]([\x20-\x7e]*[\x21-\x7e])?", text):
+                raise Wrong(f"takes visible ASCII, or null for none, not {shown(text)}", name)
+
+
+_NEEDED = object()
+
+
+@dataclass(frozen=True)
+class Verb:
+    """Where a verb may stand, what it takes, its modifiers, and what it means without argument."""
+
+    places: tuple[str, ...]
+    check: Check = anything
+    modifiers: Mapping[str, Check] = field(default_factory=dict)
+    alone: Any = _NEEDED
+
+
+_RUN, _STREAM, _ALL = ("run",), ("stream",), ("run", "stream")
+MOST_TURNS = 1_000_000  # of all repeats of a script: more is not a test but a typing error
+DEEPEST = 64  # levels of nesting in JSON from outside: Python's recursion limit would be a 500
+VERBS = {
+    "event": Verb(_RUN, _event),
+    "ordinary": Verb(_RUN, alone=None),
+    "fail": Verb(_RUN, _failure),
+    "sleep": Verb(_ALL, seconds),
+    "repeat": Verb(_ALL, number(0, MOST_TURNS, whole=True), {"steps": a_list}),
+    "open": Verb(
+        _STREAM,
+        keys({"status": number(200, 599, whole=True), "headers": _headers, "body": anything}),
+        alone={},
+    ),
+    "comment": Verb(_STREAM, a_text),
+    "raw": Verb(_STREAM, a_text),
+    "heartbeat": Verb(
+        _STREAM,
+        either('nothing, seconds above 0 or "never"', just(None, "never"), number(1e-3, 1e9)),
+        alone=None,
+    ),
+    "relay": Verb(
+        _STREAM,
+        either('"all", a number of events or {"until": an event\'s name}', just("all"),
+               number(0, 1e9, whole=True), keys({"until": a_text}, needs="until")),
+        {"every": seconds, "within": seconds},
+    ),
+    "drop": Verb(_STREAM, alone=None),
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One checked step, with what need not be made again each time it is played."""
+
+    verb: str
+    argument: Any = None
+    modifiers: Mapping[str, Any] = field(default_factory=dict)
+    steps: tuple[Step, ...] = ()
+    turns: int = 0  # of all repeats in it
+    ready: Event | bytes | None = None
+
+
+Script = tuple[Step, ...]
+
+
+def parse_script(value: Any, place: str, at: str = "") -> Script:
+    """A script as it may be played in this place, or the Mistake in it."""
+    at = at or place
+    if not isinstance(value, list):
+        raise Mistake(at, value, f"a script is a list of steps, not {shown(value)}")
+    script = tuple(_parse_step(item, place, f"{at}[{index}]") for index, item in enumerate(value))
+    if sum(step.turns for step in script) > MOST_TURNS:
+        raise Mistake(at, None, f"repeats more than {MOST_TURNS:,} turns; nested turns multiply")
+    return script
+
+
+def _parse_step(item: Any, place: str, at: str) -> Step:
+    name, argument, modifiers = _take_apart(item, place, at)
+    verb = VERBS[name]
+    try:
+        verb.check(argument)
+        keys(verb.modifiers)(modifiers)
+    except Wrong as wrong:
+        raise Mistake(at, item, f"{name!r} {wrong}") from None
+    steps = parse_script(modifiers.get("steps", []), place, f"{at}.steps")
+    turns = argument * max(1, sum(step.turns for step in steps)) if name == "repeat" else 0
+    return Step(name, argument, modifiers, steps, turns, _made_ready(name, argument))
+
+
+def _take_apart(item: Any, place: str, at: str) -> tuple[str, Any, dict[str, Any]]:
+    """A step's verb, argument and modifiers."""
+    parts = {item: _NEEDED} if isinstance(item, str) else item
+    if not isinstance(parts, dict) or not parts:
+        raise Mistake(at, item, f'a step is a verb or {{"verb": argument}}, not {shown(item)}')
+    verbs, first = [key for key in parts if key in VERBS], next(iter(parts))
+    if not verbs:
+        here = [name for name, verb in VERBS.items() if place in verb.places]
+        raise Mistake(at, item, f"unknown step {first!r}{did_you_mean(first, here)}")
+    if len(verbs) > 1:
+        raise Mistake(at, item, f"one verb in a step, not {' and '.join(map(repr, verbs))}")
+    name, places = verbs[0], VERBS[verbs[0]].places
+    if place not in places:
+        home = " or ".join(places)
+        raise Mistake(at, item, f"{name!r} belongs in a {home} script, this is a {place} script")
+    argument = parts[name] if parts[name] is not _NEEDED else VERBS[name].alone
+    if argument is _NEEDED:
+        raise Mistake(at, item, f'{name!r} needs an argument: {{"{name}": …}}')
+    return name, argument, {key: part for key, part in parts.items() if key != name}
+
+
+def _made_ready(name: str, argument: Any) -> Event | bytes | None:
+    """What the step will send, if that is the same each time: then it is encoded here, once."""
+    if name not in ("event", "comment", "raw") or TEMPLATE.search(to_json(argument)):
+        return None
+    if name == "event":
+        return Event(argument.get("event", ""), argument["data"])
+    return comment(argument) if name == "comment" else to_bytes(argument)
+
+
+TEMPLATE = re.compile(r"\{\{|\{(runId|caseId|tenantId|now|n)\}")
+
+
+def literal(value: Any) -> Any:
+    """A value from outside, made safe to stand in a script: its braces mean nothing."""
+    if isinstance(value, dict):
+        return {literal(key): literal(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [literal(part) for part in value]
+    return value.replace("{", "{{") if isinstance(value, str) else value
+
+
+class Player:
+    """Plays a script: one step after the other, each by the method that has its verb's name."""
+
+    _random: random.Random | None = None
+
+    def __init__(self, time: Time, names: Mapping[str, str], seed: str) -> None:
+        self.time, self._names, self._seed = time, names, seed
+        self._turn, self._breath = 0, clock.perf_counter()
+
+    async def play(self, script: Script) -> None:
+        for step in script:
+            await getattr(self, step.verb)(step)
+
+    async def sleep(self, step: Step) -> None:
+        await self.time.sleep(self.draw(step.argument))
+
+    async def repeat(self, step: Step) -> None:
+        outer = self._turn
+        for self._turn in range(1, step.argument + 1):
+            await self.play(step.steps)
+            if clock.perf_counter() - self._breath > 0.001:  # a turn is a checkpoint, at most
+                await trio.lowlevel.checkpoint()  # once a ms: else every batch is one event
+                self._breath = clock.perf_counter()
+        self._turn = outer
+
+    def draw(self, length: Any) -> float:
+        """Seconds; a range is drawn from the scenario's own generator, made on first need."""
+        if not isinstance(length, list):
+            return float(length)
+        self._random = self._random or random.Random(self._seed)
+        return self._random.uniform(*length)
+
+    def fill(self, value: Any) -> Any:
+        """The value with its templates filled in."""
+        if isinstance(value, dict):
+            return {self.fill(key): self.fill(part) for key, part in value.items()}
+        if isinstance(value, list):
+            return [self.fill(part) for part in value]
+        return TEMPLATE.sub(self._name, value) if isinstance(value, str) else value
+
+    def _name(self, found: re.Match[str]) -> str:
+        own = {None: "{", "n": str(self._turn), "now": now_iso()}
+        return own[found[1]] if found[1] in own else self._names[found[1]]
+
+
+def now_iso() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A named way for things to go. A script it does not have is the ordinary one."""
+
+    name: str
+    run: Script | None = None
+    stream: Script | None = None
+    seed: str = ""
+    source: str = ""  # what it was read from: two scenarios are the same if this is
+
+
+def parse_scenario(value: Any) -> Scenario:
+    """A scenario from JSON, or the Mistake in it."""
+    seed = kind("a number or a text", int, float, str)
+    parts = {"name": a_text, "doc": a_text, "run": anything, "stream": anything, "seed": seed}
+    try:
+        keys(parts, needs="name")(value)
+        if not re.fullmatch(r"[a-z0-9-]{1,64}", value["name"]):
+            raise Wrong(f"takes 1 to 64 of a-z, 0-9 and -, not {shown(value['name'])}", "name")
+    except Wrong as wrong:
+        raise Mistake("scenario", value, f"a scenario {wrong}") from None
+    run, stream = (parse_script(value[at], at) if at in value else None for at in ("run", "stream"))
+    name, source = value["name"], json.dumps(value, sort_keys=True)
+    return Scenario(name, run, stream, str(value.get("seed", name)), source)
+
+
+# The ordinary scripts. Small functions fill them from the request; nothing else is special.
+
+
+class Failure(Exception):
+    """An analysis that failed, in the words of its `failed` event."""
+
+    def __init__(
+        self, error: str, *, stage: str = "pipeline", code: str = "", retryable: bool = True
+    ) -> None:
+        super().__init__(error)
+        self.error, self.stage, self.retryable = error, stage, retryable
+        self.code = code or f"ANALYSIS_{stage.upper()}"
+
+
+def explained(error: BaseException) -> Failure:
+    """What an exception says to a person: its class, its message, and of a call to somebody else
+    its URL and status."""
+    error = innermost(error)
+    if isinstance(error, Failure):
+        return error
+    text = f"{type(error).__name__}: {error}"
+    upstream: Any = None
+    with contextlib.suppress(RuntimeError):  # httpx raises it where there was no request
+        upstream = getattr(error, "request", None)
+    reply = getattr(error, "response", None)
+    urls = [getattr(thing, "url", None) for thing in (upstream, reply, error)]
+    url = next(filter(None, urls), None)
+    status = getattr(reply, "status_code", getattr(error, "code", None))
+    if url is not None and str(url) not in text:
+        text += f" (url {url})"
+    if isinstance(status, int) and str(status) not in text:
+        text += f" (status {status})"
+    return Failure(text[:2000], retryable=False)
+
+
+def innermost(error: BaseException) -> BaseException:
+    """The first exception in a group of groups."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What an analysis may know of its run: its trigger's ids, phase and body, and script time."""
+
+    run_id: str
+    case_id: str
+    tenant_id: str | None
+    phase: str
+    body: Mapping[str, Any]
+    time: Time
+    event_delay: float = 0.0
+    test_fail: str | None = None
+
+    @property
+    def names(self) -> dict[str, str]:
+        """What templates may name."""
+        return {"runId": self.run_id, "caseId": self.case_id, "tenantId": self.tenant_id or ""}
+
+
+def ordinary_stream(settings: Settings) -> Script:
+    """How a stream is served when nobody asked for trouble."""
+    retry = [{"raw": f"retry: {settings.retry_ms}\n\n"}] if settings.retry_ms else []
+    hello, bye = {"comment": "connected"}, {"raw": DONE.decode()}
+    return parse_script([hello, *retry, "heartbeat", {"relay": "all"}, bye], "stream")
+
+
+def _say(name: str, **data: Any) -> dict[str, Any]:
+    return {"event": {"event": name, "data": data}}
+
+
+def _apart(steps: list[dict[str, Any]], pause: float) -> list[dict[str, Any]]:
+    return [part for step in steps for part in ({"sleep": pause}, step)][1:]
+
+
+def phase2(facts: Facts) -> list[dict[str, Any]]:
+    """The ordinary Phase2 analysis: what it says follows from its request's evidence."""
+    evidence = facts.body.get("evidence") or {}
+    parts, overall = _confidence(evidence)
+    severity = "HIGH" if overall >= 0.8 else "MEDIUM" if overall >= 0.6 else "LOW"
+    proposals = _proposals(overall)
+    risk = f"위험도 {overall:.2f} ({severity})"
+    summary = f"케이스 {{caseId}} 분석 완료: {risk}, 권고 조치 {len(proposals)}건"
+    ids = {"runId": "{runId}", "caseId": "{caseId}"}
+    result = {"summary": summary, "score": overall, "severity": severity}
+    steps = [
+        _say("started", **ids, at="{now}"),
+        _say("step", label="INPUT_NORM", detail="케이스 입력 정규화 중", percent=10),
+        _say("step", label="EVIDENCE_GATHER", detail="증거 수집 중", percent=25),
+        _say("evidence", type="COLLECTED", items=_collected(evidence)),
+        _say("step", label="RULE_SCORING", detail="룰 스코어링 실행", percent=45),
+        _say("confidence", **parts),
+        _say("step", label="LLM_REASONING", detail="설명 생성 중", percent=65),
+        _say("step", label="PROPOSALS", detail="권고 조치 생성", percent=85),
+        *proposals,
+        _say("completed", status="completed", **ids, **result),
+    ]
+    return _apart(steps, facts.event_delay)
+
+
+def _at(value: Any, *path: str) -> Any:
+    """What lies at the end of a path of keys, or None."""
+    for key in path:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+_COUNTED = (
+    ("openItems", "OPEN_ITEMS"), ("lineage", "LINEAGE"), ("partyIds", "PARTY_IDS"),
+    ("policies", "POLICIES"),
+)
+_WITHOUT = (
+    ("CASE", "case"), ("DOC_HEADER", "document"), ("OPEN_ITEMS", "ledger"), ("LINEAGE", "lineage"),
+)
+
+
+def _collected(evidence: dict[str, Any]) -> list[dict[str, Any]]:
+    """The items of the `evidence` event: what the request brought, at most 30."""
+    header, items = (_at(evidence, "document", part) for part in ("header", "items"))
+    found = [("DOC_HEADER", "document.header", {"content": literal(header)})] if header else []
+    for item in items[:30] if isinstance(items, list) else []:
+        found.append(("DOC_ITEM", "document.items", {"content": literal(item)}))
+    for key, name in _COUNTED:
+        if part := evidence.get(key):
+            found.append((name, key, {"count": len(part) if isinstance(part, (list, dict)) else 1}))
+    if not found:
+        found = [(name, source, {"caseId": "{caseId}"}) for name, source in _WITHOUT]
+    return [{"type": name, "source": source, **more} for name, source, more in found[:30]]
+
+
+def _confidence(evidence: dict[str, Any]) -> tuple[dict[str, float], float]:
+    """The `confidence` event's data, two decimals each, and the overall score unrounded."""
+    paths = (("amount",), ("totalAmount",), ("document", "header", "amount"))
+    amounts = [value for path in paths if type(value := _at(evidence, *path)) in (int, float)]
+    anomaly = min(0.95, 0.3 + min(max(amounts[0], 0), 1e9) / 1e6 * 0.2) if amounts else 0.5
+    pattern, rules = 0.7, 0.85
+    overall = 0.4 * anomaly + 0.3 * pattern + 0.3 * rules
+    parts = {"anomalyScore": anomaly, "patternMatch": pattern, "ruleCompliance": rules}
+    return {name: round(part, 2) for name, part in (*parts.items(), ("overall", overall))}, overall
+
+
+def _proposals(overall: float) -> list[dict[str, Any]]:
+    risk = "HIGH" if overall >= 0.8 else "MEDIUM"
+    block = ("PAYMENT_BLOCK", "위험 점수에 따른 추가 검토 권고", True)
+    ask = ("REQUEST_INFO", "거래처 확인 요청", False)
+    return [
+        _say("proposal", type=name, riskLevel=risk, rationale=why, requiresApproval=approval,
+             payload={"caseId": "{caseId}"})
+        for name, why, approval in ([block, ask] if overall >= 0.6 else [ask])
+    ]
+
+
+def phase3(facts: Facts) -> list[dict[str, Any]]:
+    """The ordinary Phase3 analysis; a test failure breaks it off where the real one would break."""
+    told = {"runId": "{runId}"}
+    script = [
+        _say("started", **told, status="started"),
+        _say("step", label="Normalize evidence", detail="", percent=20),
+        _say("step", label="RAG retrieve", detail="", percent=45),
+        _say("agent", agent="PolicyAgent", message="Retrieved policy passages", percent=45),
+        _say("step", label="Scoring + reasonText", detail="", percent=70),
+        _say("agent", agent="PolicyAgent", message="Scored the case", percent=70),
+        _say("step", label="Propose actions", detail="", percent=80),
+        _say("step", label="Callback sending", detail="", percent=95),
+        _say("completed", **told, status="completed"),
+    ]
+    for stage, after in (("rag", 2), ("llm", 5)):
+        if facts.test_fail == stage:
+            error = f"Simulated {stage.upper()} failure (X-Aura-Test-Fail: {stage})"
+            script[after:] = [{"fail": {"error": error, "stage": stage}}]
+    return _apart(script, facts.event_delay)
+
+
+def _failed2(facts: Facts, failure: Failure) -> dict[str, Any]:
+    why = {"code": failure.code, "retryable": failure.retryable}
+    return {"error": failure.error, "stage": failure.stage, **why}
+
+
+def _failed3(facts: Facts, failure: Failure) -> dict[str, Any]:
+    error = {"message": failure.error, "stage": failure.stage}
+    return {"runId": facts.run_id, "status": "failed", "error": error, "retryable": True}
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What differs between kinds of analysis: the ordinary scenario, its script, its last word."""
+
+    scenario: str
+    script: Callable[[Facts], list[dict[str, Any]]]
+    failed: Callable[[Facts, Failure], dict[str, Any]]
+
+
+PHASES = {"phase2": Phase("ok", phase2, _failed2), "phase3": Phase("phase3", phase3, _failed3)}
+
+
+# ═══ 5  Journal ═══════════════════════════════════════════════════════════════════════════════════
+# One entry per request, begun when it begins, closed once. The log lines are a reading of it.
+
+
+def safe(value: object) -> str:
+    """A value from outside, for a log line: nothing that could forge another line, at most 200
+    characters."""
+    text = str(value)[:200]
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+class Ending(NamedTuple):
+    """Who closed, how, and why."""
+
+    by: str
+    how: str
+    reason: str
+
+
+LEFT = Ending("client", "disconnect", "closed the connection")
+
+
+@dataclass(slots=True)
+class Entry:
+    """One request: who asked, what was delivered, who closed first."""
+
+    method: str
+    path: str
+    client: str
+    request_id: str
+    kind: str = "request"
+    route: str = ""
+    run_id: str | None = None
+    case_id: str | None = None
+    last_event_id: str | None = None
+    resumed_after: int = 0
+    status: int = 0
+    bytes: int = 0
+    events: int = 0
+    heartbeats: int = 0
+    last_id_sent: int | None = None
+    opened: float = field(default_factory=clock.perf_counter)
+    end: Ending | None = None
+
+    def finish(self, by: str, how: str, reason: str) -> None:
+        """Write the ending down, before the act. The first one counts: afterwards everybody seems
+        to have hung up."""
+        if self.end is None:
+            self.end = Ending(by, how, reason)
+
+    def says(self, text: str) -> None:
+        """An INFO line that begins with the route and names the ids this route knows."""
+        by_run = self.route == "analysis_run_stream"
+        case = "" if by_run else f" case_id={safe(self.case_id)}"
+        log.info("%s: %s run_id=%s%s", self.stream_name, text, safe(self.run_id), case)
+
+    @property
+    def stream_name(self) -> str:
+        """What log lines call this stream; the guides look for these two names."""
+        by_run = self.route == "analysis_run_stream"
+        return "analysis_run_stream" if by_run else "case_analysis_stream"
+
+
+class Journal:
+    """What happened to every request."""
+
+    def close(self, entry: Entry) -> None:
+        """The last word on a request: its log lines."""
+        duration, end = clock.perf_counter() - entry.opened, entry.end or LEFT
+        if entry.kind == "stream":
+            log.info(
+                "%s: stream closed run_id=%s by=%s how=%s reason=%s bytes=%d events=%d"
+                " last_event_id=%s duration=%.3fs", entry.stream_name, safe(entry.run_id),
+                end.by, end.how, safe(end.reason), entry.bytes, entry.events, entry.last_id_sent,
+                duration,
+            )
+            if end.by == "client":
+                log.warning("SSE connection lost for client %s", entry.client)
+        told = (entry.request_id, entry.method, safe(entry.path), entry.status, duration)
+        log.info("[%s] %s %s - Status: %d - Duration: %.3fs", *told)
+
+
+# ═══ 6  Runs ══════════════════════════════════════════════════════════════════════════════════════
+# An analysis sends events into a channel; a transcriber takes them out and writes them into the
+# log. The run belongs to the server: no viewer, by coming, leaving or stalling, has any part in it.
+
+CHANNEL = 256  # events on their way: back-pressure on the analysis, and the largest batch
+WRITE = 64 * 2**10  # bytes of one write: a late viewer of a long log must not make one giant piece
+
+
+class Log:
+    """What a run said: one buffer of bytes, and the places in it where events end. An event's id
+    counts from 1."""
+
+    def __init__(self, *, ids: bool) -> None:
+        self.first = 1  # the id of the oldest event still here
+        self.ended = False
+        self._news = trio.Event()
+        self._ids = ids
+        self._bytes = bytearray()
+        self._ends: list[int] = []  # counted from the first byte ever: forgetting moves nothing
+        self._names: list[str] = []
+        self._forgotten = 0
+
+    @property
+    def last(self) -> int:
+        """The id of the newest event, whether it is still here or not; 0 if there was none."""
+        return self.first + len(self._ends) - 1
+
+    @property
+    def size(self) -> int:
+        return len(self._bytes)
+
+    @property
+    def last_name(self) -> str:
+        return self._names[-1] if self._names else ""
+
+    def name_of(self, number: int) -> str:
+        return self._names[number - self.first]
+
+    def events(self) -> Iterator[tuple[str, Any]]:
+        """What is still here, as names and data, read back from the bytes that viewers get."""
+        for _, name, data in read_events(self._bytes.decode()):
+            yield name, json.loads(data) if data[:1] in ("{", "[") else data
+
+    def gap(self, after: int) -> bytes:
+        """What a viewer who has seen `after` is told if the next events are gone: which, and as its
+        id the last one missing, so that a resume goes on behind them. Nothing if they are here."""
+        if after + 1 >= self.first:
+            return b""
+        event = Event("gap", {"from": after + 1, "to": self.first - 1})
+        return self._numbered(self.first - 1, event)
+
+    def _numbered(self, number: int, event: Event) -> bytes:
+        return b"id: %d\n%b" % (number, event.block) if self._ids else event.block
+
+    def append(self, event: Event) -> None:
+        self._bytes += self._numbered(self.last + 1, event)
+        self._ends.append(self._forgotten + len(self._bytes))
+        self._names.append(event.name)
+
+    def announce(self, *, end: bool = False) -> None:
+        """Wake every viewer, once for all that was appended."""
+        self.ended = self.ended or end
+        self._news.set()
+        self._news = trio.Event()
+
+    def news(self) -> Awaitable[None]:
+        """Await the next announcement. Between reading the log and awaiting this there must be no
+        checkpoint: then nothing can be announced in between, and no wake-up can be lost."""
+        return self._news.wait()
+
+    def read(
+        self, after: int, *, most: float = math.inf, until: str | None = None
+    ) -> tuple[bytes, int]:
+        """The events after id `after` in one piece, at most 64 KiB or one event, and the id of the
+        last of them."""
+        start = after + 1 - self.first
+        if start >= len(self._ends):
+            return b"", after
+        begin = self._ends[start - 1] if start else self._forgotten
+        stop = max(start + 1, bisect.bisect_right(self._ends, begin + WRITE, start))
+        stop = int(min(stop, start + most))
+        if until is not None and until in self._names[start:stop]:
+            stop = self._names.index(until, start, stop) + 1
+        with memoryview(self._bytes) as whole:
+            piece = bytes(whole[begin - self._forgotten : self._ends[stop - 1] - self._forgotten])
+        return piece, self.first + stop - 1
+
+    def trim(self, events: int, size: int) -> bool:
+        """Forget the oldest events beyond these limits, but the newest; whether there were any."""
+        count = max(len(self._ends) - events, 0)
+        if self.size > size:
+            count = max(count, bisect.bisect_left(self._ends, self._ends[-1] - size) + 1)
+        count = min(count, len(self._ends) - 1)
+        if count <= 0:
+            return False
+        del self._bytes[: self._ends[count - 1] - self._forgotten]
+        self._forgotten = self._ends[count - 1]
+        del self._ends[:count], self._names[:count]
+        self.first += count
+        return True
+
+
+Sending = trio.MemorySendChannel[Event]
+Receiving = trio.MemoryReceiveChannel[Event]
+Analysis = Callable[[Facts, Sending], Awaitable[None]]
+
+
+class Run:
+    """One analysis: its facts, its log, and how it went."""
+
+    def __init__(self, facts: Facts, scenario: Scenario, settings: Settings) -> None:
+        self.facts, self.scenario, self.settings = facts, scenario, settings
+        self.log = Log(ids=settings.event_ids)
+        self.scope = trio.CancelScope()  # around the analysis, and only around it
+        self.failure: Failure | None = None
+        self.speaking = True  # the analysis has not returned yet
+        self.trimmed = False
+        self.counted = 0  # bytes of its log in the hub's account
+        self.viewers = self.attempts = self.triggers = 0
+        self.started_at, self.ended_at = now_iso(), None
+        self.ended_clock = math.inf
+
+    ended_at: str | None
+
+    @property
+    def ended(self) -> bool:
+        return self.log.ended
+
+    @property
+    def status(self) -> str:
+        """running, completed, failed or cancelled; once it has ended, the log's last word
+        decides."""
+        if not self.ended:
+            return "running"
+        if self.failure is not None:
+            return "cancelled" if self.failure.stage == "cancelled" else "failed"
+        return "failed" if self.log.last_name == "failed" else "completed"
+
+    @contextlib.contextmanager
+    def viewed(self) -> Iterator[None]:
+        """While a viewer watches."""
+        self.viewers += 1
+        try:
+            yield
+        finally:
+            self.viewers -= 1
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """The run as its state endpoint shows it."""
+        ids = {"runId": self.facts.run_id, "caseId": self.facts.case_id, "phase": self.facts.phase}
+        counts = {"status": self.status, "events": self.log.last, "viewers": self.viewers}
+        return {**ids, **counts, "startedAt": self.started_at, "endedAt": self.ended_at}
+
+    def cancel(self, why: Failure) -> None:
+        """End the analysis. The log's last word will be `why`, unless it had ended already."""
+        if self.failure is None and not self.ended:
+            self.failure = why
+            self.scope.cancel(reason=why.error)
+
+
+async def conduct(run: Run, analysis: Analysis, settle: Callable[[Run], None]) -> None:
+    """A run from its first event to its last: one task speaks, this one writes down."""
+    sending, receiving = trio.open_memory_channel[Event](CHANNEL)
+    async with trio.open_nursery() as nursery:
+        name = f"analysis {safe(run.facts.run_id)}"
+        nursery.start_soon(perform, run, analysis, sending, name=name)
+        await transcribe(run, receiving, settle)
+
+
+async def perform(run: Run, analysis: Analysis, sending: Sending) -> None:
+    """Run the analysis. Whatever ends it, its last word goes the way of every event: through the
+    channel, which then closes."""
+    facts = run.facts
+    with sending:
+        try:
+            with run.scope:
+                await analysis(facts, sending)
+                run.failure = None  # it ended well before a cancel could reach it
+                return
+        except* (Exception, SystemExit) as group:  # the one place: no analysis ends the server
+            run.failure = run.failure or explained(group)
+            about = (safe(facts.run_id), safe(facts.case_id), run.failure.stage)
+            log.exception("analysis failed run_id=%s case_id=%s stage=%s", *about)
+        finally:
+            run.speaking = False
+        failure = run.failure or Failure("the analysis was cancelled", stage="cancelled")
+        await sending.send(Event("failed", PHASES[facts.phase].failed(facts, failure)))
+
+
+async def transcribe(run: Run, receiving: Receiving, settle: Callable[[Run], None]) -> None:
+    """Write down what comes out of the channel, all that is there at a time, until it closes."""
+    patience = run.settings.idle_timeout
+    with receiving, contextlib.suppress(trio.EndOfChannel):
+        while True:
+            with run.facts.time.limit(patience) as silence:
+                run.log.append(await receiving.receive())
+            if silence.cancelled_caught:
+                if not run.speaking:
+                    break  # it has returned, and who else holds a sending end has nothing to say
+                _give_up(run, patience)
+            with contextlib.suppress(trio.WouldBlock):
+                while True:
+                    run.log.append(receiving.receive_nowait())
+            settle(run)
+            run.log.announce()
+    run.ended_at, run.ended_clock = now_iso(), trio.current_time()
+    run.log.announce(end=True)
+    settle(run)
+
+
+def _give_up(run: Run, patience: float) -> None:
+    text = "analysis_run_stream: get_event returned None run_id=%s (no event for %ds)"
+    log.warning(text, safe(run.facts.run_id), patience)
+    log.warning("EventSource connection timeout")
+    run.cancel(Failure(f"the analysis said nothing for {patience:g} s", stage="timeout"))
+
+
+class Performance(Player):
+    """Plays a run script: an analysis made of data."""
+
+    def __init__(self, facts: Facts, sending: Sending, seed: str) -> None:
+        super().__init__(facts.time, facts.names, seed)
+        self.facts, self._sending = facts, sending
+
+    async def event(self, step: Step) -> None:
+        event = step.ready
+        if not isinstance(event, Event):
+            said = self.fill(step.argument)
+            event = Event(said.get("event", ""), said["data"])
+        try:
+            self._sending.send_nowait(event)
+        except trio.WouldBlock:
+            await self._sending.send(event)
+
+    async def ordinary(self, step: Step) -> None:
+        await self.play(parse_script(PHASES[self.facts.phase].script(self.facts), "run"))
+
+    async def fail(self, step: Step) -> NoReturn:
+        said = self.fill(step.argument)
+        raise Failure(said) if isinstance(said, str) else Failure(**said)
+
+
+ORDINARY_RUN: Script = (Step("ordinary"),)
+
+
+def scripted(scenario: Scenario) -> Analysis:
+    """The analysis that plays this scenario's run script."""
+    script = ORDINARY_RUN if scenario.run is None else scenario.run
+
+    async def analysis(facts: Facts, sending: Sending) -> None:
+        await Performance(facts, sending, scenario.seed).play(script)
+
+    return analysis
+
+
+class Hub:
+    """All runs of this server: starts, finds and forgets them. Its nursery is the server's."""
+
+    def __init__(self, settings: Settings, nursery: trio.Nursery) -> None:
+        self.settings, self._nursery = settings, nursery
+        self._runs: dict[str, Run] = {}
+        self._ended: dict[str, Run] = {}  # in the order of their ends
+        self._forgotten: dict[str, str | None] = {}  # the last thousand ids, and their tenants
+        self._held = 0  # bytes of all logs
+        self._stopping = False
+
+    @property
+    def live(self) -> int:
+        return len(self._runs) - len(self._ended)
+
+    @property
+    def viewers(self) -> int:
+        return sum(run.viewers for run in self._runs.values())
+
+    @property
+    def refusal(self) -> str | None:
+        """Why no run can be started just now, if none can."""
+        if self._stopping:
+            return "the server is stopping"
+        most = self.settings.max_live_runs
+        return f"too many live runs, the limit is {most}" if self.live >= most else None
+
+    def start(self, facts: Facts, scenario: Scenario, analysis: Analysis | None = None) -> Run:
+        """Start a run; an ended one of the same id is forgotten."""
+        if facts.run_id in self._ended:
+            self._forget(facts.run_id)
+        self._forgotten.pop(facts.run_id, None)
+        run = self._runs[facts.run_id] = Run(facts, scenario, self.settings)
+        analysis, name = analysis or scripted(scenario), f"run {safe(facts.run_id)}"
+        self._nursery.start_soon(conduct, run, analysis, self._settle, name=name)
+        return run
+
+    def find(self, run_id: str, *, tenant: str | None = None) -> Run | None:
+        """The run of this id, if this tenant may see it."""
+        self._sweep()
+        run = self._runs.get(run_id)
+        return run if run and may_see(tenant, run.facts.tenant_id) else None
+
+    def seen_by(self, tenant: str | None) -> list[Run]:
+        """All runs this tenant may see, oldest first."""
+        self._sweep()
+        return [run for run in self._runs.values() if may_see(tenant, run.facts.tenant_id)]
+
+    def was_here(self, run_id: str, *, tenant: str | None) -> bool:
+        return run_id in self._forgotten and may_see(tenant, self._forgotten[run_id])
+
+    def stop(self, why: Failure) -> None:
+        """Cancel every run that is still going, and start no other."""
+        self._stopping = True
+        for run in self._runs.values():
+            run.cancel(why)
+
+    def _settle(self, run: Run) -> None:
+        """A run said something, or ended: keep its log, and all logs together, within the
+        limits."""
+        limits = self.settings
+        if run.ended:
+            self._ended[run.facts.run_id] = run
+        trimmed = run.log.trim(limits.max_run_events, limits.max_run_bytes)
+        self._account(run)
+        while self._ended and (
+            len(self._ended) > limits.max_ended_runs or self._held > limits.max_log_bytes
+        ):
+            self._forget(next(iter(self._ended)))
+        if (excess := self._held - limits.max_log_bytes) > 0:
+            trimmed |= run.log.trim(limits.max_run_events, max(0, run.log.size - excess))
+            self._account(run)
+        if trimmed and not run.trimmed:
+            run.trimmed = True
+            text = "run_store: log full, the oldest events go run_id=%s"
+            log.warning(text, safe(run.facts.run_id))
+
+    def _account(self, run: Run) -> None:
+        if self._runs.get(run.facts.run_id) is run:
+            self._held += run.log.size - run.counted
+            run.counted = run.log.size
+
+    def _sweep(self) -> None:
+        """Forget what was kept long enough: whoever looks must not see it, so looking does it."""
+        oldest = trio.current_time() - self.settings.retention
+        while self._ended and next(iter(self._ended.values())).ended_clock <= oldest:
+            self._forget(next(iter(self._ended)))
+
+    def _forget(self, run_id: str) -> None:
+        run = self._ended.pop(run_id)
+        del self._runs[run_id]
+        self._held -= run.counted
+        self._forgotten[run_id] = run.facts.tenant_id
+        if len(self._forgotten) > 1000:
+            del self._forgotten[next(iter(self._forgotten))]
+        log.info("run_store: queue removed run_id=%s", safe(run_id))
+
+
+def may_see(tenant: str | None, owner: str | None) -> bool:
+    """A caller who names no tenant sees every run, a run nobody owns is seen by all."""
+    return tenant is None or owner is None or tenant == owner
+
+
+# ═══ 7  Deliveries ════════════════════════════════════════════════════════════════════════════════
+# One open stream is one coroutine that writes: its head, then bytes, then its end. It lives in its
+# request. When the viewer leaves, the request's nursery is cancelled and this with it; the run is
+# elsewhere and does not notice.
+
+HEARTBEAT = comment("heartbeat")
+STREAM_HEAD = {
+    "content-type": "text/event-stream; charset=utf-8",
+    "cache-control": "no-cache, no-store, no-transform",
+    "connection": "keep-alive",
+    "x-accel-buffering": "no",
+}
+JSON_HEAD = {"content-type": "application/json"}
+TEXT_HEAD = {"content-type": "text/plain; charset=utf-8"}
+Send = Callable[[Any], Awaitable[None]]
+
+
+@dataclass(slots=True)
+class Portion:
+    """What a relay step still has to deliver; it outlives the heartbeats in between."""
+
+    left: float
+    until: str | None
+    every: Any
+    within: float
+    due: float = 0.0  # script time before which the next event may not go
+    quiet: float = math.inf  # script time at which the silence has lasted `within`
+
+
+class Delivery(Player):
+    """Plays a stream script to one viewer, against a run's log if there is one."""
+
+    def __init__(
+        self, script: Script, entry: Entry, time: Time, settings: Settings, run: Run | None = None,
+        echo: Mapping[str, str] | None = None, connection: Any = None,
+    ) -> None:
+        names = {"runId": entry.run_id or "", "caseId": entry.case_id or "", "tenantId": ""}
+        seed = run.scenario.seed if run else ""
+        super().__init__(time, run.facts.names if run else names, seed)
+        self._script, self._entry, self._run, self._settings = script, entry, run, settings
+        self._echo, self._connection = dict(echo or {}), connection
+        self._place = entry.resumed_after  # the id of the last event this viewer has
+        self._beat_every = self._quiet_since = math.inf
+
+    async def deliver(self, send: Send, headers: Iterable[tuple[str, str]] = ()) -> None:
+        """Play the script to its end; `headers` go out beside its own."""
+        self._send, self._headers = send, headers
+        with self._run.viewed() if self._run else contextlib.nullcontext():
+            await self.play(self._script)
+            if not self._entry.status:
+                await self.open(Step("open", {}))
+            self._entry.finish("server", "end", "the script ended")
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def open(self, step: Step) -> None:
+        """The head, at once. What it does not say is as usual for a stream, or for a plain body."""
+        head = self.fill(step.argument) if self._run else step.argument
+        status, body = head.get("status", 200), head.get("body")
+        usual = STREAM_HEAD if body is None else TEXT_HEAD if isinstance(body, str) else JSON_HEAD
+        pairs = {**({} if status == 204 else usual), **self._echo}
+        pairs |= {name.lower(): value for name, value in self._headers}
+        pairs |= {name.lower(): value for name, value in head.get("headers", {}).items()}
+        lines = [(name.encode(), value.encode()) for name, value in pairs.items() if value]
+        self._entry.status, self._quiet_since = status, self.time.now()
+        await self._send({"type": "http.response.start", "status": status, "headers": lines})
+        if body is not None:
+            await self.write(to_bytes(body if isinstance(body, str) else to_json(body)))
+
+    async def write(self, data: bytes) -> None:
+        """Bytes for this viewer: they go out whole, or the connection is lost."""
+        entry = self._entry
+        if not entry.status:
+            await self.open(Step("open", {}))
+        if not entry.bytes and self._run:
+            log.info("%s: first chunk sent run_id=%s", entry.stream_name, safe(entry.run_id))
+        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+        entry.bytes += len(data)
+        self._quiet_since = self.time.now()
+
+    async def comment(self, step: Step) -> None:
+        ready = step.ready if isinstance(step.ready, bytes) else comment(self.fill(step.argument))
+        await self.write(ready)
+
+    async def raw(self, step: Step) -> None:
+        ready = step.ready if isinstance(step.ready, bytes) else to_bytes(self.fill(step.argument))
+        await self.write(ready)
+
+    async def heartbeat(self, step: Step) -> None:
+        """From now on a comment after that much quiet."""
+        usual = step.argument or self._settings.heartbeat
+        self._beat_every = math.inf if usual == "never" else float(usual)
+
+    async def sleep(self, step: Step) -> None:
+        over = self.time.now() + self.draw(step.argument)
+        await self._beating(lambda: self.time.sleep(over - self.time.now()))
+
+    async def drop(self, step: Step) -> None:
+        """Close the connection without an end, and wait to be cancelled: returning would be an
+        end."""
+        if self._connection is None:
+            raise RuntimeError("'drop' needs a socket, and this application runs without one")
+        self._entry.finish("server", "drop", "the script dropped the connection")
+        self._connection.cut()
+        await trio.sleep_forever()
+
+    async def relay(self, step: Step) -> None:
+        """Deliver the next events of the log, waiting for them, until its end or the step's own."""
+        wanted, modifiers = step.argument, step.modifiers
+        until = wanted["until"] if isinstance(wanted, dict) else None
+        left = wanted if isinstance(wanted, int) else math.inf
+        within = self.draw(modifiers["within"]) if "within" in modifiers else math.inf
+        portion = Portion(left, until, modifiers.get("every"), within)
+        portion.quiet = self.time.now() + within
+        await self._beating(lambda: self._follow(portion))
+
+    async def _follow(self, portion: Portion) -> None:
+        while self._run is not None and portion.left > 0:
+            if portion.due:
+                await self.time.sleep(portion.due - self.time.now())
+            log, most = self._run.log, portion.left if portion.every is None else 1
+            if gap := log.gap(self._place):
+                self._place = self._entry.last_id_sent = log.first - 1
+                await self.write(gap)
+            piece, last = log.read(self._place, most=most, until=portion.until)
+            if piece:
+                await self._pass_on(piece, last, portion)
+                if last < log.last:
+                    await trio.lowlevel.checkpoint()  # a write that fits the socket has none
+            elif log.ended or not await self._news(log, portion):
+                return
+
+    async def _news(self, log: Log, portion: Portion) -> bool:
+        """Wait until the log says more; False if that takes longer than the step's `within`."""
+        if portion.within is math.inf:
+            await log.news()
+            return True
+        with self.time.limit(portion.quiet - self.time.now()):
+            await log.news()
+            return True
+        return False
+
+    async def _pass_on(self, piece: bytes, last: int, portion: Portion) -> None:
+        count, self._place = last - self._place, last
+        self._entry.events += count
+        self._entry.last_id_sent = last
+        await self.write(piece)
+        portion.left -= count
+        portion.quiet = self._quiet_since + portion.within
+        if portion.every is not None:
+            portion.due = self.time.now() + self.draw(portion.every)
+        if portion.until is not None and self._run and self._run.log.name_of(last) == portion.until:
+            portion.left = 0
+
+    async def _beating(self, wait: Callable[[], Awaitable[None]]) -> None:
+        """Await `wait`, with a heartbeat after every quiet interval.
+
+        The scope is armed once per beat, not once per event, and re-armed with what remains. It may
+        cancel `wait` where that waits, and starts it anew; a write it cannot (`Connection._send`).
+        """
+        while True:
+            with self.time.limit(self._quiet_since + self._beat_every - self.time.now()):
+                return await wait()
+            if self.time.now() >= self._quiet_since + self._beat_every:
+                self._entry.heartbeats += 1
+                await self.write(HEARTBEAT)
+                if self._connection is not None and self._connection.lost:
+                    log.warning("Failed to send SSE heartbeat run_id=%s", safe(self._entry.run_id))
+
+
+# ═══ 8  Contract ══════════════════════════════════════════════════════════════════════════════════
+# Who may ask for what, what a request must look like, and how we say no: status, cause, next step.
+
+
+class Refusal(Exception):
+    """A request that is not granted: the status and the body of its answer."""
+
+    def __init__(
+        self, status: int, body: Any = None, headers: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(status, body)
+        self.status, self.body, self.headers = status, body, dict(headers or {})
+
+    @property
+    def script(self) -> Script:
+        """On a stream route a refusal is a stream script like any other."""
+        return (Step("open", {"status": self.status, "headers": self.headers, "body": self.body}),)
+
+
+def invalid(says: str, *loc: str) -> Refusal:
+    """422 in the form FastAPI gives it, which Aura's clients know."""
+    return Refusal(422, {"detail": [{"loc": list(loc), "msg": says, "type": "value_error"}]})
+
+
+def identify(headers: Any, query: Any) -> None:
+    """Let everybody in who brings a token, any token, or raise the 401."""
+    given = headers.get("Authorization")
+    if not given and query.get("access_token"):  # a native EventSource cannot send headers
+        return
+    challenge = {"WWW-Authenticate": "Bearer"}
+    if not given:
+        hint = "send the header 'Authorization: Bearer <any token>'; an EventSource, which cannot,"
+        hint += " adds ?access_token=<any token> to the URL"
+        raise Refusal(401, {"detail": "Missing authorization header", "hint": hint}, challenge)
+    scheme, _, token = given.partition(" ")
+    if scheme.lower() != "bearer" or not token.strip():
+        raise Refusal(401, {"detail": "Invalid authorization header format"}, challenge)
+
+
+def resume_point(text: str | None, last: int) -> int:
+    """The id after which to go on: `N` and `anything_N` count; no id of this log means the
+    start."""
+    found = re.fullmatch(r"(?:.*_)?([0-9]{1,18})", text or "", re.DOTALL)
+    place = int(found[1]) if found else 0
+    return place if place <= last else 0
+
+
+def _run_id(value: Any) -> None:
+    kind("a text or a number", str, int, float)(value)
+    text = str(value)
+    if len(text) > 200 or not text.isprintable() or "/" in text:
+        raise Wrong(f"takes 1 to 200 printable characters without '/', not {shown(value)}")
+
+
+_maybe_text, _maybe_object = optional(a_text), optional(an_object)
+_PHASE3_OPTIONS = {
+    "ragTopK": optional(number(1, 20, whole=True)), "temperature": optional(number(0, 1)),
+    "promptVersion": _maybe_text,
+}
+_COMMON = {"runId": optional(_run_id), "requestedBy": _maybe_text}
+_PHASE2 = {"evidence": _maybe_object, "mode": _maybe_text, "options": _maybe_object}
+_PHASE3 = {"artifacts": _maybe_object, "options": optional(keys(_PHASE3_OPTIONS, strict=False))}
+TRIGGER_BODY = {
+    "phase2": keys({**_COMMON, **_PHASE2}, strict=False),
+    "phase3": keys({**_COMMON, **_PHASE3}, strict=False),
+}
+
+
+def checked_body(raw: bytes | str, check: Check) -> dict[str, Any]:
+    """A JSON body, or the 422 that names the field. No body is an empty one."""
+    try:
+        body: dict[str, Any] = json.loads(raw, parse_constant=_no_constant) if raw.strip() else {}
+        if _depth(body) > DEEPEST:
+            raise RecursionError
+        check(body)
+    except Wrong as wrong:
+        raise invalid(wrong.says, "body", *wrong.path) from None
+    except RecursionError:
+        raise invalid(f"JSON may be nested {DEEPEST} levels deep, not deeper", "body") from None
+    except ValueError as error:
+        raise invalid(f"this is not JSON: {error}", "body") from None
+    return body
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not in it")
+
+
+def _depth(value: Any) -> int:
+    """Levels of nesting, found level by level: recursion is what this is to protect."""
+    depth, level = 0, [value] if isinstance(value, (dict, list)) else []
+    while level and depth <= DEEPEST:
+        depth += 1
+        inner = (part.values() if isinstance(part, dict) else part for part in level)
+        level = [part for parts in inner for part in parts if isinstance(part, (dict, list))]
+    return depth
+
+
+def encoded(segment: str) -> str:
+    return quote(segment, safe="")
+
+
+def header_value(value: str) -> str:
+    """Anything beyond visible ASCII, and `%` itself, percent-encoded."""
+    return quote(value, safe="!\"#$&'()*+,-./:;<=>?@[\\]^_`{|}~")
+
+
+# ═══ 9  HTTP ══════════════════════════════════════════════════════════════════════════════════════
+# The routes, in the order of a client's life. A handler decides; what takes time is a run or a
+# delivery.
+
+STREAM_ROUTES = ("case_analysis_stream", "analysis_run_stream", "trigger_stream")
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+class Exchange(TrioASGIHTTPConnection):
+    """One request and its answer, at Quart's own seam: here the journal's entry begins and ends,
+    and here a delivery gets ASGI's `send`, to write by itself."""
+
+    def __init__(self, journal: Journal, app: QuartTrio, scope: Any) -> None:
+        super().__init__(app, scope)
+        host, port = scope.get("client") or ("<local>", 0)
+        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        entry = Entry(scope["method"], scope["path"], f"{host}:{port}", request_id)
+        self._journal, self._entry = journal, entry
+        scope["aura.entry"] = entry
+
+    async def __call__(self, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
+        try:
+            await super().__call__(receive, send)
+        finally:
+            connection, cause = connection_of(self.scope), sys.exception()
+            if isinstance(cause, Exception):
+                self._entry.finish("server", "error", explained(cause).error)
+            self._entry.finish(*(connection.blame() if connection else LEFT))
+            self._journal.close(self._entry)
+
+    async def _send_response(self, send: ASGISendCallable, response: Any) -> None:
+        if isinstance(response, Streamed):
+            await response.delivery.deliver(send, response.headers.items())
+        else:
+            self._entry.status = response.status_code
+            self._entry.finish("server", "end", "answered")
+            await super()._send_response(send, response)
+
+
+def connection_of(scope: Any) -> Any:
+    """The `Connection` below a request; an application in memory has none."""
+    return scope.get("state", {}).get("connection")
+
+
+class Streamed(Response):
+    """A response that is a delivery, and takes as long as that: Quart would end it after 60 s."""
+
+    def __init__(self, delivery: Delivery) -> None:
+        super().__init__(b"")
+        self.delivery, self.timeout = delivery, None
+        self.headers.clear()
+
+
+def answer(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """JSON, in the order and the language it was written in."""
+    content = b"" if body is None else to_bytes(to_json(body))
+    response = Response(content, status, dict(headers or {}), content_type="application/json")
+    if status == 204:
+        response.headers.remove("content-type")
+    return response
+
+
+def head_only(headers: Mapping[str, str]) -> Response:
+    """The head a stream would have, to a HEAD request: it opens no delivery."""
+    response = Response(b"", 200, dict(headers))
+    response.headers.remove("content-length")
+    return response
+
+
+def entry() -> Entry:
+    """The journal's entry of the request at hand."""
+    found: Entry = request.scope["aura.entry"]  # type: ignore[typeddict-item]  # put by Exchange
+    return found
+
+
+def create_app(  # noqa: C901  # ruff adds the routes up; a test looks at each for itself
+    settings: Settings, hub: Hub, time: Time, *, analysis: Analysis | None = None
+) -> QuartTrio:
+    """The application: Aura's contract over the runs of this hub."""
+    app = QuartTrio("aura_stream", static_folder=None)
+    app.url_map.merge_slashes = False  # an empty runId is a 400, not a redirect
+    app.config.update(MAX_CONTENT_LENGTH=settings.max_body, BODY_TIMEOUT=settings.body_timeout)
+    app.asgi_http_class = partial(Exchange, Journal())  # type: ignore[assignment]
+    ordinary, began = ordinary_stream(settings), clock.perf_counter()
+    instance = settings.instance or f"{settings.host}:{os.getpid()}"
+
+    @app.before_request
+    async def admit() -> None:
+        now, named = entry(), request.view_args or {}
+        streams = request.endpoint in STREAM_ROUTES and request.method in ("GET", "POST")
+        now.kind = "stream" if streams else "request"
+        now.route = request.endpoint or ""
+        now.case_id, now.run_id = named.get("case_id"), named.get("run_id")
+        g.tenant = request.headers.get("X-Tenant-ID", "").strip() or None
+        open_to_all = settings.auth == "off" or request.method == "OPTIONS"
+        if request.path.startswith("/aura/") and not open_to_all:
+            identify(request.headers, request.args)
+
+    @app.after_request
+    async def sign(response: Response) -> Response:
+        response.headers["X-Request-ID"] = entry().request_id
+        return response
+
+    @app.errorhandler(Refusal)
+    async def refuse(refusal: Refusal) -> Response:
+        if entry().kind == "stream":
+            return Streamed(Delivery(refusal.script, entry(), time, settings))
+        return answer(refusal.body, refusal.status, refusal.headers)
+
+    @app.errorhandler(Mistake)
+    async def point_out(mistake: Mistake) -> Response:
+        where = {"at": mistake.at, "step": mistake.step, "hint": mistake.hint}
+        return await refuse(Refusal(422, {"error": str(mistake), **where}))
+
+    @app.errorhandler(HTTPException)
+    async def explain(error: HTTPException) -> Response:
+        allowed = {name: value for name, value in error.get_headers() if name == "Allow"}
+        body = {"error": f"{error.name}: {error.description}", "path": request.path}
+        return await refuse(Refusal(error.code or 500, body, allowed))
+
+    # A client's life: trigger, stream, state, cancel, result.
+
+    async def trigger(case_id: str, phase: str) -> tuple[Run, str]:
+        """The run this trigger asks for, and whether it was `started` or `known`."""
+        body = checked_body(await request.get_data(), TRIGGER_BODY[phase])
+        run_id = body.get("runId")
+        run_id = entry().run_id = str(uuid.uuid4() if run_id in (None, "") else run_id)
+        scenario = chosen(body.get("scenario"), phase)
+        run = hub.find(run_id)
+        if run and not may_see(g.tenant, run.facts.tenant_id):
+            raise unknown(run_id)
+        if settings.demo_off:
+            raise disabled(run_id, phase)
+        if run and trio.current_time() - run.ended_clock < settings.retrigger_window:
+            if body.get("scenario") is not None and scenario.source != run.scenario.source:
+                error = f"this run goes with scenario {run.scenario.name!r}; take another runId"
+                raise Refusal(409, {"error": error, "runId": run_id})
+            return run, "known"
+        if (refused := hub.refusal) is not None:
+            raise Refusal(503, {"error": refused}, {"Retry-After": "5"})
+        failing = (request.headers.get("X-Aura-Test-Fail"), request.args.get("test_fail_query"))
+        fail = next((stage for stage in failing if stage in ("rag", "llm")), None)
+        facts = Facts(run_id, case_id, g.tenant, phase, body, time, settings.event_delay, fail)
+        return hub.start(facts, scenario, analysis), "started"
+
+    def accepted(run: Run, how: str, **body: Any) -> Response:
+        run.triggers += 1
+        return answer(body, 202, {"X-Aura-Run": how, **echo(run, run.triggers)})
+
+    @app.post("/aura/cases/<case_id>/analysis-runs")
+    async def phase2_trigger(case_id: str) -> Response:
+        run, how = await trigger(case_id, "phase2")
+        ids = {"runId": run.facts.run_id, "caseId": run.facts.case_id}
+        url = f"/aura/analysis-runs/{encoded(run.facts.run_id)}/stream"
+        return accepted(run, how, status="ACCEPTED", **ids, streamUrl=url)
+
+    @app.post("/aura/internal/cases/<case_id>/analysis-runs")
+    async def phase3_trigger(case_id: str) -> Response:
+        run, how = await trigger(case_id, "phase3")
+        case, run_id = encoded(run.facts.case_id), encoded(run.facts.run_id)
+        path = f"/aura/cases/{case}/analysis/stream?runId={run_id}"
+        return accepted(run, how, accepted=True, runId=run.facts.run_id, streamPath=path)
+
+    @app.post("/aura/cases/<case_id>/analysis/trigger")
+    async def trigger_stream(case_id: str) -> Response:
+        run, _ = await trigger(case_id, "phase2")
+        return stream(run.facts.run_id)
+
+    @app.get("/aura/cases/<case_id>/analysis/stream")
+    async def case_analysis_stream(case_id: str) -> Response:
+        run_id = entry().run_id = request.args.get("runId")
+        if run_id is None:
+            raise invalid("the query needs runId=…", "query", "runId")
+        return stream(run_id)
+
+    @app.get("/aura/analysis-runs/<run_id>/stream")
+    @app.get("/aura/analysis-runs//stream", defaults={"run_id": ""})
+    async def analysis_run_stream(run_id: str) -> Response:
+        return stream(run_id)
+
+    def stream(run_id: str) -> Response:
+        """One viewer's stream of this run: which script, from where."""
+        if not run_id:
+            raise Refusal(400, {"error": "runId is required", "runId": None})
+        now, run = entry(), hub.find(run_id, tenant=g.tenant)
+        if run is None:
+            now.says("runId not found or already completed")
+            raise unknown(run_id)
+        query = request.args if request.query_string else {}
+        given = query.get("lastEventId") or query.get("last-event-id")
+        now.last_event_id = request.headers.get("Last-Event-ID") or given
+        now.resumed_after = resume_point(now.last_event_id, run.log.last)
+        if run.ended and 0 < now.resumed_after == run.log.last:
+            raise Refusal(204)  # finished and fully seen: this stops a native EventSource
+        if request.method == "HEAD":
+            return head_only({**STREAM_HEAD, **echo(run, run.attempts)})
+        run.attempts += 1
+        now.says("start consuming")
+        if now.last_event_id:
+            text = "SSE connection established (client reconnected) run_id=%s last_event_id=%s"
+            log.info(text, safe(run_id), safe(now.last_event_id))
+        script = ordinary if run.scenario.stream is None else run.scenario.stream
+        below = connection_of(request.scope)
+        known_as = echo(run, run.attempts)
+        return Streamed(Delivery(script, now, time, settings, run, known_as, below))
+
+    def echo(run: Run, attempt: int) -> dict[str, str]:
+        return {
+            "x-aura-run-id": header_value(run.facts.run_id),
+            "x-aura-instance": header_value(instance),
+            "x-aura-scenario": run.scenario.name,
+            "x-aura-attempt": str(attempt),
+        }
+
+    def seen(run_id: str) -> Run:
+        """The run, or the 404 that helps."""
+        run = hub.find(run_id, tenant=g.tenant)
+        if run is None:
+            raise unknown(run_id)
+        return run
+
+    def unknown(run_id: str) -> Refusal:
+        live = [run.facts.run_id for run in hub.seen_by(g.tenant) if not run.ended]
+        close = difflib.get_close_matches(run_id, live, n=1)
+        hint = f"no such run on instance {instance}, where {len(live)} live"
+        hint += f"; did you mean {close[0]!r}?" if close else ""
+        if hub.was_here(run_id, tenant=g.tenant):
+            hint = f"it has ended and was forgotten by instance {instance}; trigger it again"
+        status = int(settings.unknown_run) if entry().kind == "stream" else 404
+        error = "runId not found or already completed"
+        return Refusal(status, {"error": error, "runId": run_id, "hint": hint})
+
+    @app.get("/aura/cases/<case_id>/analysis-runs/<run_id>")
+    async def run_state(case_id: str, run_id: str) -> Response:
+        return answer(seen(run_id).state)
+
+    @app.delete("/aura/cases/<case_id>/analysis-runs/<run_id>")
+    async def cancel_run(case_id: str, run_id: str) -> Response:
+        run = seen(run_id)
+        if run.ended:
+            return answer({"status": run.status, "runId": run_id})
+        run.cancel(Failure("the run was cancelled by a DELETE", stage="cancelled", retryable=False))
+        return answer({"status": "CANCELLED", "runId": run_id}, 202)
+
+    @app.get("/aura/cases/<case_id>/analysis")
+    async def last_result(case_id: str) -> Response:
+        runs = [run for run in hub.seen_by(g.tenant) if run.facts.case_id == case_id]
+        run = next((run for run in reversed(runs) if run.status == "completed"), None)
+        if run is None:
+            hint = f"{len(runs)} of its runs are here, none completed; trigger one and wait for it"
+            error = "no completed analysis of this case"
+            raise Refusal(404, {"error": error, "caseId": case_id, "hint": hint})
+        return answer(result_of(run))
+
+    # Operations.
+
+    @app.get("/")
+    async def front() -> Response:
+        about = {"message": "Aura analysis stream", "version": __version__}
+        return answer({**about, "status": "operational"})
+
+    @app.get("/health")
+    async def health() -> Response:
+        about = {"status": "healthy", "instance": instance, "version": __version__}
+        uptime = round(clock.perf_counter() - began, 3)
+        counts = {"runs": hub.live, "sse_connections": hub.viewers, "uptime": uptime}
+        return answer({**about, **counts})
+
+    return app
+
+
+def chosen(wanted: Any, phase: str) -> Scenario:
+    """The scenario a trigger names or brings, or the ordinary one of its phase."""
+    usual = PHASES[phase].scenario
+    if wanted is None or wanted == usual:
+        return Scenario(usual, source=usual)
+    if not isinstance(wanted, str):
+        return parse_scenario(wanted)
+    close = difflib.get_close_matches(wanted, [usual], n=1)
+    known = {"scenario": wanted, "didYouMean": close, "known": [usual]}
+    raise Refusal(400, {"error": "unknown scenario", **known})
+
+
+def disabled(run_id: str, phase: str) -> Refusal:
+    """DEMO_OFF: nothing is started, and the old server's answer says so with a 200."""
+    off = {"accepted": False, "runId": run_id} if phase == "phase3" else {"status": "disabled"}
+    return Refusal(200, {**off, "message": "Analysis disabled (DEMO_OFF)"})
+
+
+def result_of(run: Run) -> dict[str, Any]:
+    """The last result of a case, read from the log: what was streamed is what was found."""
+    said: dict[str, list[Any]] = {}
+    for name, data in run.log.events():
+        said.setdefault(name, []).append(data)
+    last, breakdown = said.get("completed", [{}])[-1], said.get("confidence", [None])[-1]
+    found = {"proposals": said.get("proposal"), "confidenceBreakdown": breakdown}
+    score = {"score": last.get("score"), "severity": last.get("severity")}
+    text = {"caseId": run.facts.case_id, "reasonText": last.get("summary")}
+    return {**text, **found, "ragRefs": [], "similarCases": [], **score}
+
+
+# ═══ 10  What ASGI cannot say ═════════════════════════════════════════════════════════════════════
+# The fenced corner. ASGI knows no socket, no send deadline and no "close now"; and Hypercorn, whose
+# protocol engine we use, has bugs that a server for experiments with failure cannot afford.
+# Everything here leans on insides of the pinned versions of Hypercorn and h11, and has a test that
+# fails on the stock server.
+
+LINGER = 2.0  # seconds in which what a refused client still sends is read and thrown away
+LINGER_BYTES = 16 * 2**20  # and how much of it; then the client has had its chance to hear us
+
+
+class Http11(H11Protocol):
+    """HTTP/1.1 and nothing else: no h2c, no WebSocket, a head of bounded size."""
+
+    connection: h11.Connection
+
+    async def stream_send(self, event: StreamEvent) -> None:
+        """Chunks of a body need no state machine: h11's costs as much as the system call."""
+        if isinstance(event, Body) and isinstance(self.connection._writer, ChunkedWriter):
+            await self.send(RawData(b"%x\r\n%b\r\n" % (len(event.data), event.data)))
+        else:
+            await super().stream_send(event)
+
+    async def _check_protocol(self, event: h11.Request) -> None:
+        """Decline every upgrade. h11 must forget the proposal too: else it waits for a switch of
+        protocols, the reader is parked, and nobody sees the client leave. A default JDK client
+        sends `Upgrade: h2c` every time."""
+        self.connection._cstate.pending_switch_proposals.clear()
+
+    async def _create_stream(self, request: h11.Request) -> None:
+        size = sum(len(name) + len(text) + 4 for name, text in request.headers)
+        size += len(request.target)
+        too_big = size > self.config.h11_max_incomplete_size
+        if too_big or request.http_version not in (b"1.0", b"1.1"):
+            await self._send_error_response(431 if too_big else 505)
+            await self.send(Closed())
+            return
+        if any(name == b"upgrade" for name, _ in request.headers):
+            log.warning("Unsupported upgrade request.")
+            request = h11.Request(  # h11 has heeded `Connection`; without it Hypercorn sees no
+                method=request.method, target=request.target, http_version=request.http_version,
+                headers=[pair for pair in request.headers if pair[0] != b"connection"],
+            )  # WebSocket
+        await super()._create_stream(request)
+
+
+class Connection(TCPServer):
+    """One socket. Its trouble stays its own, its sends have a deadline, it can be cut."""
+
+    stream: trio.SocketStream  # type: ignore[assignment]  # Hypercorn says TLS, which we do not do
+    protocol: Http11  # type: ignore[assignment]  # not its wrapper, which may switch to HTTP/2
+
+    def __init__(
+        self, app: ASGIWrapper, config: Config, context: WorkerContext, settings: Settings,
+        stream: trio.SocketStream,
+    ) -> None:
+        super().__init__(app, config, context, {"connection": self}, stream)  # type: ignore[arg-type]
+        self.settings = settings
+        self.lost = False  # the peer is gone, or we have cut it off
+        self._ending: Ending | None = None
+        self._patience = trio.CancelScope(deadline=trio.current_time() + settings.keep_alive)
+        self._sending = trio.CancelScope()
+        self._leave_by = math.inf
+        self._idle, self._closing = True, False
+
+    async def run(self) -> None:
+        raw = self.stream.socket
+        try:
+            client = parse_socket_addr(raw.family, raw.getpeername())
+            server = parse_socket_addr(raw.family, raw.getsockname())
+            async with TaskGroup() as group:
+                self._task_group = group
+                self.protocol = Http11(
+                    self.app, self.config, self.context, group, ConnectionState(self.state), False,
+                    client, server, self.protocol_send,
+                )
+                await self._read_data()
+                assert group._nursery is not None
+                group._nursery.cancel_scope.cancel(reason="the client left")
+        except* OSError:
+            pass  # the peer is gone, and there is nobody to tell
+        except* Exception as errors:  # noqa: BLE001  # else one bad request ends every connection
+            log.warning("connection ended by an error: %s", safe(explained(errors).error))
+        finally:
+            raw.close()
+
+    async def _read_data(self) -> None:
+        """Hand on what the client sends, until it leaves, is too slow, or we have closed."""
+        left_over, gone = LINGER_BYTES, (trio.BrokenResourceError, trio.ClosedResourceError)
+        with self._patience, contextlib.suppress(*gone):
+            while data := bytes(await self.stream.receive_some(2**16)):
+                if self._closing:
+                    left_over -= len(data)
+                    if left_over < 0:
+                        break
+                    continue
+                if self._idle and not self._head_begun:
+                    self._patience.deadline = trio.current_time() + self.settings.head_timeout
+                await self.protocol.handle(RawData(data))
+        if self._closing:
+            return
+        if self._patience.cancelled_caught and self._head_begun:
+            await self.protocol._send_error_response(408)
+        await self._give_up()
+
+    @property
+    def _head_begun(self) -> bool:
+        return bool(self.protocol.connection.trailing_data[0])
+
+    async def protocol_send(self, event: ServerEvent) -> None:
+        """What the protocol wants done. No cancel can leave half a write: nothing in it waits, or
+        it is shielded."""
+        if isinstance(event, RawData):
+            await self._send(event.data)
+        elif isinstance(event, Updated):
+            self._idle = event.idle
+            wait = self.settings.keep_alive if event.idle else math.inf
+            self._patience.deadline = trio.current_time() + wait
+        elif isinstance(event, Closed):
+            await self._close_gently()
+
+    async def _send(self, data: bytes) -> None:
+        """Send directly while the kernel takes it, nearly always; else wait, but not for ever."""
+        try:
+            busy = self.send_lock.locked() or os.name != "posix"
+            sent = 0 if busy else os.write(self.stream.socket.fileno(), data)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            await self._give_up()
+            return
+        if sent < len(data):
+            with trio.CancelScope(shield=True):  # bounded: each piece has its deadline
+                await self._send_slowly(memoryview(data)[sent:])
+
+    async def _send_slowly(self, data: memoryview) -> None:
+        """Piece by piece: a slow reader of a big event is not one that has stopped reading."""
+        patience = self.settings.send_timeout
+        async with self.send_lock:
+            for start in range(0, len(data), WRITE):
+                deadline = min(trio.current_time() + patience, self._leave_by)
+                try:
+                    with trio.CancelScope(deadline=deadline) as self._sending:
+                        await self.stream.send_all(data[start : start + WRITE])
+                        continue
+                except (trio.BrokenResourceError, trio.ClosedResourceError):
+                    break
+                if trio.current_time() < self._leave_by:
+                    self._ending = Ending("client", "stalled", f"read nothing for {patience:g} s")
+                self.cut(reset=True)  # frees the kernel's buffers, which nobody will read
+                break
+            else:
+                return
+        await self._give_up()
+
+    async def _give_up(self) -> None:
+        """Nobody is there: tell the protocol, which tells the request, whose nursery ends."""
+        self.lost = True
+        await self.protocol.handle(Closed())
+
+    async def _close_gently(self) -> None:
+        """Say that we are done. If the client is still sending, listen a little longer: closing on
+        it would be a reset, and it could not read our answer."""
+        if self._closing:
+            return
+        self._closing = True
+        self._ending = self._ending or Ending("server", "error", "the request was malformed")
+        heard = self.protocol.connection.their_state in (h11.DONE, h11.MUST_CLOSE, h11.CLOSED)
+        at_once = (heard and not self._head_begun) or self._leave_by < math.inf
+        self._patience.deadline = trio.current_time() + (0.0 if at_once else LINGER)
+        with contextlib.suppress(OSError):
+            self.stream.socket.shutdown(socket.SHUT_WR)
+        await self.protocol.handle(Closed())
+
+    def blame(self) -> Ending:
+        """Who ended the request that has not ended itself."""
+        if self._ending is None and not self.lost:
+            return Ending("shutdown", "cancelled", "still open when the server had to go")
+        return self._ending or LEFT
+
+    def cut(self, *, reset: bool = False) -> None:
+        """Close the socket at once: no last chunk, no goodbye. The reader notices and ends the
+        connection's tasks."""
+        raw = self.stream.socket
+        with contextlib.suppress(OSError):
+            if reset:
+                raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            else:
+                raw.shutdown(socket.SHUT_WR)
+        raw.close()
+
+    def leave(self, *, by: float) -> None:
+        """The server stops: who has no request goes now, a send has until then."""
+        self._leave_by = by
+        self._sending.deadline = min(self._sending.deadline, by)
+        if self._idle or self._closing:
+            self.cut()
+
+
+def engine(settings: Settings) -> Config:
+    """Hypercorn's configuration, as far as its protocol engine asks for one."""
+    config = Config()
+    config.h11_max_incomplete_size = settings.max_head
+    config.include_server_header = False
+    config.errorlog = log
+    return config
+
+
+def steady(app: QuartTrio, settings: Settings) -> ASGIFramework:
+    """The application, its last send shielded: when the last part is out, Hypercorn tells the app
+    that the client left, Quart cancels the request, and with it the task that is about to close."""
+
+    async def steadied(scope: Any, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
+        async def steady_send(message: Any) -> None:
+            if message["type"] == "http.response.body" and not message.get("more_body"):
+                with trio.move_on_after(settings.send_timeout, shield=True):
+                    await send(message)
+            else:
+                await send(message)
+
+        path = re.sub(r"^https?://[^/]*", "", scope["path"], flags=re.IGNORECASE)  # absolute URIs
+        scope["path"] = path if path.startswith("/") else "/" + path
+        await app(scope, receive, steady_send)
+
+    return steadied
+
+
+# ═══ 11  Serving ══════════════════════════════════════════════════════════════════════════════════
+# The nurseries, and the order in which they end: first nobody new, then the runs, so that their
+# streams end by themselves, then the connections, within the grace.
+
+
+@dataclass(frozen=True)
+class Aura:
+    """A running server, from outside."""
+
+    url: str
+    port: int
+    stop: Callable[[], None] = field(repr=False)
+
+    def trigger(self, case: str, *, run_id: str | None = None, **body: Any) -> str:
+        """Start a run of this case; its id. It blocks: for threads, not for the server's tasks."""
+        wanted = to_json({**body, **({"runId": run_id} if run_id else {})}).encode()
+        headers = {"Authorization": "Bearer aura", "Content-Type": "application/json"}
+        host = urlsplit(self.url).hostname or ""
+        with contextlib.closing(http.client.HTTPConnection(host, self.port, timeout=10)) as wire:
+            wire.request("POST", f"/aura/cases/{encoded(case)}/analysis-runs", wanted, headers)
+            reply = wire.getresponse()
+            said = reply.read().decode()
+        if reply.status != 202:
+            raise RuntimeError(f"the trigger of case {case!r} was answered {reply.status}: {said}")
+        return str(json.loads(said)["runId"])
+
+
+async def serve(
+    settings: Settings | None = None, *, analysis: Analysis | None = None,
+    task_status: trio.TaskStatus[Aura] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve until `stop()` of the `Aura` that `task_status` gets, then end in order.
+
+    Cancelled, it ends at once: what is open is cut. A failed start is the OSError it was.
+    """
+    settings = settings or Settings()
+    if settings.redis_url:
+        log.warning("REDIS_URL is set, but this version keeps runs in memory only")
+    listeners = await listen(settings)
+    port = listeners[0].socket.getsockname()[1]
+    stopping, context, open_ones = trio.Event(), WorkerContext(None), set[Connection]()
+    async with trio.open_nursery() as connections:
+        async with trio.open_nursery() as runs:
+            hub = Hub(settings, runs)
+            app = steady(create_app(settings, hub, Time(), analysis=analysis), settings)
+            make = partial(Connection, ASGIWrapper(app), engine(settings), context, settings)
+            attend = partial(attend_to, make, open_ones)
+            async with trio.open_nursery() as accept:
+                take = partial(trio.serve_listeners, attend, listeners, handler_nursery=connections)
+                accept.start_soon(take, name="accept")
+                task_status.started(Aura(url_of(settings.host, port), port, stopping.set))
+                await stopping.wait()
+                accept.cancel_scope.cancel(reason="the server is stopping")
+            hub.stop(Failure("the server was stopped", stage="shutdown"))
+        await context.terminated.set()  # from here on no connection waits for another request
+        connections.cancel_scope.deadline = trio.current_time() + settings.grace
+        for connection in list(open_ones):
+            connection.leave(by=connections.cancel_scope.deadline)
+
+
+async def listen(settings: Settings) -> list[trio.SocketListener]:
+    """The listening sockets; the sockets they accept inherit the options."""
+    listeners = await trio.open_tcp_listeners(settings.port, host=settings.host, backlog=4096)
+    for raw in (listener.socket for listener in listeners):
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, settings.send_buffer // 2)  # it doubles
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # the kernel's own eviction, a second line
+            patience = int(2000 * settings.send_timeout)
+            raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, patience)
+    return listeners
+
+
+Make = Callable[[trio.SocketStream], Connection]
+
+
+async def attend_to(make: Make, open_ones: set[Connection], stream: trio.SocketStream) -> None:
+    """One connection, from its accepting to its end."""
+    connection = make(stream)
+    open_ones.add(connection)
+    try:
+        await connection.run()
+    finally:
+        open_ones.discard(connection)
+
+
+def url_of(host: str, port: int) -> str:
+    """Where a client on this machine finds the server."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+@contextlib.contextmanager
+def running(
+    settings: Settings | None = None, *, analysis: Analysis | None = None, **fields: Any
+) -> Iterator[Aura]:
+    """A server in a thread, for tests in any framework: ready when this yields, on a free port.
+
+    A failed start raises here, as the OSError it was; a crash of the server raises at the end.
+    """
+    settings = dataclasses.replace(settings or Settings(port=0), **fields)
+    started: Future[tuple[Aura, trio.lowlevel.TrioToken]] = Future()
+    ended: Future[None] = Future()
+
+    class Status:
+        def started(self, aura: Any = None) -> None:
+            started.set_result((aura, trio.lowlevel.current_trio_token()))
+
+    def thread() -> None:
+        try:
+            trio.run(partial(serve, settings, analysis=analysis, task_status=Status()))
+            ended.set_result(None)
+        except BaseException as error:  # noqa: BLE001  # handed over to the thread that waits
+            (ended if started.done() else started).set_exception(error)
+
+    worker = threading.Thread(target=thread, name="aura-stream", daemon=True)
+    worker.start()
+    aura, token = started.result()
+
+    def stop() -> None:
+        with contextlib.suppress(trio.RunFinishedError):
+            token.run_sync_soon(aura.stop)
+
+    try:
+        yield dataclasses.replace(aura, stop=stop)
+    finally:
+        stop()
+        worker.join()
+        ended.result()
+
+
+# ═══ 12  Command line ═════════════════════════════════════════════════════════════════════════════
+
+ABOUT = "A local server that speaks Aura's analysis-stream contract, better behaved than Aura."
+TRY_IT = """try it:
+  aura-stream
+  curl -X POST localhost:9000/aura/cases/85116/analysis-runs \\
+       -H "Authorization: Bearer test-token" -d '{"runId": "test-run-001"}'
+  curl -N localhost:9000/aura/analysis-runs/test-run-001/stream \\
+       -H "Authorization: Bearer test-token"
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags are the settings; each names its environment variable."""
+    about = argparse.ArgumentParser(
+        prog="aura-stream", description=ABOUT, epilog=TRY_IT, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter, usage="%(prog)s [serve] [settings]",
+    )
+    about.add_argument("--version", action="version", version=f"aura-stream {__version__}")
+    about.add_argument("command", nargs="?", default="serve", choices=["serve"], help="the default")
+    settings = about.add_argument_group("settings: flag, meaning (default; environment variable)")
+    for one in dataclasses.fields(Settings):
+        says = one.metadata["says"].replace("`", "").replace("%", "%%")
+        says += f" ({'none' if one.default == '' else one.default}; {variable(one)})"
+        settings.add_argument(flag(one), dest=one.name, metavar="X", help=says)
+    return about
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Serve until a signal; the exit status. What goes wrong at the start is one sentence."""
+    flags, complaint = vars(parser().parse_args(arguments)), None
+    shape = "%(asctime)s - %(name)s - %(levelname)s - %(message)s"
+    try:
+        settings = Settings.read(flags, os.environ)
+        logging.basicConfig(stream=sys.stderr, level=settings.log_level, format=shape)
+        prepare_process()
+        trio.run(serve_until_signalled, settings)
+    except* ValueError as group:
+        complaint = str(innermost(group))
+    except* OSError as group:
+        where = f"{settings.host}:{settings.port}"
+        complaint = f"cannot listen on {where}: {innermost(group)}; --port 0 takes a free port"
+    if complaint:
+        print(f"aura-stream: {complaint}", file=sys.stderr)
+    return 2 if complaint else 0
+
+
+def prepare_process() -> None:
+    """What a server does to its own process, and `running()`, a guest, must not."""
+    gc.freeze()  # what was imported stays: to look through it again cost a third of the connects
+    gc.set_threshold(50_000, 50, 50)
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource  # not on Windows
+
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+async def serve_until_signalled(settings: Settings) -> None:
+    """The first SIGTERM or Ctrl-C ends the server in order, the second one at once."""
+
+    async def to_its_end(*, task_status: trio.TaskStatus[Aura]) -> None:
+        await serve(settings, task_status=task_status)
+        nursery.cancel_scope.cancel(reason="the server has stopped")
+
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async with trio.open_nursery() as nursery:
+            aura, stopping = await nursery.start(to_its_end), False
+            print(f"Aura stream ready on {aura.url}", flush=True)
+            async for number in signals:
+                if stopping:
+                    os._exit(128 + number)
+                aura.stop()
+                stopping = True
+
+
+if __name__ == "__main__":
+    sys.exit(main())
