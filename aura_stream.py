@@ -93,7 +93,7 @@ from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.trio.task_group import TaskGroup
 from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
-from hypercorn.typing import ASGIFramework, ASGIReceiveCallable, ASGISendCallable, ConnectionState
+from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable, ConnectionState
 from hypercorn.utils import parse_socket_addr
 from quart import Response, g, request
 from quart_trio import QuartTrio
@@ -1120,18 +1120,22 @@ async def transcribe(run: Run, receiving: Receiving, settle: Callable[[Run], Non
         while True:
             with run.facts.time.limit(patience) as silence:
                 run.log.append(await receiving.receive())
+            if silence.cancelled_caught and not run.speaking:
+                break  # it has returned, and who else holds a sending end has nothing to say
             if silence.cancelled_caught:
-                if not run.speaking:
-                    break  # it has returned, and who else holds a sending end has nothing to say
                 _give_up(run, patience)
-            with contextlib.suppress(trio.WouldBlock):
-                while True:
-                    run.log.append(receiving.receive_nowait())
+            _take_all(receiving, run.log)
             settle(run)
             run.log.announce()
     run.ended_at, run.ended_clock = now_iso(), trio.current_time()
     run.log.announce(end=True)
     settle(run)
+
+
+def _take_all(receiving: Receiving, log: Log) -> None:
+    with contextlib.suppress(trio.WouldBlock):
+        while True:
+            log.append(receiving.receive_nowait())
 
 
 def _give_up(run: Run, patience: float) -> None:
@@ -1410,18 +1414,15 @@ class Delivery(Player):
                 await self._pass_on(piece, last, portion)
                 if last < log.last:
                     await trio.lowlevel.checkpoint()  # a write that fits the socket has none
-            elif log.ended or not await self._news(log, portion):
+            elif log.ended:
                 return
-
-    async def _news(self, log: Log, portion: Portion) -> bool:
-        """Wait until the log says more; False if that takes longer than the step's `within`."""
-        if portion.within is math.inf:
-            await log.news()
-            return True
-        with self.time.limit(portion.quiet - self.time.now()):
-            await log.news()
-            return True
-        return False
+            elif portion.within is math.inf:
+                await log.news()
+            else:
+                with self.time.limit(portion.quiet - self.time.now()) as silence:
+                    await log.news()
+                if silence.cancelled_caught:
+                    return
 
     async def _pass_on(self, piece: bytes, last: int, portion: Portion) -> None:
         count, self._place = last - self._place, last
@@ -1875,10 +1876,12 @@ class Http11(H11Protocol):
 
     connection: h11.Connection
 
+    write: Callable[[bytes], Awaitable[None]]  # the connection's own
+
     async def stream_send(self, event: StreamEvent) -> None:
         """Chunks of a body need no state machine: h11's costs as much as the system call."""
         if isinstance(event, Body) and isinstance(self.connection._writer, ChunkedWriter):
-            await self.send(RawData(b"%x\r\n%b\r\n" % (len(event.data), event.data)))
+            await self.write(b"%x\r\n%b\r\n" % (len(event.data), event.data))
         else:
             await super().stream_send(event)
 
@@ -1890,19 +1893,27 @@ class Http11(H11Protocol):
 
     async def _create_stream(self, request: h11.Request) -> None:
         size = sum(len(name) + len(text) + 4 for name, text in request.headers)
-        size += len(request.target)
-        too_big = size > self.config.h11_max_incomplete_size
+        too_big = size + len(request.target) > self.config.h11_max_incomplete_size
         if too_big or request.http_version not in (b"1.0", b"1.1"):
             await self._send_error_response(431 if too_big else 505)
             await self.send(Closed())
             return
-        if any(name == b"upgrade" for name, _ in request.headers):
+        names, target = {name for name, _ in request.headers}, request.target
+        if b"upgrade" in names or not target.startswith(b"/"):
+            request = self._plain(request)
+        if b"upgrade" in names:
             log.warning("Unsupported upgrade request.")
-            request = h11.Request(  # h11 has heeded `Connection`; without it Hypercorn sees no
-                method=request.method, target=request.target, http_version=request.http_version,
-                headers=[pair for pair in request.headers if pair[0] != b"connection"],
-            )  # WebSocket
         await super()._create_stream(request)
+
+    @staticmethod
+    def _plain(request: h11.Request) -> h11.Request:
+        """The request with a path for its target, as Quart wants it, and no `Connection`, which
+        h11 has heeded already: without it Hypercorn sees no WebSocket."""
+        target = re.sub(rb"^https?://[^/?]*", b"", request.target, flags=re.IGNORECASE)
+        target = target if target.startswith(b"/") else b"/" + target
+        headers = [pair for pair in request.headers if pair[0] != b"connection"]
+        version, method = request.http_version, request.method
+        return h11.Request(method=method, target=target, headers=headers, http_version=version)
 
 
 class Connection(TCPServer):
@@ -1935,6 +1946,7 @@ class Connection(TCPServer):
                     self.app, self.config, self.context, group, ConnectionState(self.state), False,
                     client, server, self.protocol_send,
                 )
+                self.protocol.write = self._send
                 await self._read_data()
                 assert group._nursery is not None
                 group._nursery.cancel_scope.cancel(reason="the client left")
@@ -1944,20 +1956,21 @@ class Connection(TCPServer):
             log.warning("connection ended by an error: %s", safe(explained(errors).error))
         finally:
             raw.close()
+            self.state.clear()  # connection and protocol know each other: parted, they are freed at
+            self.__dict__.pop("protocol", None)  # once, and not when the garbage collector comes
 
     async def _read_data(self) -> None:
         """Hand on what the client sends, until it leaves, is too slow, or we have closed."""
-        left_over, gone = LINGER_BYTES, (trio.BrokenResourceError, trio.ClosedResourceError)
+        receive, left_over = partial(self.stream.receive_some, 2**16), LINGER_BYTES
+        gone = (trio.BrokenResourceError, trio.ClosedResourceError)
         with self._patience, contextlib.suppress(*gone):
-            while data := bytes(await self.stream.receive_some(2**16)):
-                if self._closing:
-                    left_over -= len(data)
-                    if left_over < 0:
-                        break
-                    continue
+            while (data := bytes(await receive())) and not self._closing:
                 if self._idle and not self._head_begun:
                     self._patience.deadline = trio.current_time() + self.settings.head_timeout
                 await self.protocol.handle(RawData(data))
+            while data and left_over > 0:
+                data = bytes(await receive())
+                left_over -= len(data)
         if self._closing:
             return
         if self._patience.cancelled_caught and self._head_begun:
@@ -1996,23 +2009,24 @@ class Connection(TCPServer):
 
     async def _send_slowly(self, data: memoryview) -> None:
         """Piece by piece: a slow reader of a big event is not one that has stopped reading."""
-        patience = self.settings.send_timeout
         async with self.send_lock:
             for start in range(0, len(data), WRITE):
-                deadline = min(trio.current_time() + patience, self._leave_by)
-                try:
-                    with trio.CancelScope(deadline=deadline) as self._sending:
-                        await self.stream.send_all(data[start : start + WRITE])
-                        continue
-                except (trio.BrokenResourceError, trio.ClosedResourceError):
-                    break
-                if trio.current_time() < self._leave_by:
-                    self._ending = Ending("client", "stalled", f"read nothing for {patience:g} s")
-                self.cut(reset=True)  # frees the kernel's buffers, which nobody will read
-                break
-            else:
-                return
-        await self._give_up()
+                if not await self._send_piece(data[start : start + WRITE]):
+                    await self._give_up()
+                    return
+
+    async def _send_piece(self, piece: memoryview) -> bool:
+        """Send it within the send deadline; or cut off who does not read, and say no."""
+        patience = self.settings.send_timeout
+        deadline = min(trio.current_time() + patience, self._leave_by)
+        with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            with trio.CancelScope(deadline=deadline) as self._sending:
+                await self.stream.send_all(piece)
+                return True
+            if trio.current_time() < self._leave_by:
+                self._ending = Ending("client", "stalled", f"read nothing for {patience:g} s")
+            self.cut(reset=True)  # frees the kernel's buffers, which nobody will read
+        return False
 
     async def _give_up(self) -> None:
         """Nobody is there: tell the protocol, which tells the request, whose nursery ends."""
@@ -2067,25 +2081,6 @@ def engine(settings: Settings) -> Config:
     return config
 
 
-def steady(app: QuartTrio, settings: Settings) -> ASGIFramework:
-    """The application, its last send shielded: when the last part is out, Hypercorn tells the app
-    that the client left, Quart cancels the request, and with it the task that is about to close."""
-
-    async def steadied(scope: Any, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
-        async def steady_send(message: Any) -> None:
-            if message["type"] == "http.response.body" and not message.get("more_body"):
-                with trio.move_on_after(settings.send_timeout, shield=True):
-                    await send(message)
-            else:
-                await send(message)
-
-        path = re.sub(r"^https?://[^/]*", "", scope["path"], flags=re.IGNORECASE)  # absolute URIs
-        scope["path"] = path if path.startswith("/") else "/" + path
-        await app(scope, receive, steady_send)
-
-    return steadied
-
-
 # ═══ 11  Serving ══════════════════════════════════════════════════════════════════════════════════
 # The nurseries, and the order in which they end: first nobody new, then the runs, so that their
 # streams end by themselves, then the connections, within the grace.
@@ -2130,8 +2125,8 @@ async def serve(
     async with trio.open_nursery() as connections:
         async with trio.open_nursery() as runs:
             hub = Hub(settings, runs)
-            app = steady(create_app(settings, hub, Time(), analysis=analysis), settings)
-            make = partial(Connection, ASGIWrapper(app), engine(settings), context, settings)
+            app = ASGIWrapper(create_app(settings, hub, Time(), analysis=analysis))
+            make = partial(Connection, app, engine(settings), context, settings)
             attend = partial(attend_to, make, open_ones)
             async with trio.open_nursery() as accept:
                 take = partial(trio.serve_listeners, attend, listeners, handler_nursery=connections)
@@ -2282,13 +2277,11 @@ async def serve_until_signalled(settings: Settings) -> None:
 
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async with trio.open_nursery() as nursery:
-            aura, stopping = await nursery.start(to_its_end), False
+            aura = await nursery.start(to_its_end)
             print(f"Aura stream ready on {aura.url}", flush=True)
-            async for number in signals:
-                if stopping:
-                    os._exit(128 + number)
-                aura.stop()
-                stopping = True
+            await anext(signals)
+            aura.stop()
+            os._exit(128 + await anext(signals))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,2131 @@
+"""Tests of aura_stream, in its chapters and their order.
+
+The treaty: only localhost, only port 0. Three speeds: pure functions as tables; the application in
+memory under Trio's autojump clock, where hours take milliseconds; real sockets through `running()`.
+Whoever does I/O has a time-out (`WAIT`), generous enough for a busy machine: figures are measured by
+hand, here they only must not be absurd. No test sleeps where a clock or a log line will do. A test
+that needs a program (Java, Node, curl) skips where it is missing, and fails there under CI=true.
+"""
+
+import ast
+import contextlib
+import errno
+import http.client
+import json
+import logging
+import os
+import queue
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import symtable
+import sys
+import threading
+import time
+from pathlib import Path
+from urllib.parse import unquote
+
+import httpx
+import pytest
+import trio
+import trio.testing
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+import aura_stream
+from aura_stream import (
+    DONE,
+    VERBS,
+    Delivery,
+    Entry,
+    Event,
+    Facts,
+    Failure,
+    Hub,
+    Log,
+    Mistake,
+    Scenario,
+    Settings,
+    Time,
+    comment,
+    create_app,
+    listen,
+    main,
+    parse_scenario,
+    parse_script,
+    resume_point,
+    running,
+    safe,
+    serve,
+)
+
+HERE = Path(__file__).parent
+SOURCE = (HERE / "aura_stream.py").read_text(encoding="utf-8")
+README = (HERE / "README.md").read_text(encoding="utf-8")
+TREE = ast.parse(SOURCE)
+WAIT = 20
+BEARER = {"Authorization": "Bearer test-token"}
+
+
+# ═══ The shape ══════════════════════════════════════════════════════════════════════════════════
+
+
+def functions(tree=TREE):
+    return [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+
+
+def inner(function):
+    """The functions inside a function, but not those inside them."""
+    found, rest = [], list(ast.iter_child_nodes(function))
+    while rest:
+        node = rest.pop()
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            found.append(node)
+        else:
+            rest.extend(ast.iter_child_nodes(node))
+    return found
+
+
+def own_nodes(function):
+    """All nodes of a function but those of functions inside it."""
+    rest = list(ast.iter_child_nodes(function))
+    while rest:
+        node = rest.pop()
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield node
+            rest.extend(ast.iter_child_nodes(node))
+
+
+def chapters():
+    """(number, title, first line) of every chapter banner."""
+    found = re.finditer(r"^# ═══ (\d+)  (.+?) ═+$", SOURCE, re.M)
+    return [(int(one[1]), one[2], SOURCE.count("\n", 0, one.start()) + 1) for one in found]
+
+
+def code_lines(first, last):
+    """Lines that are neither blank nor comment nor docstring."""
+    docs = set()
+    for node in ast.walk(TREE):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+            value = body[0].value
+            if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                docs.update(range(body[0].lineno, body[0].end_lineno + 1))
+    lines = SOURCE.splitlines()[first - 1 : last]
+    return sum(
+        1 for number, line in enumerate(lines, first)
+        if line.strip() and not line.lstrip().startswith("#") and number not in docs
+    )
+
+
+def test_the_top_level_has_four_names():
+    listed = subprocess.run(["git", "ls-files"], cwd=HERE, capture_output=True, text=True)
+    names = listed.stdout.split() or [path.name for path in HERE.iterdir() if path.name != "__pycache__"]
+    visible = {name.split("/")[0] for name in names if not name.startswith(".")}
+    assert visible == {"aura_stream.py", "test_aura_stream.py", "pyproject.toml", "README.md"}
+
+
+def test_the_front_matter_lists_the_chapters():
+    listed = re.findall(r"^ {4,5}(\d+)  ([A-Z].*?)(?:  .*)?$", ast.get_docstring(TREE, clean=False), re.M)
+    assert [(int(number), title) for number, title in listed] == [(n, title) for n, title, _ in chapters()]
+
+
+def test_no_chapter_uses_a_later_one():
+    starts = [line for _, _, line in chapters()]
+    defined = {}
+    for node in TREE.body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", node)]
+        for target in targets:
+            name = getattr(target, "id", None) or getattr(target, "name", None)
+            if name:
+                defined[name] = node.lineno
+    chapter = {name: sum(line >= start for start in starts) for name, line in defined.items()}
+    assert len(chapter) > 100
+    wrong = []
+
+    def visit(table):
+        for symbol in table.get_symbols():
+            name = symbol.get_name()
+            is_global = symbol.is_global() or (table.get_type() == "module" and symbol.is_referenced())
+            if is_global and symbol.is_referenced() and name in chapter and table.get_type() != "module":
+                here = sum(table.get_lineno() >= start for start in starts)
+                if chapter[name] > here:
+                    wrong.append(f"{table.get_name()} (chapter {here}) uses {name} (chapter {chapter[name]})")
+        for child in table.get_children():
+            visit(child)
+
+    visit(symtable.symtable(SOURCE, "aura_stream.py", "exec"))
+    assert wrong == []
+
+
+def test_functions_are_short_flat_and_simple():
+    branches = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.ExceptHandler, ast.comprehension)
+    lines = SOURCE.splitlines()
+
+    def nesting(node, depth=0):
+        deepest = depth
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                continue
+            chained = isinstance(node, ast.If) and [child] == node.orelse and isinstance(child, ast.If)
+            loops = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.Try, ast.TryStar, ast.With, ast.AsyncWith)
+            counts = isinstance(child, loops) and not chained
+            deepest = max(deepest, nesting(child, depth + counts))
+        return deepest
+
+    for function in functions():
+        mine = set(range(function.lineno, function.end_lineno + 1))
+        for one in inner(function):
+            first = min([one.lineno, *(decorator.lineno for decorator in one.decorator_list)])
+            mine -= set(range(first, one.end_lineno + 1))
+        size = sum(1 for number in mine if lines[number - 1].strip())
+        complexity = 1 + sum(isinstance(node, branches) for node in own_nodes(function))
+        assert size <= 40, f"{function.name} has {size} lines"
+        assert complexity <= 10, f"{function.name} has complexity {complexity}"
+        assert nesting(function) <= 3, f"{function.name} nests {nesting(function)} deep"
+
+
+def test_the_module_stays_small_enough_to_be_read():
+    starts = [(title, line) for _, title, line in chapters()] + [("end", len(SOURCE.splitlines()) + 1)]
+    sizes = {title: code_lines(line, starts[i + 1][1] - 1) for i, (title, line) in enumerate(starts[:-1])}
+    lesson = sum(sizes[title] for title in ("Events", "Time", "Runs", "Deliveries"))
+    assert lesson <= 460, f"the lesson has {lesson} lines of code"
+    assert sum(sizes.values()) <= 2000, sizes
+
+
+def test_the_module_has_no_state_and_configures_nothing():
+    allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
+    for node in TREE.body[1:]:
+        guard = isinstance(node, ast.If) and "__main__" in ast.unparse(node.test)
+        assert isinstance(node, allowed) or guard, ast.unparse(node)
+    mutable = [name for name, value in vars(aura_stream).items() if isinstance(value, (set, bytearray, Hub, trio.Event))]
+    assert mutable == []
+
+
+def test_no_scope_and_no_nursery_spans_a_yield():
+    for function in functions():
+        for node in own_nodes(function):
+            if isinstance(node, (ast.With, ast.AsyncWith)):
+                opened = " ".join(ast.unparse(item.context_expr) for item in node.items)
+                if re.search(r"CancelScope|move_on|fail_a|nursery|\.limit\(|\bscope\b", opened):
+                    yields = [part for part in ast.walk(node) if isinstance(part, (ast.Yield, ast.YieldFrom))]
+                    assert yields == [], f"{function.name}: {opened}"
+
+
+# ═══ Tools ══════════════════════════════════════════════════════════════════════════════════════
+
+
+class Parser:
+    """An SSE parser as the WHATWG describes it, byte by byte; what the module has is not used."""
+
+    def __init__(self):
+        self.events, self.last_id, self._line, self._cr = [], "", bytearray(), False
+        self._name, self._data, self._begun = "", [], False
+
+    def feed(self, data):
+        for byte in data:
+            if byte == 10 and self._cr:
+                self._cr = False
+                continue
+            self._cr = byte == 13
+            if byte in (10, 13):
+                line = self._line.decode("utf-8", "replace")
+                self._take(line if self._begun else line.removeprefix("\ufeff"))
+                self._begun = True
+                self._line.clear()
+            else:
+                self._line.append(byte)
+        return self
+
+    def _take(self, line):
+        if not line:
+            if self._data:
+                self.events.append((self.last_id, self._name or "message", "\n".join(self._data)))
+            self._name, self._data = "", []
+            return
+        key, _, value = line.partition(":")
+        value = value[1:] if value.startswith(" ") else value
+        if key == "data":
+            self._data.append(value)
+        elif key == "event":
+            self._name = value
+        elif key == "id" and "\0" not in value:
+            self.last_id = value
+
+
+def parsed(data):
+    """The events of a stream, [DONE] left out."""
+    return [event for event in Parser().feed(data).events if event[2] != "[DONE]"]
+
+
+class Heard(logging.Handler):
+    """Every line logged, and a way to wait for one without sleeping."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines, self._new = [], queue.Queue()
+
+    def emit(self, record):
+        self._new.put(f"{record.levelname} {record.getMessage()}" + (" +trace" if record.exc_info else ""))
+
+    def wait_for(self, text, within=WAIT):
+        """The first line with this text, heard or still to come."""
+        end = time.monotonic() + within
+        for line in self.lines:
+            if text in line:
+                return line
+        while (left := end - time.monotonic()) > 0:
+            with contextlib.suppress(queue.Empty):
+                self.lines.append(self._new.get(timeout=left))
+                if text in self.lines[-1]:
+                    return self.lines[-1]
+        raise AssertionError(f"{text!r} was not logged within {within} s, but:\n" + "\n".join(self.lines))
+
+    def all(self):
+        while not self._new.empty():
+            self.lines.append(self._new.get())
+        return "\n".join(self.lines)
+
+
+@pytest.fixture
+def heard():
+    logger, handler = logging.getLogger("aura_stream"), Heard()
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield handler
+    logger.setLevel(before)
+    logger.removeHandler(handler)
+
+
+def connect(aura, data=b""):
+    """A raw connection, with this sent on it."""
+    wire = socket.create_connection(("127.0.0.1", aura.port), WAIT)
+    wire.sendall(data)
+    return wire
+
+
+def get(path, *, version="1.1", headers=None):
+    """The bytes of a GET."""
+    lines = [f"GET {path} HTTP/{version}", "Host: localhost", "Authorization: Bearer t"]
+    lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
+    return "\r\n".join([*lines, "", ""]).encode()
+
+
+def read_until(wire, marker):
+    """What comes, up to and with the marker; to the end if there is none."""
+    data = b""
+    while marker is None or marker not in data:
+        piece = wire.recv(65536)
+        if not piece:
+            assert marker is None, data
+            return data
+        data += piece
+    return data
+
+
+def body_of(answer):
+    """The body of a whole chunked answer; a body that was cut is an IncompleteRead."""
+    head, _, rest = answer.partition(b"\r\n\r\n")
+    body, at = b"", 0
+    while True:
+        end = rest.find(b"\r\n", at)
+        if end < 0:
+            raise http.client.IncompleteRead(body)
+        size = int(rest[at:end], 16)
+        if size == 0:
+            return body
+        if len(rest) < end + 2 + size + 2:
+            raise http.client.IncompleteRead(body + rest[end + 2 : end + 2 + size])
+        body += rest[end + 2 : end + 2 + size]
+        at = end + 2 + size + 2
+
+
+def stream(aura, run_id, headers=None):
+    """The whole body of a run's stream."""
+    answer = httpx.get(f"{aura.url}/aura/analysis-runs/{run_id}/stream", headers={**BEARER, **(headers or {})}, timeout=WAIT)
+    assert answer.status_code == 200, answer.text
+    return answer.content
+
+
+def says(*names, pause=0.0):
+    """A run script that says these events."""
+    return [part for name in names for part in ({"event": {"event": name, "data": {"n": name}}}, {"sleep": pause})]
+
+
+def program(name):
+    """The path of a program; skips where it is missing, fails there under CI."""
+    found = shutil.which(name)
+    if not found and os.environ.get("CI") == "true":
+        pytest.fail(f"{name} is missing; .ci/run installs it")
+    return found or pytest.skip(f"{name} is not installed")
+
+
+class Answer:
+    """What an ASGI application answered."""
+
+    def __init__(self):
+        self.status_code, self.headers, self._data = 0, httpx.Headers(), bytearray()
+
+    async def get_data(self):
+        return bytes(self._data)
+
+    async def get_json(self):
+        return json.loads(self._data)
+
+
+class Client:
+    """Asks the application directly. (Quart-Trio's own client holds ten parts of an answer, and a stream has more.)"""
+
+    def __init__(self, app):
+        self._app = app
+
+    async def open(self, path, *, method="GET", headers=None, data=None, json=None):
+        answer, body = Answer(), globals()["json"].dumps(json).encode() if json is not None else data or b""
+        path, _, query = path.partition("?")
+        parts = [{"type": "http.request", "body": body, "more_body": False}]
+        scope = {
+            "type": "http", "http_version": "1.1", "method": method, "scheme": "http", "path": unquote(path), "root_path": "",
+            "raw_path": path.encode(), "query_string": query.encode(), "client": ("test", 1), "asgi": {"version": "3.0"},
+            "headers": [(name.lower().encode(), value.encode()) for name, value in {"Host": "localhost", **(headers or {})}.items()],
+        }  # fmt: skip
+
+        async def receive():
+            return parts.pop() if parts else await trio.sleep_forever()
+
+        async def send(message):
+            await trio.lowlevel.checkpoint()
+            if message["type"] == "http.response.start":
+                answer.status_code, answer.headers = message["status"], httpx.Headers(list(message["headers"]))
+            else:
+                answer._data += message["body"]
+
+        await self._app(scope, receive, send)
+        return answer
+
+    def __getattr__(self, method):
+        return lambda path, **more: self.open(path, method=method.upper(), **more)
+
+
+@contextlib.asynccontextmanager
+async def in_memory(**fields):
+    """The application without a socket: its client, its hub, its script time, itself."""
+    settings = Settings(**fields)
+    async with trio.open_nursery() as nursery:
+        script_time, hub = Time(), Hub(settings, nursery)
+        app = create_app(settings, hub, script_time)
+        yield Client(app), hub, script_time, app
+        nursery.cancel_scope.cancel()
+
+
+def facts(script_time, run_id="r1", phase="phase2", **more):
+    return Facts(run_id, "85116", None, phase, more.pop("body", {}), script_time, **more)
+
+
+async def played(script, *, run=None, settings=None, after=0, cut_at=None):
+    """What a delivery writes, and its entry; cut off after so many bytes if told so."""
+    entry = Entry("GET", "/", "test:1", "id", kind="stream", resumed_after=after)
+    written, heads = bytearray(), []
+
+    async def send(message):
+        await trio.lowlevel.checkpoint_if_cancelled()
+        if message["type"] == "http.response.start":
+            heads.append(message)
+        else:
+            written.extend(message["body"])
+        if cut_at is not None and len(written) >= cut_at:
+            scope.cancel()
+
+    with trio.CancelScope() as scope:
+        delivery = Delivery(script, entry, run.facts.time if run else Time(), settings or Settings(), run)
+        await delivery.deliver(send)
+    return bytes(written[:cut_at]), entry, heads
+
+
+ORDINARY = aura_stream.ordinary_stream(Settings())
+
+
+# ═══ 1  Settings ════════════════════════════════════════════════════════════════════════════════
+
+
+def test_a_flag_beats_its_variable_which_beats_the_default():
+    assert Settings.read({}, {}).port == 9000
+    assert Settings.read({}, {"AURA_PORT": "1"}).port == 1
+    assert Settings.read({"port": "2"}, {"AURA_PORT": "1"}).port == 2
+    assert Settings.read({}, {"SSE_ENABLE_LAST_EVENT_ID": "false"}).event_ids is False
+    assert Settings.read({}, {"DEMO_OFF": "TRUE"}).demo_off is True
+
+
+@pytest.mark.parametrize(("flags", "environment", "sentence"), [
+    ({"port": "x"}, {}, "--port must be a whole number, not 'x'"),
+    ({"port": "70000"}, {}, "--port must be at most 65535, not 70000"),
+    ({"grace": "-1"}, {}, "--grace must be 0 or more, not -1.0"),
+    ({"grace": "nan"}, {}, "--grace must be 0 or more, not nan"),
+    ({"auth": "maybe"}, {}, "--auth must be on or off, not 'maybe'"),
+    ({}, {"DEMO_OFF": "perhaps"}, "DEMO_OFF must be true or false, not 'perhaps'"),
+    ({}, {"SSE_HEARTBEAT_INTERVAL": "often"}, "SSE_HEARTBEAT_INTERVAL must be a number, not 'often'"),
+])  # fmt: skip
+def test_a_wrong_setting_is_one_sentence_that_names_it(flags, environment, sentence):
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        Settings.read(flags, environment)
+
+
+# ═══ 2  Events ══════════════════════════════════════════════════════════════════════════════════
+
+
+@pytest.mark.parametrize(("name", "data", "block"), [
+    ("step", {"percent": 10}, b'event: step\ndata: {"percent": 10}\n\n'),
+    ("", "text", b"data: text\n\n"),
+    ("a", "one\ntwo\r\nthree\rfour", b"event: a\ndata: one\ndata: two\ndata: three\ndata: four\n\n"),
+    ("a", "\u2028\x0b\x0c\x1c", "event: a\ndata: \u2028\x0b\x0c\x1c\n\n".encode()),
+    ("a", {"k": "증거"}, 'event: a\ndata: {"k": "증거"}\n\n'.encode()),
+    ("a", {"k": "\ud800"}, b'event: a\ndata: {"k": "\\ud800"}\n\n'),
+    ("a", "", b"event: a\ndata: \n\n"),
+])  # fmt: skip
+def test_an_event_has_exactly_these_bytes(name, data, block):
+    assert Event(name, data).block == block
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\rb", "a\r\nid: 9", "a\0"])
+def test_a_name_cannot_forge_a_line(name):
+    with pytest.raises(ValueError, match="one line without NUL"):
+        Event(name, "x")
+
+
+def test_comments_and_done_have_their_famous_lengths():
+    assert comment("connected") == b": connected\n\n"
+    assert len(comment("connected")) == 13
+    assert len(DONE) == 14
+    assert comment("a\nb") == b": a\n: b\n\n"
+
+
+any_text = st.text(st.characters(codec=None), max_size=40) | st.sampled_from(["\r", "\r\n", "\ufeff", "\0", "\x85", "\ud800"])
+any_json = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False) | any_text,
+    lambda inside: st.lists(inside, max_size=3) | st.dictionaries(any_text, inside, max_size=3), max_leaves=8,
+)  # fmt: skip
+
+
+@given(st.lists(any_json.filter(lambda value: not isinstance(value, str)), max_size=5))
+def test_what_a_client_parses_is_what_the_analysis_said(values):
+    log = Log(ids=True)
+    for value in values:
+        log.append(Event("said", value))
+    data, last = log.read(0) if values else (b"", 0)
+    found = Parser().feed(data).events
+    assert [json.loads(text) for _, _, text in found] == values
+    assert [int(number) for number, _, _ in found] == list(range(1, last + 1))
+
+
+@given(any_text)
+def test_text_arrives_line_by_line(text):
+    heard_text = [data for _, _, data in Parser().feed(b": connected\n\n" + Event("t", text).block).events]
+    lines = re.split("\r\n|\r|\n", text)
+    assert heard_text == ["\n".join(lines).encode("utf-8", "backslashreplace").decode()]
+
+
+# ═══ 3  Time ════════════════════════════════════════════════════════════════════════════════════
+
+
+async def test_script_time_moves_by_hand_and_wakes_what_is_due(autojump_clock):
+    script_time, woken = Time(), []
+
+    async def sleeper(seconds):
+        await script_time.sleep(seconds)
+        woken.append(seconds)
+
+    start = trio.current_time()
+    async with trio.open_nursery() as nursery:
+        for seconds in (10, 20, 1000):
+            nursery.start_soon(sleeper, seconds)
+        await trio.testing.wait_all_tasks_blocked()
+        script_time.advance(15)
+        await trio.testing.wait_all_tasks_blocked()
+        assert woken == [10]
+        assert trio.current_time() == start
+    assert woken == [10, 20, 1000]
+    assert trio.current_time() - start == pytest.approx(985)
+
+
+async def test_a_limit_is_a_deadline_in_script_time(autojump_clock):
+    script_time = Time()
+    with script_time.limit(5) as scope:
+        await trio.sleep_forever()
+    assert scope.cancelled_caught
+    assert script_time._waiting == {}
+
+
+# ═══ 4  Scripts ═════════════════════════════════════════════════════════════════════════════════
+
+
+MISTAKES = [
+    ("run", {}, "run", "a script is a list of steps"),
+    ("run", [{"slep": 1}], "run[0]", "unknown step 'slep'; did you mean 'sleep'?"),
+    ("run", ["zzz"], "run[0]", "unknown step 'zzz' (there are: event, fail, ordinary, repeat, sleep)"),
+    ("run", [5], "run[0]", "a step is a verb"),
+    ("run", [{}], "run[0]", "a step is a verb"),
+    ("run", [{"sleep": 1, "fail": "x"}], "run[0]", "one verb in a step, not 'sleep' and 'fail'"),
+    ("run", [{"relay": "all"}], "run[0]", "'relay' belongs in a stream script"),
+    ("stream", [{"fail": "x"}], "stream[0]", "'fail' belongs in a run script"),
+    ("run", ["sleep"], "run[0]", "'sleep' needs an argument"),
+    ("run", [{"sleep": -1}], "run[0]", "'sleep' takes a number from 0"),
+    ("run", [{"sleep": True}], "run[0]", "'sleep' takes a number from 0"),
+    ("run", [{"sleep": [2, 1]}], "run[0]", "a at most b"),
+    ("run", [{"sleep": 1, "pad": 3}], "run[0]", "'sleep' has no 'pad'"),
+    ("run", [{"event": "x"}], "run[0]", "'event' takes an object"),
+    ("run", [{"event": {"event": "x"}}], "run[0]", "'event' needs 'data'"),
+    ("run", [{"event": {"event": "x\ny", "data": 1}}], "run[0]", "one line without NUL"),
+    ("run", [{"event": {"event": "x", "data": 1, "dta": 2}}], "run[0]", "has no 'dta'; did you mean 'data'?"),
+    ("run", [{"fail": {"stage": "rag"}}], "run[0]", "'fail' needs 'error'"),
+    ("run", [{"fail": {"error": 5}}], "run[0]", "'fail' 'error' takes a text, not 5"),
+    ("run", [{"repeat": 2, "steps": [{"sleep": 1}, {"slep": 1}]}], "run[0].steps[1]", "did you mean 'sleep'?"),
+    ("run", [{"repeat": 2, "steps": 5}], "run[0]", "'repeat' 'steps' takes a list"),
+    ("run", [{"repeat": 1.5}], "run[0]", "'repeat' takes a whole number"),
+    ("run", [{"repeat": 10**9, "steps": []}], "run[0]", "whole number from 0 to 1e+06"),
+    ("run", [{"repeat": 1001, "steps": [{"repeat": 1000}]}], "run", "more than 1,000,000 turns"),
+    ("run", [{"repeat": 600_000}, {"repeat": 600_000}], "run", "more than 1,000,000 turns"),
+    ("stream", [{"open": {"status": 99}}], "stream[0]", "'open' 'status' takes a whole number from 200 to 599"),
+    ("stream", [{"open": {"headers": {"a b": "c"}}}], "stream[0]", "no name a header can have"),
+    ("stream", [{"open": {"headers": {"a": "b\r\nc: d"}}}], "stream[0]", "visible ASCII"),
+    ("stream", [{"relay": "some"}], "stream[0]", "takes \"all\", a number of events or"),
+    ("stream", [{"relay": {"until": 5}}], "stream[0]", "takes \"all\""),
+    ("stream", [{"relay": 1, "every": -1}], "stream[0]", "'every' takes a number"),
+    ("stream", [{"heartbeat": "sometimes"}], "stream[0]", "seconds above 0 or \"never\""),
+    ("stream", [{"heartbeat": 0}], "stream[0]", "seconds above 0"),
+    ("stream", [{"comment": 5}], "stream[0]", "'comment' takes a text, not 5"),
+    ("stream", [{"raw": None}], "stream[0]", "'raw' takes a text, not null"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("place", "script", "at", "hint"), MISTAKES)
+def test_a_mistake_names_its_place_and_says_what_helps(place, script, at, hint):
+    with pytest.raises(Mistake) as mistake:
+        parse_script(script, place)
+    assert mistake.value.at == at
+    assert hint in mistake.value.hint
+
+
+@pytest.mark.parametrize(("value", "hint"), [
+    ("x", "takes an object"), ({}, "needs 'name'"), ({"name": "A"}, "1 to 64 of a-z"),
+    ({"name": "a", "steam": []}, "did you mean 'stream'?"), ({"name": "a", "seed": []}, "'seed' takes"),
+    ({"name": "a", "doc": 1}, "'doc' takes a text"), ({"name": "a", "run": 1}, "a script is a list"),
+])  # fmt: skip
+def test_a_scenario_is_checked_whole(value, hint):
+    with pytest.raises(Mistake, match=re.escape(hint)):
+        parse_scenario(value)
+
+
+def test_every_verb_is_a_method_where_it_may_stand():
+    players = {"run": aura_stream.Performance, "stream": Delivery}
+    for name, verb in VERBS.items():
+        for place in verb.places:
+            assert callable(getattr(players[place], name)), (name, place)
+
+
+def test_templates_fill_five_names_and_nothing_else():
+    player = aura_stream.Player(Time(), {"runId": "r", "caseId": "c", "tenantId": ""}, "seed")
+    player._turn = 7
+    assert player.fill("{runId} {caseId} {n} {{n} {other} }}") == "r c 7 {n} {other} }}"
+    assert player.fill({"{runId}": ["{tenantId}", 5, None]}) == {"r": ["", 5, None]}
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT.*\+00:00", player.fill("{now}"))
+
+
+def test_a_range_is_drawn_from_the_seed():
+    def drawn(seed):
+        player = aura_stream.Player(Time(), {}, seed)
+        return [player.draw([1, 2]) for _ in range(3)]
+
+    assert drawn("a") == drawn("a") != drawn("b")
+    assert all(1 <= seconds <= 2 for seconds in drawn("a"))
+
+
+def said_by(script):
+    return [(step["event"]["event"], step["event"]["data"]) for step in script if "event" in step]
+
+
+def test_phase2_says_what_the_contract_says():
+    events = said_by(aura_stream.phase2(facts(Time())))
+    steps = [data["label"] for name, data in events if name == "step"]
+    assert [name for name, _ in events] == (
+        ["started", "step", "step", "evidence", "step", "confidence", "step", "step", "proposal", "proposal", "completed"]
+    )
+    assert steps == ["INPUT_NORM", "EVIDENCE_GATHER", "RULE_SCORING", "LLM_REASONING", "PROPOSALS"]
+    assert [item["type"] for item in dict(events)["evidence"]["items"]] == ["CASE", "DOC_HEADER", "OPEN_ITEMS", "LINEAGE"]
+    assert dict(events)["confidence"] == {"anomalyScore": 0.5, "patternMatch": 0.7, "ruleCompliance": 0.85, "overall": 0.67}
+    assert dict(events)["completed"]["score"] == pytest.approx(0.665)
+    assert dict(events)["completed"]["severity"] == "MEDIUM"
+
+
+@pytest.mark.parametrize(("evidence", "anomaly", "proposals"), [
+    ({"amount": 1_000_000}, 0.5, 2), ({"amount": 10**300}, 0.95, 2), ({"amount": 0}, 0.3, 1),
+    ({"amount": "5", "totalAmount": 1_500_000}, 0.6, 2), ({"amount": True}, 0.5, 2), ({"amount": -5}, 0.3, 1),
+    ({"document": {"header": {"amount": 2_000_000}}}, 0.7, 2), ({"document": []}, 0.5, 2),
+])  # fmt: skip
+def test_confidence_and_proposals_follow_the_amount(evidence, anomaly, proposals):
+    events = said_by(aura_stream.phase2(facts(Time(), body={"evidence": evidence})))
+    assert dict(events)["confidence"]["anomalyScore"] == anomaly
+    assert [name for name, _ in events].count("proposal") == proposals
+
+
+def test_evidence_lists_what_the_request_brought_and_at_most_thirty():
+    evidence = {"document": {"header": {"a": "{runId}"}, "items": [1, 2]}, "openItems": [1, 2, 3], "lineage": {"a": 1},
+                "partyIds": ["p"], "policies": [1, 2]}  # fmt: skip
+    items = dict(said_by(aura_stream.phase2(facts(Time(), body={"evidence": evidence}))))["evidence"]["items"]
+    assert [item["type"] for item in items] == (
+        ["DOC_HEADER", "DOC_ITEM", "DOC_ITEM", "OPEN_ITEMS", "LINEAGE", "PARTY_IDS", "POLICIES"]
+    )
+    assert [item["count"] for item in items if "count" in item] == [3, 1, 1, 2]
+    assert items[0]["content"] == {"a": "{{runId}"}, "braces from outside are no template"
+    many = dict(said_by(aura_stream.phase2(facts(Time(), body={"evidence": {"document": {"items": [1] * 99}}}))))
+    assert len(many["evidence"]["items"]) == 30
+
+
+@pytest.mark.parametrize(("fail", "expected"), [
+    (None, [20, 45, 45, 70, 70, 80, 95]), ("rag", [20]), ("llm", [20, 45, 45, 70]),
+])  # fmt: skip
+def test_phase3_says_what_the_contract_says(fail, expected):
+    script = aura_stream.phase3(facts(Time(), phase="phase3", test_fail=fail))
+    assert [data["percent"] for _, data in said_by(script) if "percent" in data] == expected
+    if fail:
+        error = {"error": f"Simulated {fail.upper()} failure (X-Aura-Test-Fail: {fail})", "stage": fail}
+        assert script[-1] == {"fail": error}
+
+
+# ═══ 5  Journal ═════════════════════════════════════════════════════════════════════════════════
+
+
+def test_a_value_from_outside_cannot_forge_a_log_line():
+    assert safe("a\nINFO forged\u2028\x1b[2J") == "a\\nINFO forged\\u2028\\x1b[2J"
+    assert len(safe("x" * 1000)) == 200
+    assert safe("한글") == "한글"
+
+
+def test_the_first_ending_counts():
+    entry = Entry("GET", "/", "c", "i")
+    entry.finish("server", "drop", "on purpose")
+    entry.finish("client", "disconnect", "seemed to leave")
+    assert entry.end == ("server", "drop", "on purpose")
+
+
+# ═══ 6  Runs ════════════════════════════════════════════════════════════════════════════════════
+
+
+@contextlib.asynccontextmanager
+async def hub_for(**fields):
+    async with trio.open_nursery() as nursery:
+        yield Hub(Settings(**fields), nursery)
+        nursery.cancel_scope.cancel()
+
+
+def scenario(*steps, **more):
+    return parse_scenario({"name": "test", "run": list(steps), **more})
+
+
+def said(run):
+    return [(name, data) for name, data in run.log.events()]
+
+
+async def ended(run):
+    while not run.ended:
+        await run.log.news()
+    return run
+
+
+async def test_every_event_passes_the_channel(autojump_clock):
+    run = aura_stream.Run(facts(Time()), scenario(*says("a", "b"), {"fail": "no"}), Settings())
+    sending, receiving = trio.open_memory_channel(aura_stream.CHANNEL)
+    await aura_stream.perform(run, aura_stream.scripted(run.scenario), sending)
+    assert run.log.last == 0, "nobody takes events out of the channel, so the log stands still"
+    with receiving:
+        await aura_stream.transcribe(run, receiving, lambda run: None)
+    assert [name for name, _ in said(run)] == ["a", "b", "failed"]
+
+
+async def test_a_full_channel_makes_the_analysis_wait():
+    run = aura_stream.Run(facts(Time()), scenario({"repeat": 1000, "steps": says("a")}), Settings())
+    sending, receiving = trio.open_memory_channel(aura_stream.CHANNEL)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(aura_stream.perform, run, aura_stream.scripted(run.scenario), sending)
+        await trio.testing.wait_all_tasks_blocked()
+        assert receiving.statistics().current_buffer_used == aura_stream.CHANNEL
+        assert run.speaking
+        await aura_stream.transcribe(run, receiving, lambda run: None)
+    assert run.log.last == 1000
+
+
+async def test_viewers_are_told_once_for_a_whole_batch():
+    run = aura_stream.Run(facts(Time()), scenario({"repeat": 200, "steps": says("a")[:1]}), Settings())
+    announced = []
+    run.log.announce = lambda **end: announced.append(run.log.last)
+    await aura_stream.conduct(run, aura_stream.scripted(run.scenario), lambda run: None)
+    assert announced[-1] == 200
+    assert len(announced) < 20
+
+
+FAILED2 = {"stage": "pipeline", "code": "ANALYSIS_PIPELINE", "retryable": True}
+
+
+@pytest.mark.parametrize(("phase", "data"), [
+    ("phase2", {"error": "no luck", **FAILED2}),
+    ("phase3", {"runId": "r1", "status": "failed", "error": {"message": "no luck", "stage": "pipeline"}, "retryable": True}),
+])  # fmt: skip
+async def test_a_failure_is_the_last_event_in_the_shape_of_its_phase(phase, data, heard):
+    async with hub_for() as hub:
+        run = await ended(hub.start(facts(Time(), phase=phase), scenario(*says("a"), {"fail": "no luck"})))
+        assert said(run) == [("a", {"n": "a"}), ("failed", data)]
+        assert run.status == "failed"
+    assert heard.wait_for("analysis failed run_id=r1 case_id=85116 stage=pipeline").endswith("+trace")
+
+
+async def test_an_analysis_that_crashes_takes_nothing_with_it(autojump_clock):
+    request = httpx.Request("GET", "http://llm.local/v1")
+    upstream = httpx.HTTPStatusError("bad gateway", request=request, response=httpx.Response(502, request=request))
+    crashes = [ValueError("row 5"), upstream, ExceptionGroup("many", [KeyError("x")]), SystemExit(3), MemoryError()]
+    expected = ["ValueError: row 5", "HTTPStatusError: bad gateway (url http://llm.local/v1) (status 502)",
+                "KeyError: 'x'", "SystemExit: 3", "MemoryError: "]  # fmt: skip
+
+    async def analysis(its_facts, sending):
+        await sending.send(Event("started", {}))
+        raise crashes[int(its_facts.run_id)]
+
+    async with hub_for() as hub:
+        runs = [hub.start(facts(Time(), str(n)), scenario(), analysis) for n in range(len(crashes))]
+        for run, text in zip(runs, expected, strict=True):
+            await ended(run)
+            assert [name for name, _ in said(run)] == ["started", "failed"]
+            assert said(run)[-1][1]["error"] == text
+
+
+async def test_an_analysis_that_fails_in_its_own_nursery_is_still_only_its_run(autojump_clock):
+    async def child():
+        raise ValueError("child")
+
+    async def analysis(its_facts, sending):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(child)
+            await trio.sleep_forever()
+
+    async with hub_for() as hub:
+        run = await ended(hub.start(facts(Time()), scenario(), analysis))
+        assert said(run)[-1][1]["error"] == "ValueError: child"
+
+
+async def test_a_cancelled_run_says_why_and_loses_nothing_it_had_said(autojump_clock):
+    async with hub_for() as hub:
+        run = hub.start(facts(Time()), scenario(*says("a", "b"), {"sleep": 1000}))
+        await trio.testing.wait_all_tasks_blocked()
+        run.cancel(Failure("because", stage="cancelled", retryable=False))
+        await ended(run)
+        assert [name for name, _ in said(run)] == ["a", "b", "failed"]
+        assert said(run)[-1][1] == {"error": "because", "stage": "cancelled", "code": "ANALYSIS_CANCELLED", "retryable": False}
+        assert run.status == "cancelled"
+        run.cancel(Failure("again", stage="shutdown"))
+        assert run.status == "cancelled"
+
+
+async def test_the_reason_of_a_cancel_reaches_the_analysis(autojump_clock):
+    reasons = []
+
+    async def analysis(its_facts, sending):
+        try:
+            await trio.sleep_forever()
+        except trio.Cancelled as cancelled:
+            reasons.append(cancelled.reason)
+            raise
+
+    async with hub_for() as hub:
+        run = hub.start(facts(Time()), scenario(), analysis)
+        await trio.testing.wait_all_tasks_blocked()
+        run.cancel(Failure("the tea is ready", stage="cancelled"))
+        await ended(run)
+    assert reasons == ["the tea is ready"]
+
+
+async def test_a_cancel_that_comes_too_late_changes_nothing(autojump_clock):
+    async def analysis(its_facts, sending):
+        await sending.send(Event("completed", {}))
+        run.cancel(Failure("too late", stage="cancelled"))
+
+    async with hub_for() as hub:
+        run = hub.start(facts(Time()), scenario(), analysis)
+        await ended(run)
+        assert [name for name, _ in said(run)] == ["completed"]
+        assert run.status == "completed"
+
+
+async def test_a_silent_run_fails_truthfully_at_its_idle_timeout(autojump_clock, heard):
+    async with hub_for(idle_timeout=300) as hub:
+        start = trio.current_time()
+        run = await ended(hub.start(facts(Time()), scenario(*says("a"), {"sleep": 299}, *says("b"), {"sleep": 9999})))
+        assert trio.current_time() - start == pytest.approx(599)
+        assert [name for name, _ in said(run)] == ["a", "b", "failed"]
+        assert said(run)[-1][1]["stage"] == "timeout"
+        assert run.status == "failed"
+    heard.wait_for("WARNING analysis_run_stream: get_event returned None run_id=r1 (no event for 300s)")
+    heard.wait_for("WARNING EventSource connection timeout")
+
+
+async def test_a_sending_end_that_somebody_kept_does_not_keep_the_run(autojump_clock):
+    kept = []
+
+    async def analysis(its_facts, sending):
+        kept.append(sending.clone())
+        await sending.send(Event("completed", {}))
+
+    async with hub_for(idle_timeout=5) as hub:
+        run = await ended(hub.start(facts(Time()), scenario(), analysis))
+        assert (run.status, [name for name, _ in said(run)]) == ("completed", ["completed"])
+        kept[0].close()
+
+
+async def test_the_log_keeps_to_its_limits_and_says_what_is_gone(autojump_clock, heard):
+    async with hub_for(max_run_events=10) as hub:
+        run = await ended(hub.start(facts(Time()), scenario({"repeat": 25, "steps": says("a")[:1]})))
+        assert (run.log.first, run.log.last) == (16, 25)
+        data, entry, _ = await played(ORDINARY, run=run)
+        events = parsed(data)
+        assert events[0] == ("15", "gap", '{"from": 1, "to": 15}')
+        assert [int(number) for number, _, _ in events[1:]] == list(range(16, 26))
+        resumed, _, _ = await played(ORDINARY, run=run, after=15)
+        assert "gap" not in [name for _, name, _ in parsed(resumed)]
+    assert heard.all().count("run_store: log full") == 1
+
+
+def test_a_log_trims_by_bytes_but_never_its_newest_event():
+    log = Log(ids=True)
+    for size in (100, 100, 100):
+        log.append(Event("", "x" * size))
+    assert not log.trim(events=10, size=1000)
+    assert log.trim(events=10, size=250)
+    assert (log.first, log.last) == (2, 3)
+    assert log.trim(events=10, size=1)
+    assert (log.first, log.last) == (3, 3)
+    assert log.read(2)[0].startswith(b"id: 3\ndata: xxx")
+
+
+def test_a_piece_is_64_kib_or_one_event():
+    log = Log(ids=True)
+    for size in (60_000, 6_000, 200_000, 10):
+        log.append(Event("", "x" * size))
+    places = [0]
+    while places[-1] < 4:
+        places.append(log.read(places[-1])[1])
+    assert places == [0, 1, 2, 3, 4]
+    assert log.read(4) == (b"", 4)
+    assert log.read(0, most=1)[1] == 1
+
+
+async def test_all_logs_together_have_a_limit(autojump_clock):
+    big = {"repeat": 10, "steps": [{"event": {"data": "x" * 1000}}]}
+    async with hub_for(max_log_bytes=25_000) as hub:
+        for number in range(4):
+            await ended(hub.start(facts(Time(), str(number)), scenario(big)))
+        assert [hub.find(str(number)) is None for number in range(4)] == [True, True, False, False]
+        assert hub._held == sum(hub.find(str(number)).log.size for number in (2, 3))
+        live = hub.start(facts(Time(), "live"), scenario({"repeat": 100, "steps": big["steps"]}, {"sleep": 1}))
+        await trio.testing.wait_all_tasks_blocked()
+        assert hub._held <= 25_000
+        assert live.log.first > 1
+
+
+async def test_the_first_to_end_is_the_first_to_be_forgotten(autojump_clock, heard):
+    async with hub_for(max_ended_runs=2) as hub:
+        for number in range(3):
+            await ended(hub.start(facts(Time(), str(number)), scenario()))
+        assert hub.find("0") is None
+        assert hub.was_here("0", tenant=None)
+        assert hub.find("1") is not None
+    heard.wait_for("run_store: queue removed run_id=0")
+
+
+async def test_an_ended_run_is_kept_for_its_retention(autojump_clock):
+    async with hub_for(retention=3600) as hub:
+        await ended(hub.start(facts(Time()), scenario()))
+        await trio.sleep(3599)
+        assert hub.find("r1") is not None
+        await trio.sleep(2)
+        assert hub.find("r1") is None
+        assert hub._held == 0
+
+
+# ═══ 7  Deliveries ══════════════════════════════════════════════════════════════════════════════
+
+
+async def test_the_ordinary_stream_is_its_script(autojump_clock):
+    async with hub_for() as hub:
+        run = hub.start(facts(Time()), Scenario("ok"))
+        data, entry, heads = await played(ORDINARY, run=run)
+    assert data.startswith(b": connected\n\nid: 1\nevent: started\n")
+    assert data.endswith(b"data: [DONE]\n\n")
+    assert (entry.bytes, entry.events, entry.last_id_sent) == (len(data), 11, 11)
+    assert entry.end == ("server", "end", "the script ended")
+    assert heads[0]["status"] == 200
+    assert heads[0]["headers"][:4] == [
+        (b"content-type", b"text/event-stream; charset=utf-8"),
+        (b"cache-control", b"no-cache, no-store, no-transform"),
+        (b"connection", b"keep-alive"), (b"x-accel-buffering", b"no"),
+    ]  # fmt: skip
+
+
+async def test_a_heartbeat_comes_after_every_quiet_interval_and_only_then(autojump_clock):
+    async with hub_for() as hub:
+        steps = [{"sleep": 95}, *says("a"), {"sleep": 29}, *says("b"), {"sleep": 31}, *says("c")]
+        run = hub.start(facts(Time()), scenario(*steps))
+        data, entry, _ = await played(ORDINARY, run=run)
+    assert data.split(b"id: 1")[0] == b": connected\n\n" + 3 * b": heartbeat\n\n"
+    between = data.split(b"id: 2")[1].split(b"id: 3")[0]
+    assert data.split(b"id: 1")[1].split(b"id: 2")[0].count(b"heartbeat") == 0
+    assert between.count(b": heartbeat") == 1
+    assert entry.heartbeats == 4
+
+
+async def test_script_time_drives_heartbeats_and_idle_timeouts(autojump_clock):
+    script_time = Time()
+    async with hub_for() as hub:
+        run = hub.start(facts(script_time), scenario({"sleep": 10**6}))
+        async with trio.open_nursery() as nursery:
+            start = trio.current_time()
+            nursery.start_soon(played, ORDINARY)
+            await trio.testing.wait_all_tasks_blocked()
+            script_time.advance(300)
+            await ended(run)
+            assert trio.current_time() == start
+
+
+@pytest.mark.parametrize(("relay", "expected"), [
+    ({"relay": "all"}, [1, 2, 3, 4]), ({"relay": 2}, [1, 2]), ({"relay": {"until": "c"}}, [1, 2, 3]),
+    ({"relay": 0}, []), ({"relay": 9}, [1, 2, 3, 4]), ({"relay": "all", "every": 1}, [1, 2, 3, 4]),
+])  # fmt: skip
+async def test_relay_delivers_the_portion_it_names(relay, expected, autojump_clock):
+    async with hub_for() as hub:
+        run = await ended(hub.start(facts(Time()), scenario(*says(*"abcd"))))
+        data, _, _ = await played(parse_script([relay], "stream"), run=run)
+    assert [int(number) for number, _, _ in parsed(data)] == expected
+
+
+async def test_relay_paces_and_gives_up_as_told(autojump_clock):
+    async with hub_for() as hub:
+        run = hub.start(facts(Time()), scenario(*says(*"abcd"), {"sleep": 100}, *says("e")))
+        start = trio.current_time()
+        script = parse_script([{"relay": "all", "every": 10, "within": 50}, {"comment": "gave up"}], "stream")
+        data, _, _ = await played(script, run=run)
+        assert trio.current_time() - start == pytest.approx(80)
+    assert [name for _, name, _ in parsed(data)] == list("abcd")
+    assert data.endswith(b": gave up\n\n")
+
+
+async def test_a_stream_script_needs_no_log_to_play():
+    script = parse_script([{"open": {"status": 503, "headers": {"Retry-After": "7"}, "body": {"a": 1}}}], "stream")
+    data, entry, heads = await played(script)
+    assert (data, entry.status) == (b'{"a": 1}', 503)
+    assert (b"retry-after", b"7") in heads[0]["headers"]
+    assert (b"content-type", b"application/json") in heads[0]["headers"]
+
+
+async def test_a_null_header_removes_a_default():
+    script = parse_script([{"open": {"headers": {"X-Accel-Buffering": None}}}, {"raw": "data: x\n\n"}], "stream")
+    data, _, heads = await played(script)
+    assert data == b"data: x\n\n"
+    assert b"x-accel-buffering" not in dict(heads[0]["headers"])
+
+
+async def test_without_ids_nothing_on_the_wire_has_one(autojump_clock):
+    async with hub_for(event_ids=False, max_run_events=2) as hub:
+        run = await ended(hub.start(facts(Time()), scenario(*says("a", "b", "c"))))
+        data, _, _ = await played(ORDINARY, run=run)
+    assert b"id:" not in data
+    assert data.count(b"event: gap") == 1
+
+
+async def test_retry_is_sent_if_asked_for():
+    data, _, _ = await played(aura_stream.ordinary_stream(Settings(retry_ms=1500)))
+    assert data.startswith(b": connected\n\nretry: 1500\n\n")
+
+
+async def test_cut_at_every_byte_and_resumed_a_stream_loses_and_doubles_nothing(autojump_clock):
+    async with hub_for() as hub:
+        run = await ended(hub.start(facts(Time()), Scenario("ok")))
+        whole, _, _ = await played(ORDINARY, run=run)
+        assert len(parsed(whole)) == 11
+        for offset in range(len(whole) + 1):
+            seen = Parser().feed(whole[:offset])
+            first = [event for event in seen.events if event[2] != "[DONE]"]
+            after = resume_point(first[-1][0] if first else None, run.log.last)
+            rest, _, _ = await played(ORDINARY, run=run, after=after)
+            assert first + parsed(rest) == parsed(whole), offset
+
+
+cuts = st.lists(st.integers(0, 400), max_size=4)
+
+
+@hypothesis_settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.tuples(st.sampled_from(["a", "step", ""]), any_json, st.sampled_from([0, 0, 0.5, 40])), max_size=30),
+    st.lists(st.tuples(st.sampled_from([0, 0.3, 7]), cuts), min_size=1, max_size=3),
+)
+def test_any_viewer_of_any_run_cut_anywhere_sees_the_whole_log(events, viewers):
+    steps = [part for name, data, pause in events
+             for part in ({"event": {"event": name, "data": aura_stream.literal(data)}}, {"sleep": pause})]  # fmt: skip
+    results = []
+
+    async def view(run, delay, cut_points):
+        await trio.sleep(delay)
+        got = []
+        for cut in [*cut_points, None]:
+            last = got[-1][0] if got else None
+            data, _, _ = await played(ORDINARY, run=run, after=resume_point(last, run.log.last), cut_at=cut)
+            got += parsed(data)
+        results.append(got)
+
+    async def everything():
+        async with hub_for() as hub, trio.open_nursery() as nursery:
+            run = hub.start(facts(Time()), parse_scenario({"name": "t", "run": steps}))
+            for delay, cut_points in viewers:
+                nursery.start_soon(view, run, delay, cut_points)
+
+    trio.run(everything, clock=trio.testing.MockClock(autojump_threshold=0))
+    assert len(results) == len(viewers)
+    for got in results:
+        assert [int(number) for number, _, _ in got] == list(range(1, len(events) + 1))
+        assert [name for _, name, _ in got] == [name or "message" for name, _, _ in events]
+
+
+# ═══ 8  Contract ════════════════════════════════════════════════════════════════════════════════
+
+
+@pytest.mark.parametrize(("text", "last", "place"), [
+    (None, 9, 0), ("", 9, 0), ("3", 9, 3), ("r1_3", 9, 3), ("a_b_3", 9, 3), ("9", 9, 9), ("10", 9, 0), ("-1", 9, 0),
+    ("abc", 9, 0), ("3x", 9, 0), ("٣", 9, 0), ("9" * 5000, 9, 0), ("1.5", 9, 0), (" 3", 9, 0), ("x\n_2", 9, 2),
+])  # fmt: skip
+def test_where_a_resume_goes_on(text, last, place):
+    assert resume_point(text, last) == place
+
+
+BAD_BODIES = [
+    ("[]", ["body"]), ("5", ["body"]), ('"x"', ["body"]), ("null", ["body"]), ("{", ["body"]), ('{"a": NaN}', ["body"]),
+    ("\xff", ["body"]), ("[" * 2000 + "]" * 2000, ["body"]), ('{"a":' * 70 + "1" + "}" * 70, ["body"]),
+    ('{"runId": {}}', ["body", "runId"]), ('{"runId": true}', ["body", "runId"]), ('{"runId": "a/b"}', ["body", "runId"]),
+    ('{"runId": "a\\nb"}', ["body", "runId"]), (json.dumps({"runId": "x" * 201}), ["body", "runId"]),
+    ('{"evidence": []}', ["body", "evidence"]), ('{"mode": 5}', ["body", "mode"]), ('{"options": "x"}', ["body", "options"]),
+    ('{"requestedBy": {}}', ["body", "requestedBy"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "loc"), BAD_BODIES)
+async def test_a_bad_body_is_a_422_that_names_the_field(body, loc):
+    async with in_memory() as (client, hub, _, _):
+        answer = await client.post("/aura/cases/1/analysis-runs", headers=BEARER, data=body.encode("latin-1"))
+        assert answer.status_code == 422, await answer.get_data()
+        detail = (await answer.get_json())["detail"][0]
+        assert detail["loc"] == loc
+        assert set(detail) == {"loc", "msg", "type"}
+        assert hub.live == 0
+
+
+@pytest.mark.parametrize(("options", "status"), [
+    ({"ragTopK": 20, "temperature": 0.5, "promptVersion": "v"}, 202), ({"ragTopK": 21}, 422), ({"ragTopK": 1.5}, 422),
+    ({"temperature": 1.1}, 422), ({"promptVersion": 5}, 422), ({"unknown": 1}, 202), (None, 202),
+])  # fmt: skip
+async def test_phase3_options_have_their_ranges(options, status):
+    async with in_memory() as (client, _, _, _):
+        answer = await client.post("/aura/internal/cases/1/analysis-runs", headers=BEARER, json={"options": options})
+        assert answer.status_code == status
+
+
+@pytest.mark.parametrize(("headers", "query", "detail"), [
+    ({}, "", "Missing authorization header"), ({"Authorization": ""}, "", "Missing authorization header"),
+    ({"Authorization": "Basic x"}, "", "Invalid authorization header format"),
+    ({"Authorization": "Bearer "}, "", "Invalid authorization header format"),
+    ({"Authorization": "Bearer"}, "?access_token=x", "Invalid authorization header format"),
+    ({}, "?access_token=", "Missing authorization header"),
+    ({"Authorization": "bearer x"}, "", None), ({}, "?access_token=x", None),
+])  # fmt: skip
+async def test_any_bearer_is_enough_and_none_is_a_401(headers, query, detail, heard):
+    async with in_memory() as (client, _, _, _):
+        for path in ("/aura/cases/1/analysis", "/aura/analysis-runs/none/stream"):
+            answer = await client.get(path + query, headers=headers)
+            assert answer.status_code == (404 if detail is None else 401)
+            if detail:
+                assert (await answer.get_json())["detail"] == detail
+                assert answer.headers["WWW-Authenticate"] == "Bearer"
+    assert "access_token" not in heard.all()
+
+
+async def test_auth_can_be_switched_off():
+    async with in_memory(auth="off") as (client, _, _, _):
+        assert (await client.get("/aura/cases/1/analysis")).status_code == 404
+
+
+# ═══ 9  HTTP ════════════════════════════════════════════════════════════════════════════════════
+
+
+async def triggered(client, case="85116", headers=None, **body):
+    answer = await client.post(f"/aura/cases/{case}/analysis-runs", headers={**BEARER, **(headers or {})}, json=body)
+    assert answer.status_code == 202, await answer.get_data()
+    return answer, await answer.get_json()
+
+
+async def read(client, run_id, **headers):
+    answer = await client.get(f"/aura/analysis-runs/{run_id}/stream", headers={**BEARER, **headers})
+    return answer, await answer.get_data()
+
+
+async def test_the_phase2_trigger_answers_as_written(autojump_clock):
+    async with in_memory(instance="i1") as (client, _, _, _):
+        answer, body = await triggered(client, runId="test run/1".replace("/", "~"), unknownField=1)
+        assert list(body) == ["status", "runId", "caseId", "streamUrl"]
+        assert body == {"status": "ACCEPTED", "runId": "test run~1", "caseId": "85116",
+                        "streamUrl": "/aura/analysis-runs/test%20run~1/stream"}  # fmt: skip
+        assert answer.headers["X-Aura-Run"] == "started"
+        assert answer.headers["X-Aura-Run-ID"] == "test%20run~1"
+        assert answer.headers["X-Aura-Instance"] == "i1"
+        assert (answer.headers["X-Aura-Scenario"], answer.headers["X-Aura-Attempt"]) == ("ok", "1")
+
+
+async def test_the_phase3_trigger_answers_as_written(autojump_clock):
+    async with in_memory() as (client, _, _, _):
+        answer = await client.post("/aura/internal/cases/1/analysis-runs", headers=BEARER, json={"runId": "r", "artifacts": {}})
+        path = "/aura/cases/1/analysis/stream?runId=r"
+        assert (answer.status_code, await answer.get_json()) == (202, {"accepted": True, "runId": "r", "streamPath": path})
+        streamed = await client.get(path, headers=BEARER)
+        events = parsed(await streamed.get_data())
+        assert [name for _, name, _ in events] == (
+            ["started", "step", "step", "agent", "step", "agent", "step", "step", "completed"]
+        )
+        assert json.loads(events[-1][2]) == {"runId": "r", "status": "completed"}
+
+
+@pytest.mark.parametrize(("headers", "query", "stage"), [
+    ({"X-Aura-Test-Fail": "rag"}, "", "rag"), ({}, "?test_fail_query=llm", "llm"), ({"X-Aura-Test-Fail": "x"}, "", None),
+    ({"X-Aura-Test-Fail": "rag"}, "?test_fail_query=llm", "rag"),
+])  # fmt: skip
+async def test_a_phase3_test_failure_ends_as_the_real_one_would(headers, query, stage, autojump_clock):
+    async with in_memory() as (client, _, _, _):
+        url = f"/aura/internal/cases/1/analysis-runs{query}"
+        await client.post(url, headers={**BEARER, **headers}, json={"runId": "r"})
+        _, data = await read(client, "r")
+        last = json.loads(parsed(data)[-1][2])
+        if stage is None:
+            assert last["status"] == "completed"
+        else:
+            message = f"Simulated {stage.upper()} failure (X-Aura-Test-Fail: {stage})"
+            assert last["error"] == {"message": message, "stage": stage}
+
+
+@pytest.mark.parametrize(("given", "expected"), [(7, "7"), ("9f1c-x", "9f1c-x"), (1.5, "1.5"), ("한글", "한글")])
+async def test_a_run_id_is_taken_as_it_comes(given, expected, autojump_clock):
+    async with in_memory() as (client, _, _, _):
+        _, body = await triggered(client, runId=given)
+        assert body["runId"] == expected
+        answer = await client.get(body["streamUrl"], headers=BEARER)
+        assert answer.status_code == 200
+        assert answer.headers["X-Aura-Run-ID"].isascii()
+
+
+@pytest.mark.parametrize("body", [b"", b"{}", b'{"runId": null}', b'{"runId": ""}', b"  "])
+async def test_a_missing_run_id_is_minted(body, autojump_clock):
+    async with in_memory() as (client, _, _, _):
+        answer = await client.post("/aura/cases/1/analysis-runs", headers=BEARER, data=body)
+        assert re.fullmatch(r"[0-9a-f-]{36}", (await answer.get_json())["runId"])
+
+
+async def test_the_same_run_id_is_the_same_run_until_its_window_is_over(autojump_clock):
+    async with in_memory() as (client, hub, _, _):
+        first, body = await triggered(client, runId="r")
+        again, same = await triggered(client, runId="r")
+        assert (first.headers["X-Aura-Run"], again.headers["X-Aura-Run"]) == ("started", "known")
+        assert body == same
+        assert again.headers["X-Aura-Attempt"] == "2"
+        run = await ended(hub.find("r"))
+        await trio.sleep(9)
+        assert (await triggered(client, runId="r"))[0].headers["X-Aura-Run"] == "known"
+        await trio.sleep(2)
+        assert (await triggered(client, runId="r"))[0].headers["X-Aura-Run"] == "started"
+        assert hub.find("r") is not run
+        _, data = await read(client, "r")
+        assert len(parsed(data)) == 11
+
+
+async def test_another_scenario_for_a_known_run_is_a_conflict(autojump_clock):
+    inline = {"name": "mine", "run": says("a")}
+    async with in_memory() as (client, _, _, _):
+        await triggered(client, runId="r", scenario=inline)
+        assert (await triggered(client, runId="r", scenario=inline))[0].headers["X-Aura-Run"] == "known"
+        for other in ({"name": "mine", "run": []}, "ok"):
+            answer = await client.post("/aura/cases/1/analysis-runs", headers=BEARER, json={"runId": "r", "scenario": other})
+            assert answer.status_code == 409
+        _, data = await read(client, "r")
+        assert parsed(data) == [("1", "a", '{"n": "a"}')]
+
+
+async def test_an_inline_scenario_runs_and_is_checked(autojump_clock):
+    async with in_memory() as (client, hub, _, _):
+        steps = [{"repeat": 3, "steps": [{"event": {"event": "turn", "data": {"n": "{n}", "run": "{runId}"}}}]}]
+        served = [{"comment": "hi"}, {"relay": "all"}]
+        answer, _ = await triggered(client, runId="r", scenario={"name": "mine", "run": steps, "stream": served})
+        assert answer.headers["X-Aura-Scenario"] == "mine"
+        _, data = await read(client, "r")
+        assert data.startswith(b": hi\n\n")
+        assert [json.loads(text) for _, _, text in parsed(data)] == [{"n": str(n), "run": "r"} for n in (1, 2, 3)]
+        bad = await client.post("/aura/cases/1/analysis-runs", headers=BEARER,
+                                json={"scenario": {"name": "mine", "stream": [{"slep": 1}]}})  # fmt: skip
+        assert (bad.status_code, (await bad.get_json())["at"]) == (422, "stream[0]")
+        unknown = await client.post("/aura/cases/1/analysis-runs", headers=BEARER, json={"scenario": "okk"})
+        assert unknown.status_code == 400
+        assert (await unknown.get_json())["didYouMean"] == ["ok"]
+        assert hub.live == 0
+
+
+async def test_the_stream_has_its_headers_and_its_bytes(autojump_clock):
+    async with in_memory(instance="i1") as (client, _, _, _):
+        await triggered(client, runId="r")
+        for attempt, path in enumerate(("/aura/analysis-runs/r/stream", "/aura/cases/any/analysis/stream?runId=r"), 1):
+            answer = await client.get(path, headers=BEARER)
+            data = await answer.get_data()
+            assert answer.headers["Content-Type"] == "text/event-stream; charset=utf-8"
+            assert answer.headers["Cache-Control"] == "no-cache, no-store, no-transform"
+            assert answer.headers["X-Accel-Buffering"] == "no"
+            assert answer.headers["X-Aura-Attempt"] == str(attempt)
+            assert (data[:13], data[-14:]) == (b": connected\n\n", DONE)
+            assert [int(number) for number, _, _ in parsed(data)] == list(range(1, 12))
+
+
+async def test_post_sse_answers_with_the_bytes_of_the_stream(autojump_clock):
+    async with in_memory() as (client, hub, _, _):
+        answer = await client.post("/aura/cases/1/analysis/trigger", headers=BEARER, json={"runId": "r"})
+        data = await answer.get_data()
+        assert (answer.status_code, answer.headers["X-Aura-Attempt"]) == (200, "1")
+        again, same = await read(client, "r")
+        assert data == same
+        assert again.headers["X-Aura-Attempt"] == "2"
+        attached = await client.post("/aura/cases/1/analysis/trigger", headers=BEARER, json={"runId": "r"})
+        assert await attached.get_data() == data
+        bad = await client.post("/aura/cases/1/analysis/trigger", headers=BEARER, data=b"[]")
+        assert bad.status_code == 422
+
+
+@pytest.mark.parametrize(("path", "expected"), [
+    ("/aura/cases/1/analysis-runs", {"status": "disabled", "message": "Analysis disabled (DEMO_OFF)"}),
+    ("/aura/internal/cases/1/analysis-runs", {"accepted": False, "runId": "r", "message": "Analysis disabled (DEMO_OFF)"}),
+    ("/aura/cases/1/analysis/trigger", {"status": "disabled", "message": "Analysis disabled (DEMO_OFF)"}),
+])  # fmt: skip
+async def test_demo_off_starts_nothing(path, expected):
+    async with in_memory(demo_off=True) as (client, hub, _, _):
+        answer = await client.post(path, headers=BEARER, json={"runId": "r"})
+        assert (answer.status_code, json.loads(await answer.get_data())) == (200, expected)
+        assert hub.live == 0
+
+
+async def test_finished_and_fully_seen_is_a_204(autojump_clock):
+    async with in_memory() as (client, _, _, _):
+        await triggered(client, runId="r")
+        await read(client, "r")
+        for query, headers in (("", {"Last-Event-ID": "11"}), ("?lastEventId=r_11", {}), ("?last-event-id=11", {})):
+            answer = await client.get(f"/aura/analysis-runs/r/stream{query}", headers={**BEARER, **headers})
+            assert (answer.status_code, await answer.get_data()) == (204, b"")
+        for query, headers, first in (
+            ("", {"Last-Event-ID": "9"}, 10), ("?lastEventId=9", {}, 10), ("", {"Last-Event-ID": "12"}, 1),
+            ("?lastEventId=9", {"Last-Event-ID": "10"}, 11), ("", {"Last-Event-ID": "x"}, 1),
+        ):  # fmt: skip
+            answer = await client.get(f"/aura/analysis-runs/r/stream{query}", headers={**BEARER, **headers})
+            assert parsed(await answer.get_data())[0][0] == str(first)
+
+
+async def test_an_unknown_run_is_a_404_that_helps(autojump_clock, heard):
+    async with in_memory(instance="i1", retention=100) as (client, hub, _, _):
+        await triggered(client, runId="test-run-001", scenario={"name": "s", "run": [{"sleep": 250}]})
+        answer, _ = await read(client, "test-run-002")
+        body = await answer.get_json()
+        assert answer.status_code == 404
+        assert body["error"] == "runId not found or already completed"
+        assert body["hint"] == "no such run on instance i1, where 1 live; did you mean 'test-run-001'?"
+        await ended(hub.find("test-run-001"))
+        await trio.sleep(101)
+        _, data = await read(client, "test-run-001")
+        assert "was forgotten by instance i1" in json.loads(data)["hint"]
+        empty = await client.get("/aura/analysis-runs//stream", headers=BEARER)
+        assert (empty.status_code, await empty.get_json()) == (400, {"error": "runId is required", "runId": None})
+        blank = await client.get("/aura/cases/1/analysis/stream?runId=", headers=BEARER)
+        assert blank.status_code == 400
+        missing = await client.get("/aura/cases/1/analysis/stream", headers=BEARER)
+        assert (missing.status_code, (await missing.get_json())["detail"][0]["loc"]) == (422, ["query", "runId"])
+    heard.wait_for("INFO analysis_run_stream: runId not found or already completed run_id=test-run-002")
+
+
+async def test_the_old_servers_200_for_unknown_runs_can_be_had():
+    async with in_memory(unknown_run="200") as (client, _, _, _):
+        answer, data = await read(client, "none")
+        assert (answer.status_code, json.loads(data)["error"]) == (200, "runId not found or already completed")
+
+
+async def test_another_tenants_run_does_not_exist(autojump_clock):
+    mine, other = {"X-Tenant-ID": "1"}, {"X-Tenant-ID": "2"}
+    async with in_memory() as (client, _, _, _):
+        await triggered(client, headers=mine, runId="test-run-001")
+        await triggered(client, runId="nobodys", scenario={"name": "s", "run": [{"sleep": 99}]})
+        for method, path in (
+            ("GET", "/aura/analysis-runs/test-run-001/stream"), ("HEAD", "/aura/analysis-runs/test-run-001/stream"),
+            ("GET", "/aura/cases/85116/analysis/stream?runId=test-run-001"),
+            ("GET", "/aura/cases/85116/analysis-runs/test-run-001"), ("DELETE", "/aura/cases/85116/analysis-runs/test-run-001"),
+            ("POST", "/aura/cases/85116/analysis-runs"), ("POST", "/aura/cases/85116/analysis/trigger"),
+        ):  # fmt: skip
+            body = {"json": {"runId": "test-run-001"}} if method == "POST" else {}
+            answer = await client.open(path, method=method, headers={**BEARER, **other}, **body)
+            assert answer.status_code == 404, (method, path)
+            if method != "HEAD":
+                said_so = (await answer.get_data()).decode()
+                assert "where 1 live" in said_so
+                assert "did you mean" not in said_so
+        for who in (mine, {}):
+            assert (await client.get("/aura/cases/1/analysis-runs/test-run-001", headers={**BEARER, **who})).status_code == 200
+        assert (await client.get("/aura/cases/1/analysis-runs/nobodys", headers={**BEARER, **other})).status_code == 200
+        await read(client, "test-run-001")
+        for who, status in ((mine, 200), ({}, 200), (other, 404)):
+            assert (await client.get("/aura/cases/85116/analysis", headers={**BEARER, **who})).status_code == status
+
+
+async def test_a_run_has_a_state_can_be_cancelled_and_leaves_a_result(autojump_clock):
+    async with in_memory() as (client, hub, _, _):
+        await triggered(client, runId="r", scenario={"name": "s", "run": [*says("a"), {"sleep": 250}]})
+        state_url = "/aura/cases/85116/analysis-runs/r"
+        await trio.testing.wait_all_tasks_blocked()
+        state = await (await client.get(state_url, headers=BEARER)).get_json()
+        assert (state["status"], state["events"], state["phase"], state["endedAt"]) == ("running", 1, "phase2", None)
+        assert (await client.get("/aura/cases/85116/analysis", headers=BEARER)).status_code == 404
+        cancelled = await client.delete(state_url, headers=BEARER)
+        assert (cancelled.status_code, await cancelled.get_json()) == (202, {"status": "CANCELLED", "runId": "r"})
+        _, data = await read(client, "r")
+        assert json.loads(parsed(data)[-1][2])["stage"] == "cancelled"
+        assert data.endswith(DONE)
+        again = await client.delete(state_url, headers=BEARER)
+        assert (again.status_code, await again.get_json()) == (200, {"status": "cancelled", "runId": "r"})
+        await triggered(client, runId="r2")
+        _, data = await read(client, "r2")
+        result = await (await client.get("/aura/cases/85116/analysis", headers=BEARER)).get_json()
+        streamed = {name: json.loads(text) for _, name, text in parsed(data)}
+        assert result["reasonText"] == streamed["completed"]["summary"]
+        assert result["confidenceBreakdown"] == streamed["confidence"]
+        assert result["proposals"][-1] == streamed["proposal"]
+        assert (result["score"], result["severity"]) == (streamed["completed"]["score"], "MEDIUM")
+        assert (result["ragRefs"], result["similarCases"], result["caseId"]) == ([], [], "85116")
+
+
+async def test_a_phase3_result_has_null_where_the_phase_has_none(autojump_clock):
+    async with in_memory() as (client, _, _, _):
+        await client.post("/aura/internal/cases/7/analysis-runs", headers=BEARER, json={"runId": "p3"})
+        await read(client, "p3")
+        result = await (await client.get("/aura/cases/7/analysis", headers=BEARER)).get_json()
+        nothing = ("reasonText", "confidenceBreakdown", "score", "severity", "proposals")
+        assert [result[key] for key in nothing] == [None] * 5
+
+
+async def test_live_runs_have_a_limit(autojump_clock):
+    async with in_memory(max_live_runs=1) as (client, _, _, _):
+        await triggered(client, runId="r")
+        answer = await client.post("/aura/cases/1/analysis-runs", headers=BEARER, json={"runId": "r2"})
+        assert (answer.status_code, answer.headers["Retry-After"]) == (503, "5")
+        assert "the limit is 1" in (await answer.get_json())["error"]
+        assert (await triggered(client, runId="r"))[0].headers["X-Aura-Run"] == "known"
+
+
+async def test_health_and_front_answer_json():
+    async with in_memory(instance="i1") as (client, _, _, _):
+        health = await (await client.get("/health")).get_json()
+        assert set(health) == {"status", "instance", "version", "runs", "sse_connections", "uptime"}
+        assert (health["status"], health["instance"], health["runs"]) == ("healthy", "i1", 0)
+        front = await (await client.get("/")).get_json()
+        assert set(front) == {"message", "version", "status"}
+
+
+async def test_head_and_options_open_no_delivery(autojump_clock):
+    async with in_memory() as (client, hub, _, _):
+        await triggered(client, runId="r")
+        for path in ("/aura/analysis-runs/r/stream", "/aura/cases/1/analysis/stream?runId=r"):
+            head = await client.head(path, headers=BEARER)
+            assert (head.status_code, head.headers["Content-Type"]) == (200, "text/event-stream; charset=utf-8")
+            options = await client.options(path)
+            assert options.status_code == 200
+        assert hub.find("r").attempts == 0
+
+
+@pytest.mark.parametrize(("given", "kept"), [("abc-1.2_X", True), ("a b", False), ("x" * 129, False), ("", False)])
+async def test_every_answer_has_a_request_id(given, kept):
+    async with in_memory() as (client, _, _, _):
+        for path in ("/health", "/nowhere", "/aura/analysis-runs/none/stream"):
+            answer = await client.get(path, headers={**BEARER, "X-Request-ID": given})
+            found = answer.headers["X-Request-ID"]
+            assert found == given if kept else re.fullmatch("[0-9a-f]{32}", found)
+
+
+async def test_a_wrong_path_or_method_is_json():
+    async with in_memory() as (client, _, _, _):
+        assert "error" in await (await client.get("/nowhere")).get_json()
+        wrong = await client.put("/health")
+        assert (wrong.status_code, "GET" in wrong.headers["Allow"]) == (405, True)
+        assert "error" in await wrong.get_json()
+
+
+async def test_streams_outlive_quarts_response_timeout(autojump_clock):
+    async with in_memory() as (client, _, _, app):
+        app.config["RESPONSE_TIMEOUT"] = 0.2
+        await triggered(client, runId="r")
+        _, data = await read(client, "r")
+        assert data.endswith(DONE)
+        assert len(parsed(data)) == 11
+
+
+async def test_the_log_tells_the_story_of_a_stream(autojump_clock, heard):
+    async with in_memory() as (client, _, _, _):
+        await triggered(client, runId="r")
+        answer = await client.get("/aura/cases/85116/analysis/stream?runId=r", headers={**BEARER, "Last-Event-ID": "1"})
+        await answer.get_data()
+    lines = heard.all()
+    assert "INFO case_analysis_stream: start consuming run_id=r case_id=85116\n" in lines
+    assert "INFO SSE connection established (client reconnected) run_id=r last_event_id=1\n" in lines
+    assert "INFO case_analysis_stream: first chunk sent run_id=r\n" in lines
+    assert re.search(
+        r"INFO case_analysis_stream: stream closed run_id=r by=server how=end reason=the script ended"
+        r" bytes=\d+ events=10 last_event_id=11 duration=\d+\.\d{3}s\n", lines
+    )  # fmt: skip
+    assert re.search(r"INFO \[[0-9a-f]{32}\] GET /aura/cases/85116/analysis/stream - Status: 200 - Duration: \d\.\d{3}s", lines)
+
+
+# ═══ 10  What ASGI cannot say ═══════════════════════════════════════════════════════════════════
+
+QUIET = {"name": "quiet", "run": [*says("a"), {"sleep": 100}]}
+FLOOD = {"name": "flood", "run": [{"repeat": 400, "steps": [{"event": {"data": "x" * 30_000}}]}, {"sleep": 100}]}
+
+
+def open_quiet_stream(aura, **headers):
+    """A viewer of a run that says one thing and then nothing, read up to that."""
+    run_id = aura.trigger("1", scenario=QUIET)
+    wire = connect(aura, get(f"/aura/analysis-runs/{run_id}/stream", headers=headers))
+    read_until(wire, b'"a"}\n\n')
+    return wire, run_id
+
+
+def state(aura, run_id):
+    return httpx.get(f"{aura.url}/aura/cases/1/analysis-runs/{run_id}", headers=BEARER, timeout=WAIT).json()
+
+
+def descriptors():
+    return len(os.listdir("/proc/self/fd"))
+
+
+def eventually(condition, within=WAIT):
+    """Poll what has no gate: the kernel's and the server's books after a close."""
+    end = time.monotonic() + within
+    while not condition():
+        assert time.monotonic() < end, "it never became true"
+        time.sleep(0.01)
+
+
+CHUNKED = b"POST /aura/cases/1/analysis-runs HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer t\r\nTransfer-Encoding: chunked\r\n\r\n"
+UPGRADE = (b"GET /ws HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+           b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n")  # fmt: skip
+
+
+def test_one_bad_request_ends_only_its_own_connection(heard):  # trap 1
+    with running() as aura:
+        wire, run_id = open_quiet_stream(aura)
+        for data in (UPGRADE + b"\x00", CHUNKED + b"ZZ\r\n") * 10:
+            with connect(aura, data) as bad:
+                assert bad.recv(65536)[:9] in (b"HTTP/1.1 ", b"")
+        httpx.delete(f"{aura.url}/aura/cases/1/analysis-runs/{run_id}", headers=BEARER)
+        assert DONE in read_until(wire, b"0\r\n\r\n")
+        wire.close()
+    assert "Traceback" not in heard.all()
+
+
+def test_a_reader_that_stops_reading_is_evicted_at_the_send_deadline(heard):  # traps 2 and 10
+    with running(send_timeout=0.3) as aura:
+        run_id = aura.trigger("1", scenario=FLOOD)
+        with socket.socket() as wire:
+            wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
+            wire.connect(("127.0.0.1", aura.port))
+            wire.sendall(get(f"/aura/analysis-runs/{run_id}/stream"))
+            line = heard.wait_for("stream closed")
+        assert "by=client how=stalled reason=read nothing for 0.3 s" in line
+        sent = int(re.search(r"bytes=(\d+)", line)[1])
+        assert sent < 2_000_000, "the kernel hides at most its bounded buffers"
+        heard.wait_for("WARNING SSE connection lost for client 127.0.0.1:")
+        assert state(aura, run_id)["status"] == "running"
+
+
+def test_a_slow_reader_of_a_big_event_is_not_evicted():
+    async def analysis(its_facts, sending):
+        await sending.send(Event("", "x" * 3_000_000))
+
+    with running(analysis=analysis, send_timeout=0.5) as aura:
+        with connect(aura, get(f"/aura/analysis-runs/{aura.trigger('1')}/stream")) as wire:
+            got, gate, began = b"", threading.Event(), time.monotonic()
+            while b"[DONE]" not in got[-40:]:
+                got += wire.recv(100_000)
+                gate.wait(0.03)  # slower than the deadline for the whole, faster than for each piece
+        assert len(got) > 3_000_000
+        assert time.monotonic() - began > 0.5
+
+
+def test_connection_close_closes_and_an_idle_connection_too():  # trap 3
+    with running(keep_alive=0.2) as aura:
+        with connect(aura, b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n") as wire:
+            assert b"healthy" in read_until(wire, None)
+        with connect(aura, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n") as wire:
+            assert b"healthy" in read_until(wire, None)
+        with connect(aura) as wire:
+            assert read_until(wire, None) == b""
+
+
+async def test_accepted_sockets_inherit_their_bounds():  # traps 5 and 10
+    listeners = await listen(Settings(port=0))
+    port = listeners[0].socket.getsockname()[1]
+    with socket.create_connection(("127.0.0.1", port)):
+        accepted = await listeners[0].accept()
+        assert accepted.socket.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) == 64 * 1024
+        assert accepted.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 10_000
+        await accepted.aclose()
+    await listeners[0].aclose()
+
+
+def test_a_client_that_leaves_an_idle_connection_leaves_nothing_behind():  # a trap found in a spike
+    with running(keep_alive=60) as aura:
+        before = descriptors()
+        wires = [connect(aura, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n") for _ in range(20)]
+        for wire in wires:
+            read_until(wire, b"uptime")
+            wire.close()
+        eventually(lambda: descriptors() <= before)
+
+
+@pytest.mark.parametrize("headers", [
+    {}, {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAEAAEAAAAIAAAABAAMAAABkAAQBAAAA"},
+])  # fmt: skip
+def test_a_viewer_that_leaves_a_quiet_stream_is_noticed_at_once_and_the_run_goes_on(headers, heard):
+    with running() as aura:
+        wire, run_id = open_quiet_stream(aura, **headers)
+        assert state(aura, run_id)["viewers"] == 1
+        wire.close()
+        line = heard.wait_for("stream closed", within=2)
+        assert "by=client how=disconnect reason=closed the connection" in line
+        assert (state(aura, run_id)["status"], state(aura, run_id)["viewers"]) == ("running", 0)
+    assert ("WARNING Unsupported upgrade request." in heard.all()) == bool(headers)
+
+
+def test_a_half_closed_connection_counts_as_left(heard):
+    with running() as aura:
+        wire, _ = open_quiet_stream(aura)
+        wire.shutdown(socket.SHUT_WR)
+        assert "by=client how=disconnect" in heard.wait_for("stream closed", within=2)
+        wire.close()
+
+
+def test_a_script_can_drop_the_connection_and_the_journal_knows_who_did(heard):
+    dropping = {"name": "dropping", "run": says("a", "b"), "stream": [{"comment": "connected"}, {"relay": 1}, "drop"]}
+    with running() as aura:
+        run_id = aura.trigger("1", scenario=dropping)
+        with connect(aura, get(f"/aura/analysis-runs/{run_id}/stream")) as wire:
+            answer = read_until(wire, None)
+        with pytest.raises(http.client.IncompleteRead) as cut:
+            body_of(answer)
+        assert [name for _, name, _ in parsed(cut.value.partial)] == ["a"]
+        assert "by=server how=drop" in heard.wait_for("stream closed")
+        with pytest.raises(httpx.RemoteProtocolError, match="incomplete chunked read"):
+            stream(aura, run_id)
+
+
+def test_prior_knowledge_http2_is_refused_and_closed():
+    with running() as aura, connect(aura, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0" * 9) as wire:
+        assert read_until(wire, None).startswith(b"HTTP/1.1 505")
+
+
+def test_a_head_that_does_not_come_is_a_408_and_a_big_one_a_431():
+    with running(head_timeout=0.2) as aura:
+        with connect(aura, b"GET /health HTTP/1.1\r\nHo") as wire:
+            assert read_until(wire, None).startswith(b"HTTP/1.1 408")
+        for filler in (b"x" * 17_000, b"x" * 100_000):
+            with connect(aura, b"GET /health HTTP/1.1\r\nHost: x\r\nX: " + filler + b"\r\n\r\n") as wire:
+                assert read_until(wire, None).startswith(b"HTTP/1.1 431")
+
+
+def test_a_body_that_does_not_come_is_a_408_and_a_big_one_a_413_that_can_be_read():
+    head = b"POST /aura/cases/1/analysis-runs HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer t\r\nContent-Length: %d\r\n\r\n"
+    with running(body_timeout=0.2) as aura:
+        with connect(aura, head % 10 + b"{") as wire:
+            answer = read_until(wire, None)
+            assert answer.startswith(b"HTTP/1.1 408")
+            assert b'{"error": "Request Timeout' in answer
+        with connect(aura, head % 10_000_000 + b"x" * 10_000_000) as wire:
+            answer = read_until(wire, None)
+            assert answer.startswith(b"HTTP/1.1 413")
+            assert b'{"error": "Request Entity Too Large' in answer
+
+
+def request_of(line, *headers, body=b""):
+    return b"\r\n".join([line, b"Host: localhost", b"Authorization: Bearer t", *headers, b"", body])
+
+
+RUNS_URL = b"/aura/cases/1/analysis-runs"
+MALFORMED = {
+    "bad chunk size": CHUNKED + b"ZZ\r\n",
+    "bad chunk end": CHUNKED + b"2\r\n{}XX",
+    "negative length": request_of(b"POST %b HTTP/1.1" % RUNS_URL, b"Content-Length: -5"),
+    "two lengths": request_of(b"POST %b HTTP/1.1" % RUNS_URL, b"Content-Length: 2", b"Content-Length: 3", body=b"{}"),
+    "length and chunks": request_of(b"POST %b HTTP/1.1" % RUNS_URL, b"Content-Length: 2", b"Transfer-Encoding: chunked"),
+    "unknown coding": request_of(b"POST %b HTTP/1.1" % RUNS_URL, b"Transfer-Encoding: gzip"),
+    "stray byte after upgrade": UPGRADE + b"\x00",
+    "websocket frame": UPGRADE + b"\x81\x85\x00\x00\x00\x00hello",
+    "many headers": request_of(b"GET /health HTTP/1.1", *[b"X-%d: y" % n for n in range(3000)]),
+    "one long header": request_of(b"GET /health HTTP/1.1", b"X: " + b"y" * 60_000),
+    "endless head": b"GET /health HTTP/1.1\r\nX: " + b"y" * 60_000,
+    "long path": request_of(b"GET /" + b"a" * 40_000 + b" HTTP/1.1"),
+    "header without colon": request_of(b"GET /health HTTP/1.1", b"nonsense"),
+    "folded header": request_of(b"GET /health HTTP/1.1", b"X: a", b"  b"),
+    "header with NUL": request_of(b"GET /health HTTP/1.1", b"X: a\x00b"),
+    "no host": b"GET /health HTTP/1.1\r\n\r\n",
+    "strange host": b"GET /health HTTP/1.1\r\nHost: [::%$#\xff\r\n\r\n",
+    "bad UTF-8 in the path": request_of(b"GET /aura/analysis-runs/%ff%fe/stream HTTP/1.1"),
+    "NUL in the path": request_of(b"GET /aura/analysis-runs/%00/stream HTTP/1.1"),
+    "raw bytes in the path": request_of("GET /증거 HTTP/1.1".encode()),
+    "bad UTF-8 in the query": request_of(b"GET /aura/cases/1/analysis/stream?runId=%ff HTTP/1.1"),
+    "line break in an id": request_of(b"GET /aura/analysis-runs/a%0d%0aX:y/stream HTTP/1.1"),
+    "dots in the path": request_of(b"GET /../../etc/passwd HTTP/1.1"),
+    "absolute URI": request_of(b"GET http://localhost/health HTTP/1.1"),
+    "absolute URI without a path": request_of(b"GET http://localhost HTTP/1.1"),
+    "strange URI": request_of(b"GET ftp://[::bad/x HTTP/1.1"),
+    "only a query": request_of(b"GET ?x HTTP/1.1"),
+    "asterisk": request_of(b"OPTIONS * HTTP/1.1"),
+    "connect": request_of(b"CONNECT localhost:80 HTTP/1.1"),
+    "unknown method": request_of(b"BREW /health HTTP/1.1"),
+    "wrong method": request_of(b"PATCH /health HTTP/1.1"),
+    "no version": b"GET /health\r\n\r\n",
+    "version 9": request_of(b"GET /health HTTP/9.9"),
+    "h2 preface": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00",
+    "TLS hello": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(range(64)),
+    "blank lines": b"\r\n\r\n\r\n\r\n",
+    "10 MB body": request_of(b"POST %b HTTP/1.1" % RUNS_URL, b"Content-Length: 10000000", body=b"x" * 10_000_000),
+    "body that never comes": request_of(b"POST %b HTTP/1.1" % RUNS_URL, b"Content-Length: 9", body=b"{"),
+    "2000 nested arrays": request_of(b"POST %b HTTP/1.1" % RUNS_URL, b"Content-Length: 4000", body=b"[" * 2000 + b"]" * 2000),
+    "not JSON": request_of(b"POST %b HTTP/1.1" % RUNS_URL, b"Content-Length: 3", body=b"\xff\x00{"),
+    "huge number": request_of(b"POST %b HTTP/1.1" % RUNS_URL, b"Content-Length: 6001", body=b"[" + b"9" * 6000),
+    "body on a stream": request_of(b"GET /aura/analysis-runs/x/stream HTTP/1.1", b"Content-Length: 5", body=b"hello"),
+    "expect nonsense": request_of(b"POST %b HTTP/1.1" % RUNS_URL, b"Expect: 999", b"Content-Length: 0"),
+    "strange last id": request_of(b"GET /aura/analysis-runs/x/stream HTTP/1.1", b"Last-Event-ID: \xff\xfe"),
+    "bare CR": b"GET /health HTTP/1.1\rHost: x\r\r",
+}  # fmt: skip
+
+
+def test_malformed_requests_are_answered_or_closed_and_harm_nobody(heard):
+    """300 requests of 45 kinds, while a well-behaved stream runs on."""
+    with running(head_timeout=0.2, body_timeout=0.2, keep_alive=0.1) as aura:
+        wire, run_id = open_quiet_stream(aura)
+        before, answers = descriptors(), {}
+
+        def attack(kinds):
+            for kind in kinds:
+                with socket.create_connection(("127.0.0.1", aura.port), WAIT) as bad:
+                    answer = b""
+                    with contextlib.suppress(ConnectionError):
+                        bad.sendall(MALFORMED[kind])
+                    with contextlib.suppress(ConnectionError):
+                        answer = read_until(bad, None)
+                answers.setdefault(kind, set()).add(answer[9:12].decode())
+
+        kinds = list(MALFORMED)
+        threads = [threading.Thread(target=attack, args=(kinds,)) for _ in range(300 // len(kinds) + 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(threads) * len(kinds) >= 300
+        legal = {"strange host": "200", "absolute URI": "200", "absolute URI without a path": "200", "asterisk": "404",
+                 "only a query": "200", "expect nonsense": "202", "blank lines": "", "folded header": "200"}  # fmt: skip
+        for kind, statuses in answers.items():
+            for status in statuses:
+                assert status == legal.get(kind) or re.fullmatch(r"4\d\d|501|505|", status), (kind, statuses)
+        assert answers["10 MB body"] == {"413"}
+        eventually(lambda: descriptors() <= before)
+        httpx.delete(f"{aura.url}/aura/cases/1/analysis-runs/{run_id}", headers=BEARER)
+        assert DONE in read_until(wire, b"0\r\n\r\n")
+        wire.close()
+    lines = heard.all()
+    assert "Traceback" not in lines
+    assert "+trace" not in lines
+    assert "Status: 500" not in lines
+
+
+def test_bad_company_delays_nobody_and_does_not_hold_up_the_stop(heard):
+    """One reader stalled, one half-closed, one that pipelined, one that says nothing."""
+    ticking = {"name": "ticking", "run": [{"repeat": 40, "steps": [{"event": {"data": "{now}"}}, {"sleep": 0.01}]}]}
+    with running(send_timeout=1) as aura:
+        flood, tick = aura.trigger("1", scenario=FLOOD), aura.trigger("2", scenario=ticking)
+        stalled = socket.socket()
+        stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
+        stalled.connect(("127.0.0.1", aura.port))
+        stalled.sendall(get(f"/aura/analysis-runs/{flood}/stream"))
+        half, _ = open_quiet_stream(aura)
+        half.shutdown(socket.SHUT_WR)
+        pipelined, _ = open_quiet_stream(aura)
+        pipelined.sendall(get("/health"))
+        silent = connect(aura)
+        arrivals, seen = [], b""
+        with connect(aura, get(f"/aura/analysis-runs/{tick}/stream")) as viewer:
+            while b"[DONE]" not in seen:
+                seen += viewer.recv(65536)
+                arrivals.append(time.monotonic())
+        gaps = [after - before for before, after in zip(arrivals, arrivals[1:], strict=False)]
+        assert max(gaps) < 0.5, "five times the slack on 100 ms"
+        stalled.close()
+        heard.wait_for("how=disconnect")
+        before = time.monotonic()
+    assert time.monotonic() - before < 3
+    for wire in (half, pipelined, silent):
+        wire.close()
+
+
+# ═══ 11  Serving ════════════════════════════════════════════════════════════════════════════════
+
+
+def test_running_serves_on_a_free_port_and_leaves_nothing_behind():
+    threads, before = threading.active_count(), descriptors()
+    with running(event_delay=0) as aura:
+        assert aura.url == f"http://127.0.0.1:{aura.port}"
+        run_id = aura.trigger("85116", run_id="mine")
+        assert run_id == "mine"
+        assert len(parsed(stream(aura, run_id))) == 11
+    assert threading.active_count() == threads
+    eventually(lambda: descriptors() <= before)
+    with pytest.raises(ConnectionRefusedError):
+        connect(aura)
+
+
+def test_two_servers_in_one_process_do_not_meet():
+    with running(event_delay=0) as one, running(event_delay=0) as two:
+        run_id = one.trigger("1")
+        assert one.port != two.port
+        assert httpx.get(f"{two.url}/aura/analysis-runs/{run_id}/stream", headers=BEARER).status_code == 404
+
+
+def test_a_failed_start_raises_in_the_caller_as_the_oserror_it_was():
+    with running() as aura, pytest.raises(OSError) as error, running(port=aura.port):
+        pass
+    assert error.value.errno == errno.EADDRINUSE
+
+
+def test_a_refused_trigger_says_what_was_answered():
+    with running() as aura, pytest.raises(RuntimeError, match="422"):
+        aura.trigger("1", scenario={"name": "BAD"})
+
+
+async def test_serve_is_a_trio_task_that_starts_and_stops():
+    with trio.fail_after(WAIT):
+        async with trio.open_nursery() as nursery:
+            aura = await nursery.start(serve, Settings(port=0))
+            wire = await trio.open_tcp_stream("127.0.0.1", aura.port)
+            await wire.send_all(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert b"healthy" in await wire.receive_some()
+            aura.stop()
+        await wire.aclose()
+
+
+async def test_a_cancelled_server_ends_at_once_and_blames_nobody_else(heard):
+    async with trio.open_nursery() as nursery:
+        aura = await nursery.start(serve, Settings(port=0))
+        run_id = await trio.to_thread.run_sync(lambda: aura.trigger("1", scenario=QUIET))
+        wire = await trio.open_tcp_stream("127.0.0.1", aura.port)
+        await wire.send_all(get(f"/aura/analysis-runs/{run_id}/stream"))
+        while b'"a"}' not in await wire.receive_some():
+            pass
+        nursery.cancel_scope.cancel()
+    assert "by=shutdown how=cancelled" in heard.wait_for("stream closed", within=1)
+    await wire.aclose()
+
+
+def test_the_stop_ends_runs_then_streams_then_connections(heard):
+    with running() as aura:
+        wire, _ = open_quiet_stream(aura)
+        aura.stop()
+        rest = read_until(wire, None)
+        assert b'"stage": "shutdown"' in rest
+        assert rest.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+        wire.close()
+    assert "by=server how=end" in heard.wait_for("stream closed")
+
+
+def test_what_will_not_end_is_cut_when_the_grace_is_over(heard):
+    endless = {"name": "endless", "run": says("a"), "stream": [{"relay": 1}, {"sleep": 1000}]}
+    with running(grace=0.3) as aura:
+        run_id = aura.trigger("1", scenario=endless)
+        wire = connect(aura, get(f"/aura/analysis-runs/{run_id}/stream"))
+        read_until(wire, b'"a"}\n\n')
+        aura.stop()
+        assert b"0\r\n\r\n" not in read_until(wire, None)
+        wire.close()
+    assert "by=shutdown how=cancelled" in heard.wait_for("stream closed")
+
+
+@contextlib.contextmanager
+def process(*flags, **environment):
+    """The server as a process, as a person starts it; its port."""
+    command = [sys.executable, str(HERE / "aura_stream.py"), "--port", "0", *flags]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                          env={**os.environ, **environment}) as server:  # fmt: skip
+        try:
+            line = server.stdout.readline()
+            found = re.fullmatch(r"Aura stream ready on http://127\.0\.0\.1:(\d+)\n", line)
+            assert found, line + server.stderr.read()
+            port = int(found[1])
+            yield server, aura_stream.Aura(f"http://127.0.0.1:{port}", port, server.terminate)
+        finally:
+            server.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_everything_truthfully_and_the_exit_status_is_0(number):
+    with process() as (server, aura):
+        wire, _ = open_quiet_stream(aura)
+        server.send_signal(number)
+        rest = read_until(wire, None)
+        assert b'"stage": "shutdown"' in rest
+        assert rest.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+        wire.close()
+        assert server.wait(WAIT) == 0
+        assert server.stdout.read() == "", "stdout has the readiness line and nothing else"
+        assert "Traceback" not in server.stderr.read()
+
+
+def test_a_second_signal_exits_at_once():
+    endless = {"name": "endless", "run": says("a"), "stream": [{"relay": 1}, {"sleep": 1000}]}
+    with process("--grace", "1000") as (server, aura):
+        run_id = aura.trigger("1", scenario=endless)
+        with connect(aura, get(f"/aura/analysis-runs/{run_id}/stream")) as wire:
+            read_until(wire, b'"a"}\n\n')
+            server.send_signal(signal.SIGTERM)
+            eventually(lambda: refused(aura))
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(WAIT) == 128 + signal.SIGTERM
+
+
+def refused(aura):
+    try:
+        connect(aura).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
+# ═══ 12  Command line ═══════════════════════════════════════════════════════════════════════════
+
+
+def test_what_goes_wrong_at_the_start_is_one_sentence_and_status_2(capsys):
+    with running() as aura:
+        assert main(["--port", str(aura.port)]) == 2
+    text = capsys.readouterr().err
+    assert f"cannot listen on 127.0.0.1:{aura.port}" in text
+    assert "--port 0 takes a free port" in text
+    assert main(["serve", "--port", "x"]) == 2
+    assert capsys.readouterr().err == "aura-stream: --port must be a whole number, not 'x'\n"
+
+
+def test_help_names_every_flag_and_its_variable(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    for one in aura_stream.dataclasses.fields(Settings):
+        assert aura_stream.flag(one) in text
+        assert aura_stream.variable(one) in text
+
+
+def test_redis_is_declined_aloud():
+    with process(REDIS_URL="redis://localhost") as (server, aura):
+        server.terminate()
+        assert "REDIS_URL is set, but this version keeps runs in memory only" in server.stderr.read()
+
+
+# ═══ The clients ════════════════════════════════════════════════════════════════════════════════
+# Real programs, in real time: the first line at once, the lines as they happen, a proper end.
+
+JAVA = """
+import java.net.URI; import java.net.http.*; import java.util.concurrent.*;
+public class Viewer {
+  public static void main(String[] a) throws Exception {
+    var builder = HttpClient.newBuilder().connectTimeout(java.time.Duration.ofSeconds(10));
+    if (a[0].equals("1.1")) builder.version(HttpClient.Version.HTTP_1_1);
+    var client = builder.build();
+    var request = HttpRequest.newBuilder(URI.create(a[1])).header("Accept", "text/event-stream")
+        .header("Authorization", "Bearer test-token").build();
+    long start = System.nanoTime();
+    var response = client.send(request, HttpResponse.BodyHandlers.ofLines());
+    System.out.println("status " + response.statusCode() + " " + response.version());
+    int[] lines = {0};
+    try {
+      response.body().forEach(line -> {
+        System.out.println((System.nanoTime() - start) / 1000000 + " " + line);
+        if (++lines[0] == Integer.parseInt(a[2])) { System.out.println("leaving"); System.out.flush(); Runtime.getRuntime().halt(0); }
+      });
+      System.out.println("end");
+    } catch (java.io.UncheckedIOException e) { System.out.println("broken " + e.getMessage()); }
+  }
+}
+"""
+NODE = """
+const [url] = process.argv.slice(1), start = performance.now();
+const answer = await fetch(url, {headers: {Accept: "text/event-stream", Authorization: "Bearer test-token"}});
+console.log("status " + answer.status);
+let rest = "";
+for await (const piece of answer.body.pipeThrough(new TextDecoderStream())) {
+  const lines = (rest + piece).split("\\n");
+  rest = lines.pop();
+  for (const line of lines) console.log(Math.round(performance.now() - start) + " " + line);
+}
+console.log("end");
+"""
+
+
+def timed_lines(output):
+    """(milliseconds, line) of what a viewer program printed."""
+    return [(int(one[1]), one[2]) for one in re.finditer(r"^(\d+) (.*)$", output, re.M)]
+
+
+def in_real_time(lines):
+    """The first line at once, the events spread over the run as they happened."""
+    assert lines[0][1] == ": connected"
+    assert lines[0][0] < 5000, "five times the slack on one second for a cold client"
+    ids = [moment for moment, line in lines if line.startswith("id:")]
+    assert len(ids) == 11
+    assert len({moment // 50 for moment in ids}) >= 6, "events 0.2 s apart do not come at once"
+    assert [line for _, line in lines if line][-1] == "data: [DONE]"
+
+
+@pytest.fixture(scope="session")
+def viewer_class(tmp_path_factory):
+    """The JDK viewer, compiled once."""
+    folder = tmp_path_factory.mktemp("java")
+    (folder / "Viewer.java").write_text(JAVA)
+    subprocess.run([program("javac"), "Viewer.java"], cwd=folder, check=True, timeout=120)
+    return folder
+
+
+@pytest.mark.parametrize("version", ["1.1", "default"])
+def test_the_jdk_client_reads_the_stream_in_real_time(version, viewer_class):
+    with running(event_delay=0.2) as aura:
+        url = f"{aura.url}/aura/cases/85116/analysis/stream?runId={aura.trigger('85116')}"
+        command = [program("java"), "-cp", ".", "Viewer", version, url, "0"]
+        output = subprocess.run(command, cwd=viewer_class, capture_output=True, text=True, timeout=WAIT).stdout
+    assert output.startswith("status 200 HTTP_1_1")
+    assert output.endswith("end\n")
+    in_real_time(timed_lines(output))
+
+
+def test_a_default_jdk_client_that_leaves_is_noticed_within_a_second(viewer_class, heard):
+    with running() as aura:
+        run_id = aura.trigger("1", scenario=QUIET)
+        command = [program("java"), "-cp", ".", "Viewer", "default", f"{aura.url}/aura/analysis-runs/{run_id}/stream", "5"]
+        subprocess.run(command, cwd=viewer_class, check=True, stdout=subprocess.DEVNULL, timeout=WAIT)
+        left = time.monotonic()
+        assert "by=client how=disconnect" in heard.wait_for("stream closed")
+        assert time.monotonic() - left < 1
+        assert "Unsupported upgrade request." in heard.all()
+        assert state(aura, run_id)["status"] == "running"
+
+
+def test_nodes_fetch_reads_the_stream_in_real_time():
+    with running(event_delay=0.2) as aura:
+        url = f"{aura.url}/aura/cases/85116/analysis/stream?runId={aura.trigger('85116')}"
+        command = [program("node"), "--input-type=module", "-e", NODE, url]
+        output = subprocess.run(command, capture_output=True, text=True, timeout=WAIT).stdout
+    assert output.startswith("status 200\n")
+    assert output.endswith("end\n")
+    in_real_time(timed_lines(output))
+
+
+def test_curl_and_an_http10_client_read_the_stream():
+    with running(event_delay=0.02) as aura:
+        run_id = aura.trigger("85116")
+        url = f"{aura.url}/aura/cases/85116/analysis/stream?runId={run_id}"
+        for flag in ("--http1.1", "--http1.0"):
+            curl = subprocess.run([program("curl"), "-sN", flag, url, "-H", "Authorization: Bearer t"],
+                                  capture_output=True, timeout=WAIT)  # fmt: skip
+            assert (curl.returncode, curl.stdout[:13], curl.stdout[-14:]) == (0, b": connected\n\n", DONE)
+            assert len(parsed(curl.stdout)) == 11
+        with connect(aura, get(f"/aura/analysis-runs/{run_id}/stream", version="1.0")) as wire:
+            head, _, body = read_until(wire, None).partition(b"\r\n\r\n")
+        assert b"chunked" not in head.lower()
+        assert body == curl.stdout
+
+
+def test_httpx_sees_events_as_they_happen():
+    with running(event_delay=0.2) as aura:
+        url = f"{aura.url}/aura/analysis-runs/{aura.trigger('85116')}/stream"
+        with httpx.stream("GET", url, headers=BEARER, timeout=WAIT) as answer:
+            start = time.monotonic()
+            lines = [(int(1000 * (time.monotonic() - start)), line) for line in answer.iter_lines()]
+    in_real_time(lines)
+
+
+# ═══ The README ═════════════════════════════════════════════════════════════════════════════════
+
+
+def table(title):
+    """The rows of the table under a README heading."""
+    section = README.split(f"## {title}\n", 1)[1].split("\n## ", 1)[0]
+    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in row] for row in rows[2:]]
+
+
+def blocks(kind):
+    """The README's code blocks that are marked as runnable."""
+    return re.findall(rf"^```{kind} run\n(.*?)^```", README, re.M | re.S)
+
+
+def test_the_readmes_settings_are_the_settings():
+    def number(value):
+        return {True: "true", False: "false", "": ""}.get(value, str(value)) if not isinstance(value, (int, float)) else (
+            str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value))
+
+    expected = [[f"`{aura_stream.flag(one)}`", f"`{aura_stream.variable(one)}`", number(one.default), one.metadata["says"]]
+                for one in aura_stream.dataclasses.fields(Settings)]  # fmt: skip
+    assert table("Settings") == expected
+
+
+def test_the_readmes_endpoints_are_the_routes():
+    async def routes():
+        async with trio.open_nursery() as nursery:
+            app = create_app(Settings(), Hub(Settings(), nursery), Time())
+        found = set()
+        for rule in app.url_map.iter_rules():
+            path = re.sub(r"<(\w+)>", lambda one: "{" + re.sub(r"_(\w)", lambda c: c[1].upper(), one[1]) + "}", rule.rule)
+            found |= {f"{method} {path}" for method in rule.methods - {"HEAD", "OPTIONS"}}
+        return {route for route in found if "//" not in route}
+
+    listed = {row[0].strip("`").split("?")[0] for row in table("Endpoints")}
+    assert listed == trio.run(routes)
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_the_readmes_python_runs(code, tmp_path):
+    found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(HERE)},
+                           capture_output=True, text=True, timeout=60)  # fmt: skip
+    assert (found.returncode, found.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("code", blocks("sh"))
+def test_the_readmes_shell_session_runs(code, tmp_path):
+    program("curl")
+    with process() as (_, aura):
+        found = subprocess.run(["bash", "-euo", "pipefail", "-c", code.replace(":9000", f":{aura.port}")],
+                               capture_output=True, text=True, timeout=60)  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.endswith("data: [DONE]\n\n")
+
+
+def test_the_readme_is_short_and_its_first_two_commands_are_these():
+    assert len(README.splitlines()) <= 150
+    commands = re.findall(r"^python3 -m venv .*$", README, re.M)
+    assert len(commands) == 2
+    assert commands[0].endswith("python aura_stream.py")
+    assert commands[1].endswith("pytest")
+    assert len(blocks("python")) >= 1
+    assert len(blocks("sh")) >= 1
