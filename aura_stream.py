@@ -1867,6 +1867,7 @@ def result_of(run: Run) -> dict[str, Any]:
 # Everything here leans on insides of the pinned versions of Hypercorn and h11, and has a test that
 # fails on the stock server.
 
+CUT = Ending("shutdown", "cancelled", "still open when the server had to go")
 LINGER = 2.0  # seconds in which what a refused client still sends is read and thrown away
 LINGER_BYTES = 16 * 2**20  # and how much of it; then the client has had its chance to hear us
 
@@ -2023,8 +2024,8 @@ class Connection(TCPServer):
             with trio.CancelScope(deadline=deadline) as self._sending:
                 await self.stream.send_all(piece)
                 return True
-            if trio.current_time() < self._leave_by:
-                self._ending = Ending("client", "stalled", f"read nothing for {patience:g} s")
+            stalled = Ending("client", "stalled", f"read nothing for {patience:g} s")
+            self._ending = stalled if trio.current_time() < self._leave_by else CUT
             self.cut(reset=True)  # frees the kernel's buffers, which nobody will read
         return False
 
@@ -2050,7 +2051,7 @@ class Connection(TCPServer):
     def blame(self) -> Ending:
         """Who ended the request that has not ended itself."""
         if self._ending is None and not self.lost:
-            return Ending("shutdown", "cancelled", "still open when the server had to go")
+            return CUT
         return self._ending or LEFT
 
     def cut(self, *, reset: bool = False) -> None:
