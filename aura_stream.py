@@ -963,8 +963,11 @@ class Log:
 
     def events(self) -> Iterator[tuple[str, Any]]:
         """What is still here, as names and data, read back from the bytes that viewers get."""
-        for _, name, data in read_events(self._bytes.decode()):
-            yield name, json.loads(data) if data[:1] in ("{", "[") else data
+        for _, name, text in read_events(self._bytes.decode()):
+            try:
+                yield name, json.loads(text)
+            except ValueError:
+                yield name, text
 
     def gap(self, after: int) -> bytes:
         """What a viewer who has seen `after` is told if the next events are gone: which, and as its
@@ -1853,7 +1856,8 @@ def result_of(run: Run) -> dict[str, Any]:
     """The last result of a case, read from the log: what was streamed is what was found."""
     said: dict[str, list[Any]] = {}
     for name, data in run.log.events():
-        said.setdefault(name, []).append(data)
+        if isinstance(data, dict):
+            said.setdefault(name, []).append(data)
     last, breakdown = said.get("completed", [{}])[-1], said.get("confidence", [None])[-1]
     found = {"proposals": said.get("proposal"), "confidenceBreakdown": breakdown}
     score = {"score": last.get("score"), "severity": last.get("severity")}

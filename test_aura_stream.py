@@ -24,6 +24,7 @@ import symtable
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -274,6 +275,7 @@ class Heard(logging.Handler):
     def wait_for(self, text, within=WAIT):
         """The first line with this text, heard or still to come."""
         end = time.monotonic() + within
+        self.all()
         for line in self.lines:
             if text in line:
                 return line
@@ -990,6 +992,16 @@ async def test_a_heartbeat_comes_after_every_quiet_interval_and_only_then(autoju
     assert entry.heartbeats == 4
 
 
+async def test_a_heartbeat_that_cannot_be_written_is_logged(autojump_clock, heard):
+    async with hub_for() as hub:
+        run = hub.start(facts(Time()), scenario({"sleep": 40}))
+        entry = Entry("GET", "/", "test:1", "id", kind="stream", run_id="r1")
+        gone = types.SimpleNamespace(lost=True)
+        delivery = Delivery(ORDINARY, entry, run.facts.time, Settings(), run, connection=gone)
+        await delivery.deliver(lambda message: trio.lowlevel.checkpoint())
+    heard.wait_for("WARNING Failed to send SSE heartbeat run_id=r1", within=0)
+
+
 async def test_script_time_drives_heartbeats_and_idle_timeouts(autojump_clock):
     script_time = Time()
     async with hub_for() as hub:
@@ -1428,6 +1440,17 @@ async def test_a_phase3_result_has_null_where_the_phase_has_none(autojump_clock)
         result = await (await client.get("/aura/cases/7/analysis", headers=BEARER)).get_json()
         nothing = ("reasonText", "confidenceBreakdown", "score", "severity", "proposals")
         assert [result[key] for key in nothing] == [None] * 5
+
+
+@pytest.mark.parametrize("data", ["{not json", "text", "5", [1], None, {"summary": "ok"}])
+async def test_a_result_is_read_whatever_the_script_called_completed(data, autojump_clock):
+    async with in_memory() as (client, hub, _, _):
+        run = [{"event": {"event": "completed", "data": data}}]
+        await triggered(client, runId="r", scenario={"name": "odd", "run": run})
+        await ended(hub.find("r"))
+        answer = await client.get("/aura/cases/85116/analysis", headers=BEARER)
+        assert answer.status_code == 200
+        assert (await answer.get_json())["reasonText"] == ("ok" if isinstance(data, dict) else None)
 
 
 async def test_live_runs_have_a_limit(autojump_clock):
