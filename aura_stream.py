@@ -57,6 +57,7 @@ import bisect
 import contextlib
 import dataclasses
 import difflib
+import errno
 import gc
 import http.client
 import json
@@ -166,7 +167,7 @@ class Settings:
         for one in dataclasses.fields(cls):
             if (text := flags.get(one.name)) is not None:
                 found[one.name] = _from_text(type(one.default), text, flag(one))
-            elif (text := environment.get(variable(one))) is not None:
+            elif text := environment.get(variable(one)):  # set but empty, as in compose: unset
                 found[one.name] = _from_text(type(one.default), text, variable(one))
         return cls(**found)
 
@@ -179,15 +180,15 @@ def variable(one: dataclasses.Field[Any]) -> str:
     return str(one.metadata["env"]) or f"AURA_{one.name.upper()}"
 
 
-_YES_NO = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False, "": False}
+_YES, _NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
 
 
 def _from_text(kind: type, text: str, source: str) -> object:
     wanted = {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, "text")
     try:
         if kind is bool:
-            return _YES_NO[text.lower()]
-        return kind(text)
+            return {**dict.fromkeys(_YES, True), **dict.fromkeys(_NO, False)}[text.lower()]
+        return text.upper() if source.endswith(("LOG_LEVEL", "log-level")) else kind(text)
     except (KeyError, ValueError):
         raise ValueError(f"{source} must be {wanted}, not {text!r}") from None
 
@@ -322,7 +323,8 @@ class Mistake(ValueError):
 
     def __init__(self, at: str, step: object, hint: str) -> None:
         super().__init__(f"{at}: {hint}")
-        self.at, self.step, self.hint = at, step, hint
+        small = len(json.dumps(step, default=repr)) <= 1000  # a mistake of a megabyte is not echoed
+        self.at, self.step, self.hint = at, step if small else shown(step), hint
 
 
 def shown(value: Any) -> str:
@@ -332,8 +334,9 @@ def shown(value: Any) -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else f" (there are: {', '.join(sorted(known))})"
+    close = difflib.get_close_matches(word[:64], names := sorted(known), n=1)
+    there = f" (there are: {', '.join(names)})" if names else "; it takes none"
+    return f"; did you mean {close[0]!r}?" if close else there
 
 
 # Checks. Each takes a value from outside and is silent, or raises Wrong.
@@ -388,7 +391,7 @@ def keys(checks: Mapping[str, Check], *, needs: str = "", strict: bool = True) -
             if key in checks:
                 within(key, checks[key], part)
             elif strict:
-                raise Wrong(f"has no {key!r}{did_you_mean(key, checks)}")
+                raise Wrong(f"has no {key[:64]!r}{did_you_mean(key, checks)}")
 
     return check
 
@@ -437,6 +440,8 @@ def _headers(value: Any) -> None:
     for name, text in value.items():
         if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
             raise Wrong("is no name a header can have", name)
+        if name.lower() in ("content-length", "transfer-encoding"):
+            raise Wrong("is the server's own; 'drop' breaks a body off", name)
         if text is not None:
             within(name, a_text, text)
             if not re.fullmatch(r"[\x21-\x7e]([\x20-\x7e]*[\x21-\x7e])?", text):
@@ -458,6 +463,7 @@ class Verb:
 
 _RUN, _STREAM, _ALL = ("run",), ("stream",), ("run", "stream")
 MOST_TURNS = 1_000_000  # of all repeats of a script: more is not a test but a typing error
+MOST_STEPS = 5000  # of a script as written: checking more would hold up everybody else
 DEEPEST = 64  # levels of nesting in JSON from outside: Python's recursion limit would be a 500
 VERBS = {
     "event": Verb(_RUN, _event),
@@ -507,10 +513,26 @@ def parse_script(value: Any, place: str, at: str = "") -> Script:
     at = at or place
     if not isinstance(value, list):
         raise Mistake(at, value, f"a script is a list of steps, not {shown(value)}")
+    if len(value) > MOST_STEPS:
+        raise Mistake(at, None, f"has more than {MOST_STEPS:,} steps; 'repeat' says it shorter")
     script = tuple(_parse_step(item, place, f"{at}[{index}]") for index, item in enumerate(value))
     if sum(step.turns for step in script) > MOST_TURNS:
         raise Mistake(at, None, f"repeats more than {MOST_TURNS:,} turns; nested turns multiply")
+    _check_head(value, script, at)
     return script
+
+
+_SILENT = ("sleep", "heartbeat")
+
+
+def _check_head(value: Any, script: Script, at: str) -> None:
+    """`open` is the first output, or the head would have been sent already."""
+    begun = False
+    for index, step in enumerate(script):
+        nested = any(inner.verb == "open" for inner in step.steps)
+        if nested or (begun and step.verb == "open"):
+            raise Mistake(f"{at}[{index}]", value[index], "'open' comes once and before all output")
+        begun = begun or step.verb not in _SILENT
 
 
 def _parse_step(item: Any, place: str, at: str) -> Step:
@@ -534,7 +556,7 @@ def _take_apart(item: Any, place: str, at: str) -> tuple[str, Any, dict[str, Any
     verbs, first = [key for key in parts if key in VERBS], next(iter(parts))
     if not verbs:
         here = [name for name, verb in VERBS.items() if place in verb.places]
-        raise Mistake(at, item, f"unknown step {first!r}{did_you_mean(first, here)}")
+        raise Mistake(at, item, f"unknown step {first[:64]!r}{did_you_mean(first, here)}")
     if len(verbs) > 1:
         raise Mistake(at, item, f"one verb in a step, not {' and '.join(map(repr, verbs))}")
     name, places = verbs[0], VERBS[verbs[0]].places
@@ -663,14 +685,15 @@ def explained(error: BaseException) -> Failure:
     error = innermost(error)
     if isinstance(error, Failure):
         return error
-    text = f"{type(error).__name__}: {error}"
-    upstream: Any = None
-    with contextlib.suppress(RuntimeError):  # httpx raises it where there was no request
-        upstream = getattr(error, "request", None)
-    reply = getattr(error, "response", None)
-    urls = [getattr(thing, "url", None) for thing in (upstream, reply, error)]
-    url = next(filter(None, urls), None)
-    status = getattr(reply, "status_code", getattr(error, "code", None))
+    text, url, status = type(error).__name__, None, None
+    with contextlib.suppress(Exception):  # an exception of somebody's own may not even have a text
+        text += f": {error}"
+    with contextlib.suppress(Exception):  # nor an honest `request`; httpx raises where it has none
+        url = getattr(getattr(error, "request", None), "url", None)
+    with contextlib.suppress(Exception):
+        reply = getattr(error, "response", None)
+        url = url or getattr(reply, "url", None) or getattr(error, "url", None)
+        status = getattr(reply, "status_code", getattr(error, "code", None))
     if url is not None and str(url) not in text:
         text += f" (url {url})"
     if isinstance(status, int) and str(status) not in text:
@@ -961,13 +984,17 @@ class Log:
     def name_of(self, number: int) -> str:
         return self._names[number - self.first]
 
-    def events(self) -> Iterator[tuple[str, Any]]:
-        """What is still here, as names and data, read back from the bytes that viewers get."""
-        for _, name, text in read_events(self._bytes.decode()):
-            try:
-                yield name, json.loads(text)
-            except ValueError:
-                yield name, text
+    def said(self, name: str, *, last: int) -> list[Any]:
+        """The data of the last events of this name, read back from the bytes that viewers get; only
+        objects: text is not a result."""
+        places = [at for at, one in enumerate(self._names) if one == name][-last:]
+        found = []
+        for place in places:
+            block = self.read(self.first + place - 1, most=1)[0]
+            text = next(read_events(block.decode()))[2]
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(text))
+        return [data for data in found if isinstance(data, dict)]
 
     def gap(self, after: int) -> bytes:
         """What a viewer who has seen `after` is told if the next events are gone: which, and as its
@@ -1030,6 +1057,7 @@ class Log:
 
 Sending = trio.MemorySendChannel[Event]
 Receiving = trio.MemoryReceiveChannel[Event]
+LAST_WORD = Event("", "")  # what the supervisor sends when the analysis is over: nothing follows it
 Analysis = Callable[[Facts, Sending], Awaitable[None]]
 
 
@@ -1042,6 +1070,7 @@ class Run:
         self.scope = trio.CancelScope()  # around the analysis, and only around it
         self.failure: Failure | None = None
         self.speaking = True  # the analysis has not returned yet
+        self.over = False  # its last word has come out of the channel
         self.trimmed = False
         self.counted = 0  # bytes of its log in the hub's account
         self.viewers = self.attempts = self.triggers = 0
@@ -1081,10 +1110,28 @@ class Run:
         return {**ids, **counts, "startedAt": self.started_at, "endedAt": self.ended_at}
 
     def cancel(self, why: Failure) -> None:
-        """End the analysis. The log's last word will be `why`, unless it had ended already."""
-        if self.failure is None and not self.ended:
+        """End the analysis. The log's last word will be `why`, unless it has ended already."""
+        if self.failure is None and self.speaking:
             self.failure = why
             self.scope.cancel(reason=why.error)
+
+
+    def write_down(self, event: Any) -> None:
+        """One thing that came out of the channel, into the log."""
+        if event is LAST_WORD:
+            self.over = True
+        elif not isinstance(event, Event):
+            error = f"the analysis sent {type(event).__name__}, where an Event belongs"
+            self.cancel(Failure(error, retryable=False))
+        elif self._too_late(event):
+            self.failure = None  # the cancel came after the end: what was said stays the last word
+        else:
+            self.log.append(event)
+
+    def _too_late(self, event: Event) -> bool:
+        stage = self.failure.stage if self.failure else ""
+        cut_off = event.name == "failed" and stage in ("cancelled", "timeout", "shutdown")
+        return cut_off and self.log.last_name == "completed"
 
 
 async def conduct(run: Run, analysis: Analysis, settle: Callable[[Run], None]) -> None:
@@ -1097,48 +1144,47 @@ async def conduct(run: Run, analysis: Analysis, settle: Callable[[Run], None]) -
 
 
 async def perform(run: Run, analysis: Analysis, sending: Sending) -> None:
-    """Run the analysis. Whatever ends it, its last word goes the way of every event: through the
-    channel, which then closes."""
+    """Run the analysis, whatever it does. Its `failed`, if it is one, goes the way of every event;
+    then comes the last word, also where somebody still holds an end of the channel."""
     facts = run.facts
     with sending:
         try:
-            with run.scope:
-                await analysis(facts, sending)
-                run.failure = None  # it ended well before a cancel could reach it
-                return
-        except* (Exception, SystemExit) as group:  # the one place: no analysis ends the server
+            with run.scope, sending.clone() as its_own:
+                await analysis(facts, its_own)
+        except* (trio.Cancelled, KeyboardInterrupt):
+            raise  # not the analysis's: the server's own end
+        except* BaseException as group:  # the one place: no analysis ends the server
             run.failure = run.failure or explained(group)
             about = (safe(facts.run_id), safe(facts.case_id), run.failure.stage)
             log.exception("analysis failed run_id=%s case_id=%s stage=%s", *about)
-        finally:
-            run.speaking = False
-        failure = run.failure or Failure("the analysis was cancelled", stage="cancelled")
-        await sending.send(Event("failed", PHASES[facts.phase].failed(facts, failure)))
+        run.speaking = False
+        if run.failure is not None:
+            await sending.send(Event("failed", PHASES[facts.phase].failed(facts, run.failure)))
+        await sending.send(LAST_WORD)
 
 
 async def transcribe(run: Run, receiving: Receiving, settle: Callable[[Run], None]) -> None:
-    """Write down what comes out of the channel, all that is there at a time, until it closes."""
+    """Write down what comes out of the channel, all that is there at a time, to the last word."""
     patience = run.settings.idle_timeout
-    with receiving, contextlib.suppress(trio.EndOfChannel):
-        while True:
+    with receiving:
+        while not run.over:
             with run.facts.time.limit(patience) as silence:
-                run.log.append(await receiving.receive())
-            if silence.cancelled_caught and not run.speaking:
-                break  # it has returned, and who else holds a sending end has nothing to say
+                run.write_down(await receiving.receive())
             if silence.cancelled_caught:
                 _give_up(run, patience)
-            _take_all(receiving, run.log)
+            _take_all(run, receiving)
             settle(run)
             run.log.announce()
+    run.facts = dataclasses.replace(run.facts, body={})  # a megabyte of JSON is many of Python
     run.ended_at, run.ended_clock = now_iso(), trio.current_time()
     run.log.announce(end=True)
     settle(run)
 
 
-def _take_all(receiving: Receiving, log: Log) -> None:
+def _take_all(run: Run, receiving: Receiving) -> None:
     with contextlib.suppress(trio.WouldBlock):
-        while True:
-            log.append(receiving.receive_nowait())
+        while not run.over:
+            run.write_down(receiving.receive_nowait())
 
 
 def _give_up(run: Run, patience: float) -> None:
@@ -1301,9 +1347,15 @@ STREAM_HEAD = {
     "connection": "keep-alive",
     "x-accel-buffering": "no",
 }
+BODILESS = (204, 304)
 JSON_HEAD = {"content-type": "application/json"}
 TEXT_HEAD = {"content-type": "text/plain; charset=utf-8"}
 Send = Callable[[Any], Awaitable[None]]
+
+
+def one_line(value: str) -> bytes:
+    """A header's value on the wire: a template may have put anything into it."""
+    return re.sub(r"[^ -~]", lambda found: quote(found[0], errors="replace"), value).encode()
 
 
 @dataclass(slots=True)
@@ -1351,7 +1403,7 @@ class Delivery(Player):
         pairs = {**({} if status == 204 else usual), **self._echo}
         pairs |= {name.lower(): value for name, value in self._headers}
         pairs |= {name.lower(): value for name, value in head.get("headers", {}).items()}
-        lines = [(name.encode(), value.encode()) for name, value in pairs.items() if value]
+        lines = [(name.encode(), one_line(value)) for name, value in pairs.items() if value]
         self._entry.status, self._quiet_since = status, self.time.now()
         await self._send({"type": "http.response.start", "status": status, "headers": lines})
         if body is not None:
@@ -1364,6 +1416,8 @@ class Delivery(Player):
             await self.open(Step("open", {}))
         if not entry.bytes and self._run:
             log.info("%s: first chunk sent run_id=%s", entry.stream_name, safe(entry.run_id))
+        if entry.status in BODILESS:
+            return  # whatever the script says, such an answer has no body
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
         entry.bytes += len(data)
         self._quiet_since = self.time.now()
@@ -1405,7 +1459,7 @@ class Delivery(Player):
         await self._beating(lambda: self._follow(portion))
 
     async def _follow(self, portion: Portion) -> None:
-        while self._run is not None and portion.left > 0:
+        while self._run and portion.left > 0 and self._entry.status not in BODILESS:
             if portion.due:
                 await self.time.sleep(portion.due - self.time.now())
             log, most = self._run.log, portion.left if portion.every is None else 1
@@ -1505,8 +1559,8 @@ def resume_point(text: str | None, last: int) -> int:
 def _run_id(value: Any) -> None:
     kind("a text or a number", str, int, float)(value)
     text = str(value)
-    if len(text) > 200 or not text.isprintable() or "/" in text:
-        raise Wrong(f"takes 1 to 200 printable characters without '/', not {shown(value)}")
+    if len(text) > 200 or not text.isprintable() or "/" in text or text in (".", ".."):
+        raise Wrong(f"takes 1 to 200 printable characters, no '/', not {shown(value)}")
 
 
 _maybe_text, _maybe_object = optional(a_text), optional(an_object)
@@ -1526,7 +1580,9 @@ TRIGGER_BODY = {
 def checked_body(raw: bytes | str, check: Check) -> dict[str, Any]:
     """A JSON body, or the 422 that names the field. No body is an empty one."""
     try:
-        body: dict[str, Any] = json.loads(raw, parse_constant=_no_constant) if raw.strip() else {}
+        text = raw if isinstance(raw, str) else raw.decode()
+        text = text if text.strip() else "{}"
+        body: dict[str, Any] = json.loads(text, parse_constant=_finite, parse_float=_finite)
         if _depth(body) > DEEPEST:
             raise RecursionError
         check(body)
@@ -1539,8 +1595,11 @@ def checked_body(raw: bytes | str, check: Check) -> dict[str, Any]:
     return body
 
 
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not in it")
+def _finite(text: str) -> float:
+    value = float(text.replace("Infinity", "inf"))
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is no number of JSON")
+    return value
 
 
 def _depth(value: Any) -> int:
@@ -1786,7 +1845,7 @@ def create_app(  # noqa: C901  # ruff adds the routes up; a test looks at each f
 
     def unknown(run_id: str) -> Refusal:
         live = [run.facts.run_id for run in hub.seen_by(g.tenant) if not run.ended]
-        close = difflib.get_close_matches(run_id, live, n=1)
+        close = difflib.get_close_matches(run_id[:200], live[-500:], n=1)
         hint = f"no such run on instance {instance}, where {len(live)} live"
         hint += f"; did you mean {close[0]!r}?" if close else ""
         if hub.was_here(run_id, tenant=g.tenant):
@@ -1802,7 +1861,9 @@ def create_app(  # noqa: C901  # ruff adds the routes up; a test looks at each f
     @app.delete("/aura/cases/<case_id>/analysis-runs/<run_id>")
     async def cancel_run(case_id: str, run_id: str) -> Response:
         run = seen(run_id)
-        if run.ended:
+        if not run.speaking:
+            while not run.ended:
+                await run.log.news()
             return answer({"status": run.status, "runId": run_id})
         run.cancel(Failure("the run was cancelled by a DELETE", stage="cancelled", retryable=False))
         return answer({"status": "CANCELLED", "runId": run_id}, 202)
@@ -1841,8 +1902,8 @@ def chosen(wanted: Any, phase: str) -> Scenario:
         return Scenario(usual, source=usual)
     if not isinstance(wanted, str):
         return parse_scenario(wanted)
-    close = difflib.get_close_matches(wanted, [usual], n=1)
-    known = {"scenario": wanted, "didYouMean": close, "known": [usual]}
+    close = difflib.get_close_matches(wanted[:64], [usual], n=1)
+    known = {"scenario": wanted[:200], "didYouMean": close, "known": [usual]}
     raise Refusal(400, {"error": "unknown scenario", **known})
 
 
@@ -1854,15 +1915,12 @@ def disabled(run_id: str, phase: str) -> Refusal:
 
 def result_of(run: Run) -> dict[str, Any]:
     """The last result of a case, read from the log: what was streamed is what was found."""
-    said: dict[str, list[Any]] = {}
-    for name, data in run.log.events():
-        if isinstance(data, dict):
-            said.setdefault(name, []).append(data)
-    last, breakdown = said.get("completed", [{}])[-1], said.get("confidence", [None])[-1]
-    found = {"proposals": said.get("proposal"), "confidenceBreakdown": breakdown}
+    last = (run.log.said("completed", last=1) or [{}])[0]
+    breakdown = (run.log.said("confidence", last=1) or [None])[0]
+    found = {"proposals": run.log.said("proposal", last=100) or None}
     score = {"score": last.get("score"), "severity": last.get("severity")}
-    text = {"caseId": run.facts.case_id, "reasonText": last.get("summary")}
-    return {**text, **found, "ragRefs": [], "similarCases": [], **score}
+    text = {"caseId": run.facts.case_id, "reasonText": last.get("summary"), **found}
+    return {**text, "confidenceBreakdown": breakdown, "ragRefs": [], "similarCases": [], **score}
 
 
 # ═══ 10  What ASGI cannot say ═════════════════════════════════════════════════════════════════════
@@ -1873,15 +1931,57 @@ def result_of(run: Run) -> dict[str, Any]:
 
 CUT = Ending("shutdown", "cancelled", "still open when the server had to go")
 LINGER = 2.0  # seconds in which what a refused client still sends is read and thrown away
+AHEAD = 64 * 2**10  # bytes a client may send behind a request before it has its answer
 LINGER_BYTES = 16 * 2**20  # and how much of it; then the client has had its chance to hear us
+
+
+class Ahead(Exception):
+    """The client has sent bytes behind its request, whose turn has not come."""
+
+
+class NoParking:
+    """Hypercorn parks its reader while a client is ahead, and would not see it leave."""
+
+    async def clear(self) -> None: ...
+
+    async def set(self) -> None: ...
+
+    async def wait(self) -> None:
+        raise Ahead
 
 
 class Http11(H11Protocol):
     """HTTP/1.1 and nothing else: no h2c, no WebSocket, a head of bounded size."""
 
     connection: h11.Connection
-
     write: Callable[[bytes], Awaitable[None]]  # the connection's own
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.can_read = NoParking()  # type: ignore[assignment]
+        self._turn = trio.Lock()  # who reads on: the reader, or the end of an answer
+
+    async def handle(self, event: ServerEvent) -> None:
+        if isinstance(event, RawData):
+            async with self._turn:
+                with contextlib.suppress(Ahead):
+                    await super().handle(event)
+        else:
+            await super().handle(event)
+
+    async def read_on(self) -> None:
+        """The answer is out: now the bytes that were ahead."""
+        async with self._turn:
+            with contextlib.suppress(Ahead):
+                await self._handle_events()
+
+    async def _send_error_response(self, status_code: int) -> None:
+        """What is refused below the application has a request id, too."""
+        headers = [(b"content-length", b"0"), (b"connection", b"close")]
+        headers += [(b"x-request-id", uuid.uuid4().hex.encode())]
+        headers += self.config.response_headers("h11")
+        await self._send_h11_event(h11.Response(status_code=status_code, headers=headers))
+        await self._send_h11_event(h11.EndOfMessage())
 
     async def stream_send(self, event: StreamEvent) -> None:
         """Chunks of a body need no state machine: h11's costs as much as the system call."""
@@ -1973,7 +2073,10 @@ class Connection(TCPServer):
                 if self._idle and not self._head_begun:
                     self._patience.deadline = trio.current_time() + self.settings.head_timeout
                 await self.protocol.handle(RawData(data))
-            while data and left_over > 0:
+                if not self._idle and len(self.protocol.connection.trailing_data[0]) > AHEAD:
+                    self._ending = Ending("server", "error", f"the client sent {AHEAD} bytes ahead")
+                    break
+            while self._closing and data and left_over > 0:
                 data = bytes(await receive())
                 left_over -= len(data)
         if self._closing:
@@ -1995,6 +2098,8 @@ class Connection(TCPServer):
             self._idle = event.idle
             wait = self.settings.keep_alive if event.idle else math.inf
             self._patience.deadline = trio.current_time() + wait
+            if event.idle and self._head_begun:
+                self._task_group.spawn(self.protocol.read_on)
         elif isinstance(event, Closed):
             await self._close_gently()
 
@@ -2073,7 +2178,8 @@ class Connection(TCPServer):
         """The server stops: who has no request goes now, a send has until then."""
         self._leave_by = by
         self._sending.deadline = min(self._sending.deadline, by)
-        if self._idle or self._closing:
+        if self._idle or self._closing or self.protocol.connection.their_state is h11.SEND_BODY:
+            self._ending = self._ending or CUT
             self.cut()
 
 
@@ -2127,19 +2233,18 @@ async def serve(
     listeners = await listen(settings)
     port = listeners[0].socket.getsockname()[1]
     stopping, context, open_ones = trio.Event(), WorkerContext(None), set[Connection]()
-    async with trio.open_nursery() as connections:
-        async with trio.open_nursery() as runs:
-            hub = Hub(settings, runs)
-            app = ASGIWrapper(create_app(settings, hub, Time(), analysis=analysis))
-            make = partial(Connection, app, engine(settings), context, settings)
-            attend = partial(attend_to, make, open_ones)
-            async with trio.open_nursery() as accept:
-                take = partial(trio.serve_listeners, attend, listeners, handler_nursery=connections)
-                accept.start_soon(take, name="accept")
-                task_status.started(Aura(url_of(settings.host, port), port, stopping.set))
-                await stopping.wait()
-                accept.cancel_scope.cancel(reason="the server is stopping")
-            hub.stop(Failure("the server was stopped", stage="shutdown"))
+    async with trio.open_nursery() as connections, trio.open_nursery() as runs:
+        hub = Hub(settings, runs)
+        app = ASGIWrapper(create_app(settings, hub, Time(), analysis=analysis))
+        make = partial(Connection, app, engine(settings), context, settings)
+        attend = partial(attend_to, make, open_ones)
+        async with trio.open_nursery() as accept:
+            take = partial(trio.serve_listeners, attend, listeners, handler_nursery=connections)
+            accept.start_soon(take, name="accept")
+            task_status.started(Aura(url_of(settings.host, port), port, stopping.set))
+            await stopping.wait()
+            accept.cancel_scope.cancel(reason="the server is stopping")
+        hub.stop(Failure("the server was stopped", stage="shutdown"))
         await context.terminated.set()  # from here on no connection waits for another request
         connections.cancel_scope.deadline = trio.current_time() + settings.grace
         for connection in list(open_ones):
@@ -2211,7 +2316,10 @@ def running(
         yield dataclasses.replace(aura, stop=stop)
     finally:
         stop()
-        worker.join()
+        worker.join(settings.grace + 5)
+        if worker.is_alive():
+            late = f"no stop within {settings.grace + 5:g} s"
+            raise RuntimeError(f"{late}: an analysis does not heed its cancellation")
         ended.result()
 
 
@@ -2255,8 +2363,10 @@ def main(arguments: list[str] | None = None) -> int:
     except* ValueError as group:
         complaint = str(innermost(group))
     except* OSError as group:
-        where = f"{settings.host}:{settings.port}"
-        complaint = f"cannot listen on {where}: {innermost(group)}; --port 0 takes a free port"
+        error, where = innermost(group), f"{settings.host}:{settings.port}"
+        taken = getattr(error, "errno", None) == errno.EADDRINUSE
+        advice = "; --port 0 takes a free port" if taken else "; is it an address of this machine?"
+        complaint = f"cannot listen on {where}: {error}{advice}"
     if complaint:
         print(f"aura-stream: {complaint}", file=sys.stderr)
     return 2 if complaint else 0
