@@ -73,6 +73,7 @@ import sys
 import threading
 import time as clock
 import uuid
+import weakref
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -127,7 +128,7 @@ class Settings:
     unknown_run: str = knob("404", "status of an unknown run's stream", choices=("404", "200"))
     demo_off: bool = knob(False, "answer triggers with `disabled`, start nothing", "DEMO_OFF")
     event_delay: float = knob(0.15, "seconds between the events of an ordinary run")
-    heartbeat: float = knob(30.0, "quiet seconds before a heartbeat", "SSE_HEARTBEAT_INTERVAL")
+    heartbeat: float = knob(30.0, "quiet seconds before a beat; 0: none", "SSE_HEARTBEAT_INTERVAL")
     retry_ms: int = knob(0, "`retry:` after `: connected`; 0 sends none", "SSE_RETRY_MS")
     event_ids: bool = knob(True, "send `id:` lines", "SSE_ENABLE_LAST_EVENT_ID")
     idle_timeout: float = knob(300.0, "seconds a run may say nothing before it fails")
@@ -462,6 +463,7 @@ class Verb:
 
 
 _RUN, _STREAM, _ALL = ("run",), ("stream",), ("run", "stream")
+TEMPLATE = re.compile(r"\{\{|\{(runId|caseId|tenantId|now|n)\}")
 MOST_TURNS = 1_000_000  # of all repeats of a script: more is not a test but a typing error
 MOST_STEPS = 5000  # of a script as written: checking more would hold up everybody else
 DEEPEST = 64  # levels of nesting in JSON from outside: Python's recursion limit would be a 500
@@ -578,9 +580,6 @@ def _made_ready(name: str, argument: Any) -> Event | bytes | None:
     return comment(argument) if name == "comment" else to_bytes(argument)
 
 
-TEMPLATE = re.compile(r"\{\{|\{(runId|caseId|tenantId|now|n)\}")
-
-
 def literal(value: Any) -> Any:
     """A value from outside, made safe to stand in a script: its braces mean nothing."""
     if isinstance(value, dict):
@@ -675,8 +674,8 @@ class Failure(Exception):
         self, error: str, *, stage: str = "pipeline", code: str = "", retryable: bool = True
     ) -> None:
         super().__init__(error)
-        self.error, self.stage, self.retryable = error, stage, retryable
-        self.code = code or f"ANALYSIS_{stage.upper()}"
+        self.error, self.stage, self.retryable = str(error), str(stage), bool(retryable)
+        self.code = str(code) or f"ANALYSIS_{self.stage.upper()}"
 
 
 def explained(error: BaseException) -> Failure:
@@ -685,7 +684,7 @@ def explained(error: BaseException) -> Failure:
     error = innermost(error)
     if isinstance(error, Failure):
         return error
-    text, url, status = type(error).__name__, None, None
+    text, url = type(error).__name__, None
     with contextlib.suppress(Exception):  # an exception of somebody's own may not even have a text
         text += f": {error}"
     with contextlib.suppress(Exception):  # nor an honest `request`; httpx raises where it has none
@@ -693,11 +692,9 @@ def explained(error: BaseException) -> Failure:
     with contextlib.suppress(Exception):
         reply = getattr(error, "response", None)
         url = url or getattr(reply, "url", None) or getattr(error, "url", None)
+        text += f" (url {url})" if url and str(url) not in text else ""
         status = getattr(reply, "status_code", getattr(error, "code", None))
-    if url is not None and str(url) not in text:
-        text += f" (url {url})"
-    if isinstance(status, int) and str(status) not in text:
-        text += f" (status {status})"
+        text += f" (status {status})" if isinstance(status, int) and f"{status}" not in text else ""
     return Failure(text[:2000], retryable=False)
 
 
@@ -1115,7 +1112,6 @@ class Run:
             self.failure = why
             self.scope.cancel(reason=why.error)
 
-
     def write_down(self, event: Any) -> None:
         """One thing that came out of the channel, into the log."""
         if event is LAST_WORD:
@@ -1241,6 +1237,7 @@ class Hub:
         self._ended: dict[str, Run] = {}  # in the order of their ends
         self._forgotten: dict[str, str | None] = {}  # the last thousand ids, and their tenants
         self._held = 0  # bytes of all logs
+        self._seen: weakref.WeakSet[Run] = weakref.WeakSet()  # also forgotten ones with a viewer
         self._stopping = False
 
     @property
@@ -1249,7 +1246,7 @@ class Hub:
 
     @property
     def viewers(self) -> int:
-        return sum(run.viewers for run in self._runs.values())
+        return sum(run.viewers for run in self._seen)
 
     @property
     def refusal(self) -> str | None:
@@ -1265,6 +1262,7 @@ class Hub:
             self._forget(facts.run_id)
         self._forgotten.pop(facts.run_id, None)
         run = self._runs[facts.run_id] = Run(facts, scenario, self.settings)
+        self._seen.add(run)
         analysis, name = analysis or scripted(scenario), f"run {safe(facts.run_id)}"
         self._nursery.start_soon(conduct, run, analysis, self._settle, name=name)
         return run
@@ -1414,11 +1412,11 @@ class Delivery(Player):
         entry = self._entry
         if not entry.status:
             await self.open(Step("open", {}))
-        if not entry.bytes and self._run:
-            log.info("%s: first chunk sent run_id=%s", entry.stream_name, safe(entry.run_id))
         if entry.status in BODILESS:
             return  # whatever the script says, such an answer has no body
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
+        if not entry.bytes and self._run:
+            log.info("%s: first chunk sent run_id=%s", entry.stream_name, safe(entry.run_id))
         entry.bytes += len(data)
         self._quiet_since = self.time.now()
 
@@ -1433,7 +1431,7 @@ class Delivery(Player):
     async def heartbeat(self, step: Step) -> None:
         """From now on a comment after that much quiet."""
         usual = step.argument or self._settings.heartbeat
-        self._beat_every = math.inf if usual == "never" else float(usual)
+        self._beat_every = math.inf if usual in ("never", 0) else float(usual)
 
     async def sleep(self, step: Step) -> None:
         over = self.time.now() + self.draw(step.argument)
@@ -1482,16 +1480,16 @@ class Delivery(Player):
                     return
 
     async def _pass_on(self, piece: bytes, last: int, portion: Portion) -> None:
+        assert self._run is not None
+        found = portion.until is not None and self._run.log.name_of(last) == portion.until
         count, self._place = last - self._place, last
+        portion.left = 0 if found else portion.left - count
         self._entry.events += count
         self._entry.last_id_sent = last
         await self.write(piece)
-        portion.left -= count
         portion.quiet = self._quiet_since + portion.within
         if portion.every is not None:
             portion.due = self.time.now() + self.draw(portion.every)
-        if portion.until is not None and self._run and self._run.log.name_of(last) == portion.until:
-            portion.left = 0
 
     async def _beating(self, wait: Callable[[], Awaitable[None]]) -> None:
         """Await `wait`, with a heartbeat after every quiet interval.
@@ -1503,6 +1501,7 @@ class Delivery(Player):
             with self.time.limit(self._quiet_since + self._beat_every - self.time.now()):
                 return await wait()
             if self.time.now() >= self._quiet_since + self._beat_every:
+                self._quiet_since = self.time.now()  # also where nothing can be written
                 self._entry.heartbeats += 1
                 await self.write(HEARTBEAT)
                 if self._connection is not None and self._connection.lost:

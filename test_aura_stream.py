@@ -861,7 +861,7 @@ def raising(error):
 @pytest.mark.parametrize(("analysis", "text"), [
     (closes_and_raises, "ValueError: after the close"), (sends_a_dict, "the analysis sent dict, where an Event belongs"),
     (raising(Nameless()), "Nameless"), (raising(Lying("x")), "Lying: x"), (raising(Own("x")), "Own: x"),
-    (raising(GeneratorExit()), "GeneratorExit: "),
+    (raising(GeneratorExit()), "GeneratorExit: "), (raising(Failure({1: object})), "{1: <class 'object'>}"),
 ])  # fmt: skip
 async def test_the_worst_analysis_ends_only_its_own_run(analysis, text, autojump_clock):
     async with hub_for() as hub:
@@ -1056,6 +1056,18 @@ async def test_the_first_to_end_is_the_first_to_be_forgotten(autojump_clock, hea
     heard.wait_for("run_store: queue removed run_id=0")
 
 
+async def test_a_forgotten_run_still_counts_its_viewers(autojump_clock):
+    slow = [{"relay": "all", "every": 100}]
+    async with hub_for(retention=10) as hub:
+        run = await ended(hub.start(facts(Time()), scenario(*says("a", "b", "c"))))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(lambda: played(parse_script(slow, "stream"), run=run))
+            await trio.sleep(50)
+            assert hub.find("r1") is None
+            assert hub.viewers == 1
+        assert hub.viewers == 0
+
+
 async def test_an_ended_run_is_kept_for_its_retention(autojump_clock):
     async with hub_for(retention=3600) as hub:
         await ended(hub.start(facts(Time()), scenario()))
@@ -1095,6 +1107,14 @@ async def test_a_heartbeat_comes_after_every_quiet_interval_and_only_then(autoju
     assert data.split(b"id: 1")[1].split(b"id: 2")[0].count(b"heartbeat") == 0
     assert between.count(b": heartbeat") == 1
     assert entry.heartbeats == 4
+
+
+@pytest.mark.parametrize(("settings", "first"), [(Settings(heartbeat=0), []), (Settings(), [{"open": {"status": 204}}])])
+async def test_where_nothing_can_or_may_beat_nothing_spins(settings, first, autojump_clock):
+    script = parse_script([*first, "heartbeat", {"sleep": 10_000}, {"comment": "over"}], "stream")
+    data, entry, _ = await played(script, settings=settings)
+    assert data == (b": over\n\n" if not first else b"")
+    assert entry.heartbeats == (0 if not first else 333)
 
 
 async def test_a_heartbeat_that_cannot_be_written_is_logged(autojump_clock, heard):
