@@ -1502,7 +1502,7 @@ class Delivery(Player):
                 return await wait()
             if self.time.now() >= self._quiet_since + self._beat_every:
                 self._quiet_since = self.time.now()  # also where nothing can be written
-                self._entry.heartbeats += 1
+                self._entry.heartbeats += self._entry.status not in BODILESS
                 await self.write(HEARTBEAT)
                 if self._connection is not None and self._connection.lost:
                     log.warning("Failed to send SSE heartbeat run_id=%s", safe(self._entry.run_id))
@@ -1930,8 +1930,8 @@ def result_of(run: Run) -> dict[str, Any]:
 
 CUT = Ending("shutdown", "cancelled", "still open when the server had to go")
 LINGER = 2.0  # seconds in which what a refused client still sends is read and thrown away
-AHEAD = 64 * 2**10  # bytes a client may send behind a request before it has its answer
 LINGER_BYTES = 16 * 2**20  # and how much of it; then the client has had its chance to hear us
+AHEAD = 64 * 2**10  # bytes a client may send behind a request before it has its answer
 
 
 class Ahead(Exception):
