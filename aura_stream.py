@@ -89,8 +89,9 @@ from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.config import Config
 from hypercorn.events import Closed, RawData, Updated
 from hypercorn.events import Event as ServerEvent
-from hypercorn.protocol.events import Body
+from hypercorn.protocol.events import Body, StreamClosed
 from hypercorn.protocol.events import Event as StreamEvent
+from hypercorn.protocol.events import Response as Answer
 from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.trio.task_group import TaskGroup
 from hypercorn.trio.tcp_server import TCPServer
@@ -206,7 +207,7 @@ def to_json(value: object) -> str:
 
 
 def to_bytes(text: str) -> bytes:
-    """UTF-8. A lone surrogate becomes \\udXXX: inside JSON that is its escape, so even this
+    """UTF-8. A lone surrogate becomes its escape, which inside JSON means the same: even this
     survives the journey."""
     return text.encode("utf-8", "backslashreplace")
 
@@ -515,13 +516,19 @@ def parse_script(value: Any, place: str, at: str = "") -> Script:
     at = at or place
     if not isinstance(value, list):
         raise Mistake(at, value, f"a script is a list of steps, not {shown(value)}")
-    if len(value) > MOST_STEPS:
+    if _written(value) > MOST_STEPS:
         raise Mistake(at, None, f"has more than {MOST_STEPS:,} steps; 'repeat' says it shorter")
     script = tuple(_parse_step(item, place, f"{at}[{index}]") for index, item in enumerate(value))
     if sum(step.turns for step in script) > MOST_TURNS:
         raise Mistake(at, None, f"repeats more than {MOST_TURNS:,} turns; nested turns multiply")
     _check_head(value, script, at)
     return script
+
+
+def _written(value: list[Any]) -> int:
+    """How many steps are written here, those of repeats included."""
+    inner = [item.get("steps") for item in value if isinstance(item, dict)]
+    return len(value) + sum(_written(steps) for steps in inner if isinstance(steps, list))
 
 
 _SILENT = ("sleep", "heartbeat")
@@ -683,7 +690,9 @@ def explained(error: BaseException) -> Failure:
     its URL and status."""
     error = innermost(error)
     if isinstance(error, Failure):
-        return error
+        with contextlib.suppress(Exception):  # it may be one of somebody's own, half made
+            stage, code, again = error.stage, error.code, error.retryable
+            return Failure(error.error, stage=stage, code=code, retryable=again)
     text, url = type(error).__name__, None
     with contextlib.suppress(Exception):  # an exception of somebody's own may not even have a text
         text += f": {error}"
@@ -1052,10 +1061,20 @@ class Log:
         return True
 
 
-Sending = trio.MemorySendChannel[Event]
-Receiving = trio.MemoryReceiveChannel[Event]
-LAST_WORD = Event("", "")  # what the supervisor sends when the analysis is over: nothing follows it
+Sending = trio.MemorySendChannel[Any]  # of Events, and at last of one LastWord
+Receiving = trio.MemoryReceiveChannel[Any]
 Analysis = Callable[[Facts, Sending], Awaitable[None]]
+
+
+@dataclass(eq=False)
+class LastWord:
+    """What the supervisor sends when the analysis is over: its `failed`, if it is one. Nothing that
+    comes after it counts, whoever still holds an end of the channel."""
+
+    event: Event | None = None
+
+
+TERMINAL = ("completed", "failed")
 
 
 class Run:
@@ -1067,7 +1086,8 @@ class Run:
         self.scope = trio.CancelScope()  # around the analysis, and only around it
         self.failure: Failure | None = None
         self.speaking = True  # the analysis has not returned yet
-        self.over = False  # its last word has come out of the channel
+        self.last_word: LastWord | None = None
+        self.over = False  # it has come out of the channel
         self.trimmed = False
         self.counted = 0  # bytes of its log in the hub's account
         self.viewers = self.attempts = self.triggers = 0
@@ -1089,6 +1109,11 @@ class Run:
         if self.failure is not None:
             return "cancelled" if self.failure.stage == "cancelled" else "failed"
         return "failed" if self.log.last_name == "failed" else "completed"
+
+    @property
+    def settled(self) -> bool:
+        """Nothing can change any more how it ends."""
+        return not self.speaking or self.log.last_name in TERMINAL
 
     @contextlib.contextmanager
     def viewed(self) -> Iterator[None]:
@@ -1112,27 +1137,28 @@ class Run:
             self.failure = why
             self.scope.cancel(reason=why.error)
 
-    def write_down(self, event: Any) -> None:
+    def write_down(self, said: Any) -> None:
         """One thing that came out of the channel, into the log."""
-        if event is LAST_WORD:
-            self.over = True
-        elif not isinstance(event, Event):
-            error = f"the analysis sent {type(event).__name__}, where an Event belongs"
+        if said is self.last_word:
+            self.over, said = True, self.last_word.event
+        if said is not None and not is_event(said):
+            error = f"the analysis sent {type(said).__name__}, where an Event belongs"
             self.cancel(Failure(error, retryable=False))
-        elif self._too_late(event):
-            self.failure = None  # the cancel came after the end: what was said stays the last word
-        else:
-            self.log.append(event)
+        elif self.over and self.log.last_name in TERMINAL:
+            self.failure = None  # it came too late: one terminal event, and that is the last word
+        elif said is not None:
+            self.log.append(said)
 
-    def _too_late(self, event: Event) -> bool:
-        stage = self.failure.stage if self.failure else ""
-        cut_off = event.name == "failed" and stage in ("cancelled", "timeout", "shutdown")
-        return cut_off and self.log.last_name == "completed"
+
+def is_event(said: Any) -> bool:
+    """An Event that was made as one, and not around its encoding."""
+    whole = isinstance(getattr(said, "block", None), bytes)
+    return isinstance(said, Event) and whole and isinstance(getattr(said, "name", None), str)
 
 
 async def conduct(run: Run, analysis: Analysis, settle: Callable[[Run], None]) -> None:
     """A run from its first event to its last: one task speaks, this one writes down."""
-    sending, receiving = trio.open_memory_channel[Event](CHANNEL)
+    sending, receiving = trio.open_memory_channel[Any](CHANNEL)
     async with trio.open_nursery() as nursery:
         name = f"analysis {safe(run.facts.run_id)}"
         nursery.start_soon(perform, run, analysis, sending, name=name)
@@ -1140,29 +1166,29 @@ async def conduct(run: Run, analysis: Analysis, settle: Callable[[Run], None]) -
 
 
 async def perform(run: Run, analysis: Analysis, sending: Sending) -> None:
-    """Run the analysis, whatever it does. Its `failed`, if it is one, goes the way of every event;
-    then comes the last word, also where somebody still holds an end of the channel."""
+    """Run the analysis, whatever it does; then comes the last word, the way of every event."""
     facts = run.facts
     with sending:
         try:
             with run.scope, sending.clone() as its_own:
                 await analysis(facts, its_own)
-        except* (trio.Cancelled, KeyboardInterrupt):
-            raise  # not the analysis's: the server's own end
-        except* BaseException as group:  # the one place: no analysis ends the server
-            run.failure = run.failure or explained(group)
+        except BaseException as error:  # the one place: no analysis ends the server
+            ending = trio.current_effective_deadline() == -math.inf  # the server itself, just now
+            if ending or isinstance(error, KeyboardInterrupt):
+                raise
+            run.failure = run.failure or explained(error)
             about = (safe(facts.run_id), safe(facts.case_id), run.failure.stage)
             log.exception("analysis failed run_id=%s case_id=%s stage=%s", *about)
-        run.speaking = False
+        run.speaking, run.last_word = False, LastWord()
         if run.failure is not None:
-            await sending.send(Event("failed", PHASES[facts.phase].failed(facts, run.failure)))
-        await sending.send(LAST_WORD)
+            run.last_word.event = Event("failed", PHASES[facts.phase].failed(facts, run.failure))
+        await sending.send(run.last_word)
 
 
 async def transcribe(run: Run, receiving: Receiving, settle: Callable[[Run], None]) -> None:
     """Write down what comes out of the channel, all that is there at a time, to the last word."""
     patience = run.settings.idle_timeout
-    with receiving:
+    with receiving, contextlib.suppress(trio.EndOfChannel):
         while not run.over:
             with run.facts.time.limit(patience) as silence:
                 run.write_down(await receiving.receive())
@@ -1860,11 +1886,11 @@ def create_app(  # noqa: C901  # ruff adds the routes up; a test looks at each f
     @app.delete("/aura/cases/<case_id>/analysis-runs/<run_id>")
     async def cancel_run(case_id: str, run_id: str) -> Response:
         run = seen(run_id)
-        if not run.speaking:
+        run.cancel(Failure("the run was cancelled by a DELETE", stage="cancelled", retryable=False))
+        if run.settled:
             while not run.ended:
                 await run.log.news()
             return answer({"status": run.status, "runId": run_id})
-        run.cancel(Failure("the run was cancelled by a DELETE", stage="cancelled", retryable=False))
         return answer({"status": "CANCELLED", "runId": run_id}, 202)
 
     @app.get("/aura/cases/<case_id>/analysis")
@@ -1931,11 +1957,19 @@ def result_of(run: Run) -> dict[str, Any]:
 CUT = Ending("shutdown", "cancelled", "still open when the server had to go")
 LINGER = 2.0  # seconds in which what a refused client still sends is read and thrown away
 LINGER_BYTES = 16 * 2**20  # and how much of it; then the client has had its chance to hear us
-AHEAD = 64 * 2**10  # bytes a client may send behind a request before it has its answer
+AHEAD = 64 * 2**10  # bytes read ahead of an answer; then a client's leaving shows at a write only
 
 
 class Ahead(Exception):
     """The client has sent bytes behind its request, whose turn has not come."""
+
+
+class Reader(h11.Connection):
+    """h11, deaf to what comes behind a request that closes: it would be a 400 in place of the
+    answer."""
+
+    def next_event(self) -> Any:
+        return h11.NEED_DATA if self.their_state is h11.MUST_CLOSE else super().next_event()
 
 
 class NoParking:
@@ -1957,7 +1991,10 @@ class Http11(H11Protocol):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
+        most = self.config.h11_max_incomplete_size
+        self.connection = Reader(h11.SERVER, max_incomplete_event_size=most)
         self.can_read = NoParking()  # type: ignore[assignment]
+        self._mute = False
         self._turn = trio.Lock()  # who reads on: the reader, or the end of an answer
 
     async def handle(self, event: ServerEvent) -> None:
@@ -1986,7 +2023,13 @@ class Http11(H11Protocol):
         """Chunks of a body need no state machine: h11's costs as much as the system call."""
         if isinstance(event, Body) and isinstance(self.connection._writer, ChunkedWriter):
             await self.write(b"%x\r\n%b\r\n" % (len(event.data), event.data))
-        else:
+            return
+        if isinstance(event, Answer):
+            # a head from a task that is being cancelled is not ours: Hypercorn invents a 500
+            self._mute = trio.current_effective_deadline() == -math.inf
+            if self.connection.their_state is h11.SEND_BODY:  # nobody will read the rest of it
+                event.headers.append((b"connection", b"close"))
+        if not self._mute or isinstance(event, StreamClosed):
             await super().stream_send(event)
 
     async def _check_protocol(self, event: h11.Request) -> None:
@@ -2038,6 +2081,7 @@ class Connection(TCPServer):
         self._sending = trio.CancelScope()
         self._leave_by = math.inf
         self._idle, self._closing = True, False
+        self._answered = trio.Event()
 
     async def run(self) -> None:
         raw = self.stream.socket
@@ -2072,9 +2116,7 @@ class Connection(TCPServer):
                 if self._idle and not self._head_begun:
                     self._patience.deadline = trio.current_time() + self.settings.head_timeout
                 await self.protocol.handle(RawData(data))
-                if not self._idle and len(self.protocol.connection.trailing_data[0]) > AHEAD:
-                    self._ending = Ending("server", "error", f"the client sent {AHEAD} bytes ahead")
-                    break
+                await self._catch_up()
             while self._closing and data and left_over > 0:
                 data = bytes(await receive())
                 left_over -= len(data)
@@ -2083,6 +2125,12 @@ class Connection(TCPServer):
         if self._patience.cancelled_caught and self._head_begun:
             await self.protocol._send_error_response(408)
         await self._give_up()
+
+    async def _catch_up(self) -> None:
+        """A client far ahead of its answers is not read on: it shall wait, as it makes us wait."""
+        while len(self.protocol.connection.trailing_data[0]) > AHEAD and not self._closing:
+            self._answered = trio.Event()
+            await self._answered.wait()
 
     @property
     def _head_begun(self) -> bool:
@@ -2095,15 +2143,22 @@ class Connection(TCPServer):
             await self._send(event.data)
         elif isinstance(event, Updated):
             self._idle = event.idle
-            wait = self.settings.keep_alive if event.idle else math.inf
-            self._patience.deadline = trio.current_time() + wait
-            if event.idle and self._head_begun:
-                self._task_group.spawn(self.protocol.read_on)
+            ahead = event.idle and self._head_begun
+            idle = self.settings.head_timeout if ahead else self.settings.keep_alive
+            self._patience.deadline = trio.current_time() + (idle if event.idle else math.inf)
+            if ahead:
+                self._task_group.spawn(self._read_on)
         elif isinstance(event, Closed):
             await self._close_gently()
 
+    async def _read_on(self) -> None:
+        await self.protocol.read_on()
+        self._answered.set()
+
     async def _send(self, data: bytes) -> None:
         """Send directly while the kernel takes it, nearly always; else wait, but not for ever."""
+        if self.lost:
+            return
         try:
             busy = self.send_lock.locked() or os.name != "posix"
             sent = 0 if busy else os.write(self.stream.socket.fileno(), data)
@@ -2148,6 +2203,7 @@ class Connection(TCPServer):
         if self._closing:
             return
         self._closing = True
+        self._answered.set()
         self._ending = self._ending or Ending("server", "error", "the request was malformed")
         heard = self.protocol.connection.their_state in (h11.DONE, h11.MUST_CLOSE, h11.CLOSED)
         at_once = (heard and not self._head_begun) or self._leave_by < math.inf
