@@ -1379,6 +1379,8 @@ Send = Callable[[Any], Awaitable[None]]
 
 def one_line(value: str) -> bytes:
     """A header's value on the wire: a template may have put anything into it."""
+    if value.isascii() and value.isprintable():
+        return value.encode()
     return re.sub(r"[^ -~]", lambda found: quote(found[0], errors="replace"), value).encode()
 
 
@@ -1732,6 +1734,7 @@ def create_app(  # noqa: C901  # ruff adds the routes up; a test looks at each f
     app.asgi_http_class = partial(Exchange, Journal())  # type: ignore[assignment]
     ordinary, began = ordinary_stream(settings), clock.perf_counter()
     instance = settings.instance or f"{settings.host}:{os.getpid()}"
+    shown_instance = header_value(instance)
 
     @app.before_request
     async def admit() -> None:
@@ -1856,7 +1859,7 @@ def create_app(  # noqa: C901  # ruff adds the routes up; a test looks at each f
     def echo(run: Run, attempt: int) -> dict[str, str]:
         return {
             "x-aura-run-id": header_value(run.facts.run_id),
-            "x-aura-instance": header_value(instance),
+            "x-aura-instance": shown_instance,
             "x-aura-scenario": run.scenario.name,
             "x-aura-attempt": str(attempt),
         }
@@ -1998,12 +2001,17 @@ class Http11(H11Protocol):
         self._turn = trio.Lock()  # who reads on: the reader, or the end of an answer
 
     async def handle(self, event: ServerEvent) -> None:
-        if isinstance(event, RawData):
-            async with self._turn:
+        if not isinstance(event, RawData):
+            await super().handle(event)
+        elif self._turn.locked():
+            self.connection.receive_data(event.data)  # whoever is reading on comes to it
+        else:
+            self._turn.acquire_nowait()  # no checkpoint: this is once per request
+            try:
                 with contextlib.suppress(Ahead):
                     await super().handle(event)
-        else:
-            await super().handle(event)
+            finally:
+                self._turn.release()
 
     async def read_on(self) -> None:
         """The answer is out: now the bytes that were ahead."""
