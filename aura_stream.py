@@ -578,13 +578,18 @@ def _take_apart(item: Any, place: str, at: str) -> tuple[str, Any, dict[str, Any
     return name, argument, {key: part for key, part in parts.items() if key != name}
 
 
+MAKERS: dict[str, Callable[[Any], Event | bytes]] = {
+    "event": lambda said: Event(said.get("event", ""), said["data"]),
+    "comment": comment,
+    "raw": to_bytes,
+}
+
+
 def _made_ready(name: str, argument: Any) -> Event | bytes | None:
     """What the step will send, if that is the same each time: then it is encoded here, once."""
-    if name not in ("event", "comment", "raw") or TEMPLATE.search(to_json(argument)):
+    if name not in MAKERS or TEMPLATE.search(to_json(argument)):
         return None
-    if name == "event":
-        return Event(argument.get("event", ""), argument["data"])
-    return comment(argument) if name == "comment" else to_bytes(argument)
+    return MAKERS[name](argument)
 
 
 def literal(value: Any) -> Any:
@@ -620,6 +625,10 @@ class Player:
                 await trio.lowlevel.checkpoint()  # once a ms: else every batch is one event
                 self._breath = clock.perf_counter()
         self._turn = outer
+
+    def made(self, step: Step) -> Any:
+        """What the step sends: made beforehand, or now, its templates filled in."""
+        return step.ready or MAKERS[step.verb](self.fill(step.argument))
 
     def draw(self, length: Any) -> float:
         """Seconds; a range is drawn from the scenario's own generator, made on first need."""
@@ -1085,8 +1094,7 @@ class Run:
         self.log = Log(ids=settings.event_ids)
         self.scope = trio.CancelScope()  # around the analysis, and only around it
         self.failure: Failure | None = None
-        self.speaking = True  # the analysis has not returned yet
-        self.last_word: LastWord | None = None
+        self.last_word: LastWord | None = None  # none while the analysis has not returned
         self.over = False  # it has come out of the channel
         self.trimmed = False
         self.counted = 0  # bytes of its log in the hub's account
@@ -1113,7 +1121,7 @@ class Run:
     @property
     def settled(self) -> bool:
         """Nothing can change any more how it ends."""
-        return not self.speaking or self.log.last_name in TERMINAL
+        return self.last_word is not None or self.log.last_name in TERMINAL
 
     @contextlib.contextmanager
     def viewed(self) -> Iterator[None]:
@@ -1133,27 +1141,22 @@ class Run:
 
     def cancel(self, why: Failure) -> None:
         """End the analysis. The log's last word will be `why`, unless it has ended already."""
-        if self.failure is None and self.speaking:
+        if self.failure is None and self.last_word is None:
             self.failure = why
             self.scope.cancel(reason=why.error)
 
     def write_down(self, said: Any) -> None:
         """One thing that came out of the channel, into the log."""
-        if said is self.last_word:
+        if self.last_word is not None and said is self.last_word:
             self.over, said = True, self.last_word.event
-        if said is not None and not is_event(said):
+        whole = isinstance(said, Event) and hasattr(said, "block")
+        if said is not None and not whole:
             error = f"the analysis sent {type(said).__name__}, where an Event belongs"
             self.cancel(Failure(error, retryable=False))
         elif self.over and self.log.last_name in TERMINAL:
             self.failure = None  # it came too late: one terminal event, and that is the last word
         elif said is not None:
             self.log.append(said)
-
-
-def is_event(said: Any) -> bool:
-    """An Event that was made as one, and not around its encoding."""
-    whole = isinstance(getattr(said, "block", None), bytes)
-    return isinstance(said, Event) and whole and isinstance(getattr(said, "name", None), str)
 
 
 async def conduct(run: Run, analysis: Analysis, settle: Callable[[Run], None]) -> None:
@@ -1179,7 +1182,7 @@ async def perform(run: Run, analysis: Analysis, sending: Sending) -> None:
             run.failure = run.failure or explained(error)
             about = (safe(facts.run_id), safe(facts.case_id), run.failure.stage)
             log.exception("analysis failed run_id=%s case_id=%s stage=%s", *about)
-        run.speaking, run.last_word = False, LastWord()
+        run.last_word = LastWord()
         if run.failure is not None:
             run.last_word.event = Event("failed", PHASES[facts.phase].failed(facts, run.failure))
         await sending.send(run.last_word)
@@ -1224,10 +1227,7 @@ class Performance(Player):
         self.facts, self._sending = facts, sending
 
     async def event(self, step: Step) -> None:
-        event = step.ready
-        if not isinstance(event, Event):
-            said = self.fill(step.argument)
-            event = Event(said.get("event", ""), said["data"])
+        event = self.made(step)
         try:
             self._sending.send_nowait(event)
         except trio.WouldBlock:
@@ -1449,12 +1449,10 @@ class Delivery(Player):
         self._quiet_since = self.time.now()
 
     async def comment(self, step: Step) -> None:
-        ready = step.ready if isinstance(step.ready, bytes) else comment(self.fill(step.argument))
-        await self.write(ready)
+        await self.write(self.made(step))
 
     async def raw(self, step: Step) -> None:
-        ready = step.ready if isinstance(step.ready, bytes) else to_bytes(self.fill(step.argument))
-        await self.write(ready)
+        await self.write(self.made(step))
 
     async def heartbeat(self, step: Step) -> None:
         """From now on a comment after that much quiet."""
@@ -1494,7 +1492,7 @@ class Delivery(Player):
                 await self.write(gap)
             piece, last = log.read(self._place, most=most, until=portion.until)
             if piece:
-                await self._pass_on(piece, last, portion)
+                await self._pass_on(piece, last, portion, log)
                 if last < log.last:
                     await trio.lowlevel.checkpoint()  # a write that fits the socket has none
             elif log.ended:
@@ -1507,9 +1505,8 @@ class Delivery(Player):
                 if silence.cancelled_caught:
                     return
 
-    async def _pass_on(self, piece: bytes, last: int, portion: Portion) -> None:
-        assert self._run is not None
-        found = portion.until is not None and self._run.log.name_of(last) == portion.until
+    async def _pass_on(self, piece: bytes, last: int, portion: Portion, log: Log) -> None:
+        found = portion.until is not None and log.name_of(last) == portion.until
         count, self._place = last - self._place, last
         portion.left = 0 if found else portion.left - count
         self._entry.events += count
