@@ -20,11 +20,13 @@ so nothing has to be taken on trust. Ten minutes? Read Runs, Deliveries and Serv
      5  Journal                who asked, what they got, who closed first
      6  Runs                   analysis -> channel -> log
      7  Deliveries             log -> one viewer
-     8  Contract               who may ask for what, and how we refuse
-     9  HTTP                   the routes
-    10  What ASGI cannot say   the fenced corner: sockets, deadlines, other people's bugs
-    11  Serving                the nurseries, and the order in which they end
-    12  Command line
+     8  Faults                 how a delivery goes wrong, at the exact byte
+     9  Contract               who may ask for what, how we refuse, how a test chooses
+    10  HTTP                   the routes
+    11  What ASGI cannot say   the fenced corner: sockets, deadlines, other people's bugs
+    12  Catalogue              the built-in scenarios, as data
+    13  Serving                the nurseries, and the order in which they end
+    14  Command line
 
 The task tree: who is inside whom is who ends with whom.
 
@@ -53,7 +55,9 @@ The journey of one event:
 from __future__ import annotations
 
 import argparse
+import base64
 import bisect
+import collections
 import contextlib
 import dataclasses
 import difflib
@@ -72,15 +76,16 @@ import struct
 import sys
 import threading
 import time as clock
+import types
 import uuid
-import weakref
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, urlencode, urlsplit
 
 import h11
 import trio
@@ -128,6 +133,11 @@ class Settings:
     auth: str = knob("on", "`on`: `/aura/**` needs any Bearer token", choices=("on", "off"))
     unknown_run: str = knob("404", "status of an unknown run's stream", choices=("404", "200"))
     demo_off: bool = knob(False, "answer triggers with `disabled`, start nothing", "DEMO_OFF")
+    scenario: str = knob("", "the scenario where nobody chooses; empty: the ordinary one")
+    scenarios: str = knob("", "a JSON file with scenarios of one's own, a list of them")
+    case: str = knob("", "scenarios bound to cases: `85117=drop-resume,85118=failed`")
+    no_magic: bool = knob(False, "a `~name` at the end of an id chooses no scenario")
+    speed: str = knob("1", "script time: so many times faster, or `max`: it jumps where all wait")
     event_delay: float = knob(0.15, "seconds between the events of an ordinary run")
     heartbeat: float = knob(30.0, "quiet seconds before a beat; 0: none", "SSE_HEARTBEAT_INTERVAL")
     retry_ms: int = knob(0, "`retry:` after `: connected`; 0 sends none", "SSE_RETRY_MS")
@@ -148,6 +158,7 @@ class Settings:
     body_timeout: float = knob(30.0, "seconds for a request's body, then 408")
     max_body: int = knob(2**20, "bytes of a request's body, then 413")
     grace: float = knob(5.0, "seconds open streams get at the stop, then they are cut")
+    exit_with_stdin: bool = knob(False, "stop when standard input closes, as a killed test's does")
     redis_url: str = knob("", "not in this version: runs are kept in memory only", "REDIS_URL")
     log_level: str = knob("INFO", "DEBUG, INFO, WARNING or ERROR", "LOG_LEVEL",
                           choices=("DEBUG", "INFO", "WARNING", "ERROR"))
@@ -161,6 +172,15 @@ class Settings:
                 raise ValueError(f"{flag(one)} must be 0 or more, not {value!r}")
         if self.port > 65535:
             raise ValueError(f"--port must be at most 65535, not {self.port}")
+        with contextlib.suppress(ValueError):
+            if self.rate > 0:
+                return
+        raise ValueError(f"--speed must be a number above 0 or max, not {self.speed!r}")
+
+    @property
+    def rate(self) -> float:
+        """Script seconds in a real one; infinite where script time jumps."""
+        return math.inf if self.speed == "max" else min(float(self.speed), 1e6)
 
     @classmethod
     def read(cls, flags: Mapping[str, str], environment: Mapping[str, str]) -> Settings:
@@ -221,6 +241,7 @@ class Event:
 
     name: str
     data: Any
+    retry: int | None = None
     block: bytes = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -228,6 +249,7 @@ class Event:
             raise ValueError(f"an event's name is one line without NUL, not {self.name!r}")
         text = self.data if isinstance(self.data, str) else to_json(self.data)
         lines = [f"event: {self.name}"] if self.name else []
+        lines += [] if self.retry is None else [f"retry: {self.retry}"]
         lines += [f"data: {line}" for line in LINE_END.split(text)]
         object.__setattr__(self, "block", to_bytes("\n".join(lines) + "\n\n"))
 
@@ -267,44 +289,65 @@ def read_events(text: str) -> Iterator[tuple[str, str, str]]:
 
 
 class Time:
-    """Script time: the wall clock, moved ahead by hand if somebody wishes."""
+    """Script time: as fast as the wall clock, so many times faster, or (at `math.inf`) jumping to
+    what is due next; and moved ahead by hand whenever somebody wishes."""
 
-    def __init__(self) -> None:
-        self._ahead = 0.0
-        self._waiting: dict[trio.CancelScope, float] = {}
+    def __init__(self, rate: float = 1.0) -> None:
+        self.rate, self._pace, self._ahead = rate, 1.0 if rate == math.inf else rate, 0.0
+        self._waiting: set[Limit] = set()
+        self._wanted = trio.Event()
 
     def now(self) -> float:
-        return trio.current_time() + self._ahead
+        return trio.current_time() * self._pace + self._ahead
+
+    def wall(self, moment: float) -> float:
+        """When script time gets there, on Trio's clock."""
+        return (moment - self._ahead) / self._pace
 
     async def sleep(self, seconds: float) -> None:
         with self.limit(seconds):
             await trio.sleep_forever()
 
-    def limit(self, seconds: float) -> Limit:
-        """A cancel scope, like `trio.move_on_after`, whose deadline is in script time."""
-        return Limit(self, self.now() + seconds)
+    def limit(self, seconds: float, *, jump: bool = True) -> Limit:
+        """A cancel scope, like `trio.move_on_after`, whose deadline is in script time; worth a
+        jump, or not: then it fires when a jump comes past."""
+        return Limit(self, self.now() + seconds, jump)
 
     def advance(self, seconds: float) -> None:
         """Move script time ahead; whatever is due then wakes now."""
         self._ahead += seconds
-        for scope, deadline in self._waiting.items():
-            scope.deadline = deadline - self._ahead
+        for limit in self._waiting:
+            limit.scope.deadline = self.wall(limit.deadline)
+
+    async def jump(self) -> None:
+        """Whenever nobody can go on but by waiting, go to the next deadline; for ever."""
+        from trio.testing import wait_all_tasks_blocked
+
+        while True:
+            await wait_all_tasks_blocked(0.02)
+            due = [limit for limit in self._waiting if self.now() < limit.deadline < math.inf]
+            if any(limit.jump for limit in due):
+                self.advance(max(0.0, min(limit.deadline for limit in due) - self.now()))
+            else:
+                self._wanted = trio.Event()
+                await self._wanted.wait()
 
 
 class Limit:
     """`with` gives the Trio cancel scope; ask it for `cancelled_caught` afterwards."""
 
-    def __init__(self, time: Time, deadline: float) -> None:
-        self._time, self._deadline = time, deadline
-        self._scope = trio.CancelScope(deadline=deadline - time._ahead)
+    def __init__(self, time: Time, deadline: float, jump: bool) -> None:
+        self._time, self.deadline, self.jump = time, deadline, jump
+        self.scope = trio.CancelScope(deadline=time.wall(deadline))
 
     def __enter__(self) -> trio.CancelScope:
-        self._time._waiting[self._scope] = self._deadline
-        return self._scope.__enter__()
+        self._time._waiting.add(self)
+        self._time._wanted.set()
+        return self.scope.__enter__()
 
     def __exit__(self, *error: Any) -> bool:
-        del self._time._waiting[self._scope]
-        return self._scope.__exit__(*error)
+        self._time._waiting.discard(self)
+        return self.scope.__exit__(*error)
 
 
 # ═══ 4  Scripts ═══════════════════════════════════════════════════════════════════════════════════
@@ -387,8 +430,8 @@ def keys(checks: Mapping[str, Check], *, needs: str = "", strict: bool = True) -
 
     def check(value: Any) -> None:
         an_object(value)
-        if needs and needs not in value:
-            raise Wrong(f"needs {needs!r}")
+        if missing := [name for name in needs.split() if name not in value]:
+            raise Wrong(f"needs {missing[0]!r}")
         for key, part in value.items():
             if key in checks:
                 within(key, checks[key], part)
@@ -420,15 +463,40 @@ def either(says: str, *checks: Check) -> Check:
 
 
 def just(*values: object) -> Check:
-    return lambda value: None if value in values else kind("one of them")(value)
+    def check(value: Any) -> None:
+        if not any(value is one or (value == one and isinstance(one, str)) for one in values):
+            raise Wrong(f"takes {' or '.join(map(shown, values))}, not {shown(value)}")
+
+    return check
 
 
-def _event(value: Any) -> None:
-    keys({"event": a_text, "data": anything}, needs="data")(value)
+def nothing(value: Any) -> None:
+    if value is not None:
+        raise Wrong(f"takes no argument, not {shown(value)}")
+
+
+def a_line(value: Any) -> None:
+    a_text(value)
+    if LINE_END.search(value) or "\0" in value:
+        raise Wrong(f"takes one line without NUL, not {shown(value)}")
+
+
+def _raw(value: Any) -> None:
     try:
-        Event(value.get("event", ""), "")
-    except ValueError as error:
-        raise Wrong(str(error)) from None
+        raw_bytes(value)
+    except (ValueError, TypeError, KeyError):
+        form = 'takes a text, {"hex": …} or {"base64": …} that decodes'
+        raise Wrong(f"{form}, not {shown(value)}") from None
+
+
+def raw_bytes(value: Any) -> bytes:
+    """The bytes that a `raw` step means."""
+    if isinstance(value, str):
+        return to_bytes(value)
+    ((code, text),) = value.items() if isinstance(value, dict) else [("", "")]
+    if code not in ("hex", "base64"):
+        raise ValueError(code)
+    return bytes.fromhex(text) if code == "hex" else base64.b64decode(text, validate=True)
 
 
 def _failure(value: Any) -> None:
@@ -463,36 +531,48 @@ class Verb:
     alone: Any = _NEEDED
 
 
-_RUN, _STREAM, _ALL = ("run",), ("stream",), ("run", "stream")
 TEMPLATE = re.compile(r"\{\{|\{(runId|caseId|tenantId|now|n)\}")
 MOST_TURNS = 1_000_000  # of all repeats of a script: more is not a test but a typing error
 MOST_STEPS = 5000  # of a script as written: checking more would hold up everybody else
 DEEPEST = 64  # levels of nesting in JSON from outside: Python's recursion limit would be a 500
+
+_RUN, _STREAM, _ANSWER = ("run",), ("stream",), ("trigger", "stream")
+_ALL = ("run", "trigger", "stream")
+_above_0, _count = number(1e-3, 1e9), number(1, 1e9, whole=True)
+_event_keys = {"event": a_line, "data": anything, "id": a_line, "retry": number(0, 1e9, whole=True)}
+_head_keys = {"status": number(200, 599, whole=True), "headers": _headers, "body": anything}
+_frame_keys = {"newline": just("\n", "\r\n", "\r"), "id": optional(a_line), "wrap": a_line}
+_beat = keys({"every": _above_0, "event": a_line, "data": anything}, needs="every")
+_until = keys({"until": a_text}, needs="until")
 VERBS = {
-    "event": Verb(_RUN, _event),
-    "ordinary": Verb(_RUN, alone=None),
+    "event": Verb(("run", "stream"), keys(_event_keys, needs="data"),
+                  {"pad": number(0, 2**24, whole=True)}),
+    "ordinary": Verb(_RUN, just(None, "phase2", "phase3", "generation"), alone=None),
     "fail": Verb(_RUN, _failure),
+    "crash": Verb(_RUN, a_text),
     "sleep": Verb(_ALL, seconds),
+    "wait": Verb(_ALL, a_text, {"within": seconds}),
     "repeat": Verb(_ALL, number(0, MOST_TURNS, whole=True), {"steps": a_list}),
-    "open": Verb(
-        _STREAM,
-        keys({"status": number(200, 599, whole=True), "headers": _headers, "body": anything}),
-        alone={},
-    ),
+    "hang": Verb(_ALL, nothing, alone=None),
+    "open": Verb(_ANSWER, keys(_head_keys), alone={}),
+    "raw": Verb(_ANSWER, _raw),
+    "end": Verb(_ANSWER, nothing, alone=None),
+    "drop": Verb(_ANSWER, nothing, alone=None),
+    "reset": Verb(_ANSWER, nothing, alone=None),
     "comment": Verb(_STREAM, a_text),
-    "raw": Verb(_STREAM, a_text),
     "heartbeat": Verb(
-        _STREAM,
-        either('nothing, seconds above 0 or "never"', just(None, "never"), number(1e-3, 1e9)),
-        alone=None,
-    ),
+        _STREAM, either('nothing, seconds above 0, "never" or {"every", "event", "data"}',
+                        just(None, "never"), _above_0, _beat), alone=None),
     "relay": Verb(
-        _STREAM,
-        either('"all", a number of events or {"until": an event\'s name}', just("all"),
-               number(0, 1e9, whole=True), keys({"until": a_text}, needs="until")),
-        {"every": seconds, "within": seconds},
-    ),
-    "drop": Verb(_STREAM, alone=None),
+        _STREAM, either('"all", a number of events or {"until": an event\'s name}',
+                        just("all"), number(0, 1e9, whole=True), _until),
+        {"every": seconds, "within": seconds, "shared": a_flag}),
+    "frame": Verb(_STREAM, keys(_frame_keys), alone={}),
+    "chunk": Verb(
+        _STREAM, either('a number of bytes, "utf8" or "line"', just("utf8", "line"), _count),
+        {"every": seconds}),
+    "buffer": Verb(_STREAM, either('"all" or a number of bytes', just("all"), _count)),
+    "flush": Verb(_STREAM, nothing, alone=None),
 }
 
 
@@ -531,7 +611,7 @@ def _written(value: list[Any]) -> int:
     return len(value) + sum(_written(steps) for steps in inner if isinstance(steps, list))
 
 
-_SILENT = ("sleep", "heartbeat")
+_SILENT = ("sleep", "wait", "heartbeat", "frame", "chunk", "buffer", "flush")
 
 
 def _check_head(value: Any, script: Script, at: str) -> None:
@@ -550,11 +630,17 @@ def _parse_step(item: Any, place: str, at: str) -> Step:
     try:
         verb.check(argument)
         keys(verb.modifiers)(modifiers)
+        if place == "run" and name == "event" and "id" in argument:
+            raise Wrong("takes no 'id' in a run: there it comes by itself")
+        if "pad" in modifiers and not isinstance(argument["data"], dict):
+            raise Wrong("with a 'pad' needs 'data' to be an object: it adds a field to it")
+        if name == "repeat" and "steps" not in modifiers:
+            raise Wrong('needs steps: {"repeat": 3, "steps": [ … ]}')
     except Wrong as wrong:
         raise Mistake(at, item, f"{name!r} {wrong}") from None
     steps = parse_script(modifiers.get("steps", []), place, f"{at}.steps")
     turns = argument * max(1, sum(step.turns for step in steps)) if name == "repeat" else 0
-    return Step(name, argument, modifiers, steps, turns, _made_ready(name, argument))
+    return Step(name, argument, modifiers, steps, turns, _made_ready(name, argument, modifiers))
 
 
 def _take_apart(item: Any, place: str, at: str) -> tuple[str, Any, dict[str, Any]]:
@@ -578,18 +664,26 @@ def _take_apart(item: Any, place: str, at: str) -> tuple[str, Any, dict[str, Any
     return name, argument, {key: part for key, part in parts.items() if key != name}
 
 
-MAKERS: dict[str, Callable[[Any], Event | bytes]] = {
-    "event": lambda said: Event(said.get("event", ""), said["data"]),
-    "comment": comment,
-    "raw": to_bytes,
+def _make_event(argument: Any, modifiers: Mapping[str, Any]) -> Event:
+    pad = {"pad": "x" * modifiers["pad"]} if "pad" in modifiers else {}
+    data = {**argument["data"], **pad} if pad else argument["data"]
+    return Event(argument.get("event", ""), data, argument.get("retry"))
+
+
+MAKERS: dict[str, Callable[[Any, Mapping[str, Any]], Event | bytes]] = {
+    "event": _make_event,
+    "comment": lambda argument, _: comment(argument),
+    "raw": lambda argument, _: raw_bytes(argument),
 }
 
 
-def _made_ready(name: str, argument: Any) -> Event | bytes | None:
-    """What the step will send, if that is the same each time: then it is encoded here, once."""
-    if name not in MAKERS or TEMPLATE.search(to_json(argument)):
+def _made_ready(name: str, argument: Any, modifiers: Mapping[str, Any]) -> Event | bytes | None:
+    """What the step will send, if that is small and the same each time: then it is encoded here,
+    once."""
+    big = modifiers.get("pad", 0) > 2**16
+    if name not in MAKERS or big or TEMPLATE.search(to_json(argument)):
         return None
-    return MAKERS[name](argument)
+    return MAKERS[name](argument, modifiers)
 
 
 def literal(value: Any) -> Any:
@@ -601,21 +695,67 @@ def literal(value: Any) -> Any:
     return value.replace("{", "{{") if isinstance(value, str) else value
 
 
+class Gates:
+    """What scripts wait at: opened by a signal, for one run or for all, and for good."""
+
+    most = 1000  # open at a time; then somebody has forgotten to reset
+
+    def __init__(self) -> None:
+        self._open: set[tuple[str, str | None]] = set()
+        self._news = trio.Event()
+
+    def signal(self, gate: str, run_id: str | None = None) -> bool:
+        """Open the gate; False if too many are open already."""
+        if len(self._open | {(gate, run_id)}) > self.most:
+            return False
+        self._open.add((gate, run_id))
+        self._news.set()
+        self._news = trio.Event()
+        return True
+
+    def close(self) -> None:
+        self._open.clear()
+
+    async def wait(self, gate: str, run_id: str | None) -> None:
+        while not self._open & {(gate, run_id), (gate, None)}:
+            await self._news.wait()
+
+
 class Player:
     """Plays a script: one step after the other, each by the method that has its verb's name."""
 
     _random: random.Random | None = None
 
-    def __init__(self, time: Time, names: Mapping[str, str], seed: str) -> None:
-        self.time, self._names, self._seed = time, names, seed
+    def __init__(self, time: Time, gates: Gates, names: Mapping[str, str], seed: str) -> None:
+        self.time, self._gates, self._names, self._seed = time, gates, names, seed
         self._turn, self._breath = 0, clock.perf_counter()
 
     async def play(self, script: Script) -> None:
         for step in script:
             await getattr(self, step.verb)(step)
 
+    async def rest(self, wait: Callable[[], Awaitable[None]]) -> None:
+        """Await this; a stream has heartbeats meanwhile, and may begin it anew after one."""
+        await wait()
+
     async def sleep(self, step: Step) -> None:
-        await self.time.sleep(self.draw(step.argument))
+        over = self.time.now() + self.draw(step.argument)
+        await self.rest(lambda: self.time.sleep(over - self.time.now()))
+
+    async def wait(self, step: Step) -> None:
+        """Wait until somebody signals the gate, or `within` is over."""
+        gate, run_id = self.fill(step.argument), self._names.get("runId")
+        over = self.time.now() + self.draw(step.modifiers.get("within", math.inf))
+
+        async def at_the_gate() -> None:
+            with self.time.limit(over - self.time.now()):
+                await self._gates.wait(gate, run_id)
+
+        await self.rest(at_the_gate)
+
+    async def hang(self, step: Step) -> None:
+        """Say nothing more."""
+        await trio.sleep_forever()
 
     async def repeat(self, step: Step) -> None:
         outer = self._turn
@@ -628,7 +768,7 @@ class Player:
 
     def made(self, step: Step) -> Any:
         """What the step sends: made beforehand, or now, its templates filled in."""
-        return step.ready or MAKERS[step.verb](self.fill(step.argument))
+        return step.ready or MAKERS[step.verb](self.fill(step.argument), step.modifiers)
 
     def draw(self, length: Any) -> float:
         """Seconds; a range is drawn from the scenario's own generator, made on first need."""
@@ -655,29 +795,66 @@ def now_iso() -> str:
 
 
 @dataclass(frozen=True)
+class Attempts:
+    """The script of each attempt: the last one repeats, or they go round."""
+
+    scripts: tuple[Script, ...]
+    cycle: bool = False
+
+    def of(self, attempt: int) -> Script:
+        last = len(self.scripts)
+        return self.scripts[(attempt - 1) % last if self.cycle else min(attempt, last) - 1]
+
+
+def parse_attempts(value: Any, place: str) -> Attempts:
+    """A script, a list of them, or a cycle."""
+    cycle = isinstance(value, dict)
+    if cycle and list(value) != ["cycle"]:
+        raise Mistake(place, value, 'takes a script, a list of scripts or {"cycle": [script, …]}')
+    scripts, at = (value["cycle"], f"{place}.cycle") if cycle else (value, place)
+    if not cycle and not (isinstance(value, list) and value and isinstance(value[0], list)):
+        return Attempts((parse_script(value, place),))
+    if not isinstance(scripts, list) or not scripts:
+        raise Mistake(at, value, f"a cycle is a list of scripts, not {shown(scripts)}")
+    parsed = (parse_script(one, place, f"{at}[{index}]") for index, one in enumerate(scripts))
+    return Attempts(tuple(parsed), cycle)
+
+
+@dataclass(frozen=True)
 class Scenario:
     """A named way for things to go. A script it does not have is the ordinary one."""
 
     name: str
     run: Script | None = None
-    stream: Script | None = None
-    seed: str = ""
-    source: str = ""  # what it was read from: two scenarios are the same if this is
+    trigger: Attempts | None = None
+    stream: Attempts | None = None
+    source: Mapping[str, Any] = field(default_factory=dict)  # two are the same if this is
+
+    @property
+    def doc(self) -> str:
+        return str(self.source.get("doc", ""))
+
+    @property
+    def seed(self) -> str:
+        return str(self.source.get("seed", self.name))
 
 
-def parse_scenario(value: Any) -> Scenario:
+def parse_scenario(value: Any, *, needs: str = "name") -> Scenario:
     """A scenario from JSON, or the Mistake in it."""
     seed = kind("a number or a text", int, float, str)
-    parts = {"name": a_text, "doc": a_text, "run": anything, "stream": anything, "seed": seed}
+    scripts = {"run": anything, "trigger": anything, "stream": anything}
     try:
-        keys(parts, needs="name")(value)
+        keys({"name": a_text, "doc": a_text, "seed": seed, **scripts}, needs="name")(value)
         if not re.fullmatch(r"[a-z0-9-]{1,64}", value["name"]):
             raise Wrong(f"takes 1 to 64 of a-z, 0-9 and -, not {shown(value['name'])}", "name")
+        if not value.get(needs):
+            raise Wrong(f"in a catalogue needs {needs!r}: the symptom, and what the client sees")
     except Wrong as wrong:
         raise Mistake("scenario", value, f"a scenario {wrong}") from None
-    run, stream = (parse_script(value[at], at) if at in value else None for at in ("run", "stream"))
-    name, source = value["name"], json.dumps(value, sort_keys=True)
-    return Scenario(name, run, stream, str(value.get("seed", name)), source)
+    run = parse_script(value["run"], "run") if "run" in value else None
+    answers = ("trigger", "stream")
+    trigger, stream = (parse_attempts(value[at], at) if at in value else None for at in answers)
+    return Scenario(value["name"], run, trigger, stream, value)
 
 
 # The ordinary scripts. Small functions fill them from the request; nothing else is special.
@@ -735,6 +912,7 @@ class Facts:
     time: Time
     event_delay: float = 0.0
     test_fail: str | None = None
+    test_id: str | None = None
 
     @property
     def names(self) -> dict[str, str]:
@@ -855,6 +1033,21 @@ def phase3(facts: Facts) -> list[dict[str, Any]]:
     return _apart(script, facts.event_delay)
 
 
+def generation(facts: Facts) -> list[dict[str, Any]]:
+    """The ordinary generation job: 2 s a step, where the events of a run are 0.15 s apart."""
+    job, text = {"jobId": "{runId}"}, "# {caseId}"
+    script: list[dict[str, Any]] = []
+    for value in (10, 25, 40, 60, 75, 90, 100):
+        now = {"value": value, "currentStep": f"step {value}", "estimatedTime": (100 - value) // 5}
+        script.append(_say("progress", type="progress", **job, **now, metadata={}))
+        if value in (40, 75):
+            counts = {"isPartial": True, "wordCount": value, "estimatedTokens": 2 * value}
+            script.append(_say("preview", type="preview", **job, markdown=text, **counts))
+    result = {"markdown": text, "tokens": 200}
+    script.append(_say("completed", type="completed", **job, result=result))
+    return _apart(script, 2 * facts.event_delay / 0.15)
+
+
 def _failed2(facts: Facts, failure: Failure) -> dict[str, Any]:
     why = {"code": failure.code, "retryable": failure.retryable}
     return {"error": failure.error, "stage": failure.stage, **why}
@@ -863,6 +1056,11 @@ def _failed2(facts: Facts, failure: Failure) -> dict[str, Any]:
 def _failed3(facts: Facts, failure: Failure) -> dict[str, Any]:
     error = {"message": failure.error, "stage": failure.stage}
     return {"runId": facts.run_id, "status": "failed", "error": error, "retryable": True}
+
+
+def _failed_job(facts: Facts, failure: Failure) -> dict[str, Any]:
+    why = {"code": failure.code, "message": failure.error, "retryable": failure.retryable}
+    return {"type": "failed", "jobId": facts.run_id, "error": why}
 
 
 @dataclass(frozen=True)
@@ -874,7 +1072,74 @@ class Phase:
     failed: Callable[[Facts, Failure], dict[str, Any]]
 
 
-PHASES = {"phase2": Phase("ok", phase2, _failed2), "phase3": Phase("phase3", phase3, _failed3)}
+PHASES = {
+    "phase2": Phase("ok", phase2, _failed2),
+    "phase3": Phase("phase3", phase3, _failed3),
+    "generation": Phase("generation", generation, _failed_job),
+}
+
+Sending = trio.MemorySendChannel[Any]  # of Events; besides, of AtGates, and at last of a LastWord
+Analysis = Callable[[Facts, Sending], Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class AtGate:
+    """What a performance sends before it waits at a gate (True), and behind it (False): so the
+    idle time-out knows when to stand still."""
+
+    waits: bool
+
+
+class Performance(Player):
+    """Plays a run script: an analysis made of data."""
+
+    def __init__(
+        self, facts: Facts, sending: Sending, gates: Gates, seed: str, own: Analysis | None
+    ) -> None:
+        super().__init__(facts.time, gates, facts.names, seed)
+        self.facts, self._sending, self._own = facts, sending, own
+
+    async def event(self, step: Step) -> None:
+        event = self.made(step)
+        try:
+            self._sending.send_nowait(event)
+        except trio.WouldBlock:
+            await self._sending.send(event)
+        if len(event.block) > 2**16:  # a big one goes alone: 256 of them are no batch but a flood
+            await trio.lowlevel.checkpoint()
+
+    async def wait(self, step: Step) -> None:
+        await self._sending.send(AtGate(True))
+        await super().wait(step)
+        await self._sending.send(AtGate(False))
+
+    async def ordinary(self, step: Step) -> None:
+        """The analysis of this phase; or the one that was passed in, which takes its place."""
+        if self._own is not None and step.argument is None:
+            await self._own(self.facts, self._sending)
+            return
+        phase = PHASES[step.argument or self.facts.phase]
+        await self.play(parse_script(phase.script(self.facts), "run"))
+
+    async def fail(self, step: Step) -> NoReturn:
+        said = self.fill(step.argument)
+        raise Failure(said) if isinstance(said, str) else Failure(**said)
+
+    async def crash(self, step: Step) -> NoReturn:
+        raise RuntimeError(self.fill(step.argument))
+
+
+ORDINARY_RUN: Script = (Step("ordinary"),)
+
+
+def scripted(scenario: Scenario, gates: Gates, own: Analysis | None = None) -> Analysis:
+    """The analysis that plays this scenario's run script."""
+    script = ORDINARY_RUN if scenario.run is None else scenario.run
+
+    async def analysis(facts: Facts, sending: Sending) -> None:
+        await Performance(facts, sending, gates, scenario.seed, own).play(script)
+
+    return analysis
 
 
 # ═══ 5  Journal ═══════════════════════════════════════════════════════════════════════════════════
@@ -891,43 +1156,72 @@ def safe(value: object) -> str:
 
 
 class Ending(NamedTuple):
-    """Who closed, how, and why."""
+    """Who closed, how, why, and at which step of the script."""
 
     by: str
     how: str
     reason: str
+    step: int | None = None
 
 
 LEFT = Ending("client", "disconnect", "closed the connection")
+SHOWN = (b"accept", b"authorization", b"upgrade", b"user-agent", b"origin", b"cache-control",
+         b"x-dwp-source", b"x-dwp-caller-type", b"x-trace-id")  # of a request's headers
+RECORDED = {*SHOWN, b"x-request-id", b"x-tenant-id", b"x-user-id", b"x-agent-id", b"x-test-id"}
 
 
 @dataclass(slots=True)
 class Entry:
-    """One request: who asked, what was delivered, who closed first."""
+    """One request: who asked, what was delivered, who closed first. The journal shows its fields
+    in this order, under their names in camelCase."""
 
     method: str
     path: str
     client: str
     request_id: str
+    seq: int = 0
     kind: str = "request"
-    route: str = ""
     run_id: str | None = None
     case_id: str | None = None
+    test_id: str | None = None
+    attempt: int | None = None
+    scenario: str | None = None
+    seed: str | None = None
+    http_version: str = "1.1"
+    tenant_id: str | None = None
+    user_id: str | None = None
+    agent_id: str | None = None
+    headers: Mapping[bytes, str] = field(default_factory=dict)  # an allow-list: no credentials
     last_event_id: str | None = None
     resumed_after: int = 0
     status: int = 0
+    chunks: int = 0
     bytes: int = 0
     events: int = 0
     heartbeats: int = 0
     last_id_sent: int | None = None
+    wall: str = field(default_factory=now_iso)
+    notes: list[str] = field(default_factory=list)  # what else a reader should know
+    route: str = ""
+    step: int | None = None  # of the script, where it is now
     opened: float = field(default_factory=clock.perf_counter)
+    first_byte: float | None = None
+    closed: float | None = None
     end: Ending | None = None
 
-    def finish(self, by: str, how: str, reason: str) -> None:
+    def finish(self, by: str, how: str, reason: str, step: int | None = None) -> None:
         """Write the ending down, before the act. The first one counts: afterwards everybody seems
         to have hung up."""
         if self.end is None:
-            self.end = Ending(by, how, reason)
+            self.end = Ending(by, how, reason, self.step if step is None else step)
+
+    def sent(self, size: int, events: int, last: int | None) -> None:
+        """So much went out: in these bytes so many events, the last of this id."""
+        self.first_byte = self.first_byte or clock.perf_counter()
+        self.chunks += 1
+        self.bytes += size
+        self.events += events
+        self.last_id_sent = self.last_id_sent if last is None else last
 
     def says(self, text: str) -> None:
         """An INFO line that begins with the route and names the ids this route knows."""
@@ -936,18 +1230,70 @@ class Entry:
         log.info("%s: %s run_id=%s%s", self.stream_name, text, safe(self.run_id), case)
 
     @property
+    def names(self) -> dict[str, str]:
+        """What templates may name where there is no run."""
+        ids = {"runId": self.run_id, "caseId": self.case_id, "tenantId": self.tenant_id}
+        return {name: one or "" for name, one in ids.items()}
+
+    @property
     def stream_name(self) -> str:
         """What log lines call this stream; the guides look for these two names."""
         by_run = self.route == "analysis_run_stream"
         return "analysis_run_stream" if by_run else "case_analysis_stream"
 
+    @property
+    def said(self) -> str:
+        """Who closed first, in one sentence."""
+        if self.end is None:
+            return f"still open after {self.events} events, {self.bytes} bytes"
+        act = ACTS.get(self.end[:2], f"{self.end.by}: {self.end.how}")
+        scripted = self.scenario is not None and self.end.step is not None
+        place = f" (step {self.end.step} of {self.scenario})" if scripted else ""
+        count = f"{self.events} event{'s' * (self.events != 1)}, {self.bytes} bytes"
+        why = [self.end.reason] * (self.end.how in ("stalled", "cancelled", "error")) + self.notes
+        return "; ".join([f"{act}{place} after {count}", *why])
+
+
+ACTS = {
+    ("server", "end"): "the server ended the answer properly",
+    ("server", "drop"): "the server dropped the connection on purpose",
+    ("server", "reset"): "the server reset the connection on purpose",
+    ("server", "error"): "the server broke off",
+    ("client", "disconnect"): "the client closed the connection",
+    ("client", "stalled"): "the client stopped reading and was cut off",
+    ("shutdown", "cancelled"): "the stopping server cut the connection",
+    ("admin", "end"): "an operator ended the stream properly",
+    ("admin", "drop"): "an operator dropped the connection",
+    ("admin", "reset"): "an operator reset the connection",
+}
+
+
+def camel(name: str) -> str:
+    first, *rest = name.split("_")
+    return first + "".join(word.title() for word in rest)
+
 
 class Journal:
-    """What happened to every request."""
+    """What happened to every request: the last thousand, and a way to wait for the next."""
+
+    most = 1000
+
+    def __init__(self) -> None:
+        self.began = clock.perf_counter()
+        self._entries: dict[int, Entry] = {}
+        self._seq, self._news = 0, trio.Event()
+
+    def record(self, entry: Entry) -> None:
+        """Keep the entry; it fills while its request lasts."""
+        self._seq = entry.seq = self._seq + 1
+        self._entries[entry.seq] = entry
+        if len(self._entries) > self.most:
+            del self._entries[next(iter(self._entries))]
 
     def close(self, entry: Entry) -> None:
-        """The last word on a request: its log lines."""
-        duration, end = clock.perf_counter() - entry.opened, entry.end or LEFT
+        """The last word on a request: its log lines, and news for who waits."""
+        entry.closed = clock.perf_counter()
+        duration, end = entry.closed - entry.opened, entry.end or LEFT
         if entry.kind == "stream":
             log.info(
                 "%s: stream closed run_id=%s by=%s how=%s reason=%s bytes=%d events=%d"
@@ -959,6 +1305,43 @@ class Journal:
                 log.warning("SSE connection lost for client %s", entry.client)
         told = (entry.request_id, entry.method, safe(entry.path), entry.status, duration)
         log.info("[%s] %s %s - Status: %d - Duration: %.3fs", *told)
+        self._news.set()
+        self._news = trio.Event()
+
+    def find(self, wanted: Mapping[str, Any], *, since: int = 0) -> list[Entry]:
+        """The entries whose fields have these values, oldest first."""
+        wants = [(name, value) for name, value in wanted.items() if value is not None]
+        fits = [entry for entry in self._entries.values() if entry.seq > since]
+        return [one for one in fits if all(getattr(one, name) == value for name, value in wants)]
+
+    async def wait(
+        self, count: int, wanted: Mapping[str, Any], *, since: int, within: float
+    ) -> list[Entry]:
+        """The first `count` finished ones that match; what there is if they do not come in time."""
+        with trio.move_on_after(within):
+            while len(self._done(wanted, since)) < count:
+                await self._news.wait()
+        return self._done(wanted, since)[:count]
+
+    def _done(self, wanted: Mapping[str, Any], since: int) -> list[Entry]:
+        return [one for one in self.find(wanted, since=since) if one.closed is not None]
+
+    def forget(self, test_id: str | None = None) -> None:
+        """All entries, or those of one test; what is still open is not written down again."""
+        for entry in self.find({"test_id": test_id}):
+            del self._entries[entry.seq]
+
+    def show(self, entry: Entry) -> dict[str, Any]:
+        """The entry as JSON; times are seconds since the server's start."""
+        moments = {"open": entry.opened, "first_byte": entry.first_byte, "end": entry.closed}
+        times = {name: at and round(at - self.began, 3) for name, at in moments.items()}
+        hidden = (*moments, "opened", "closed", "request_id", "route", "step", "notes")
+        names = [one.name for one in dataclasses.fields(Entry) if one.name not in hidden]
+        told = {camel(name): getattr(entry, name) for name in names}
+        told["headers"] = {name.decode(): entry.headers.get(name) for name in SHOWN}
+        latency = round((entry.closed or clock.perf_counter()) - entry.opened, 3)
+        told |= {"t": {camel(name): at for name, at in times.items()}, "latency": latency}
+        return {**told, "end": entry.end and entry.end._asdict(), "said": entry.said}
 
 
 # ═══ 6  Runs ══════════════════════════════════════════════════════════════════════════════════════
@@ -1070,9 +1453,7 @@ class Log:
         return True
 
 
-Sending = trio.MemorySendChannel[Any]  # of Events, and at last of one LastWord
 Receiving = trio.MemoryReceiveChannel[Any]
-Analysis = Callable[[Facts, Sending], Awaitable[None]]
 
 
 @dataclass(eq=False)
@@ -1086,19 +1467,29 @@ class LastWord:
 TERMINAL = ("completed", "failed")
 
 
+@dataclass(slots=True)
+class Cursor:
+    """A place in a log: the id of the last event taken from it."""
+
+    place: int = 0
+
+
 class Run:
     """One analysis: its facts, its log, and how it went."""
 
     def __init__(self, facts: Facts, scenario: Scenario, settings: Settings) -> None:
         self.facts, self.scenario, self.settings = facts, scenario, settings
         self.log = Log(ids=settings.event_ids)
+        self.sending, self.receiving = trio.open_memory_channel[Any](CHANNEL)
         self.scope = trio.CancelScope()  # around the analysis, and only around it
         self.failure: Failure | None = None
         self.last_word: LastWord | None = None  # none while the analysis has not returned
         self.over = False  # it has come out of the channel
+        self.at_gate = False
         self.trimmed = False
         self.counted = 0  # bytes of its log in the hub's account
-        self.viewers = self.attempts = self.triggers = 0
+        self.viewers, self.attempts = 0, dict[str, int]()  # streams opened, by scenario
+        self.cursor = Cursor()  # of all viewers together, where a scenario wants the old queue
         self.started_at, self.ended_at = now_iso(), None
         self.ended_clock = math.inf
 
@@ -1123,15 +1514,6 @@ class Run:
         """Nothing can change any more how it ends."""
         return self.last_word is not None or self.log.last_name in TERMINAL
 
-    @contextlib.contextmanager
-    def viewed(self) -> Iterator[None]:
-        """While a viewer watches."""
-        self.viewers += 1
-        try:
-            yield
-        finally:
-            self.viewers -= 1
-
     @property
     def state(self) -> dict[str, Any]:
         """The run as its state endpoint shows it."""
@@ -1149,6 +1531,8 @@ class Run:
         """One thing that came out of the channel, into the log."""
         if self.last_word is not None and said is self.last_word:
             self.over, said = True, self.last_word.event
+        if isinstance(said, AtGate):
+            self.at_gate, said = said.waits, None
         whole = isinstance(said, Event) and hasattr(said, "block")
         if said is not None and not whole:
             error = f"the analysis sent {type(said).__name__}, where an Event belongs"
@@ -1161,19 +1545,18 @@ class Run:
 
 async def conduct(run: Run, analysis: Analysis, settle: Callable[[Run], None]) -> None:
     """A run from its first event to its last: one task speaks, this one writes down."""
-    sending, receiving = trio.open_memory_channel[Any](CHANNEL)
     async with trio.open_nursery() as nursery:
         name = f"analysis {safe(run.facts.run_id)}"
-        nursery.start_soon(perform, run, analysis, sending, name=name)
-        await transcribe(run, receiving, settle)
+        nursery.start_soon(perform, run, analysis, name=name)
+        await transcribe(run, settle)
 
 
-async def perform(run: Run, analysis: Analysis, sending: Sending) -> None:
+async def perform(run: Run, analysis: Analysis) -> None:
     """Run the analysis, whatever it does; then comes the last word, the way of every event."""
     facts = run.facts
-    with sending:
+    with run.sending:
         try:
-            with run.scope, sending.clone() as its_own:
+            with run.scope, run.sending.clone() as its_own:
                 await analysis(facts, its_own)
         except BaseException as error:  # the one place: no analysis ends the server
             ending = trio.current_effective_deadline() == -math.inf  # the server itself, just now
@@ -1185,19 +1568,23 @@ async def perform(run: Run, analysis: Analysis, sending: Sending) -> None:
         run.last_word = LastWord()
         if run.failure is not None:
             run.last_word.event = Event("failed", PHASES[facts.phase].failed(facts, run.failure))
-        await sending.send(run.last_word)
+        await run.sending.send(run.last_word)
 
 
-async def transcribe(run: Run, receiving: Receiving, settle: Callable[[Run], None]) -> None:
+async def transcribe(run: Run, settle: Callable[[Run], None]) -> None:
     """Write down what comes out of the channel, all that is there at a time, to the last word."""
-    patience = run.settings.idle_timeout
-    with receiving, contextlib.suppress(trio.EndOfChannel):
+    time, patience = run.facts.time, run.settings.idle_timeout
+    left = patience
+    with run.receiving, contextlib.suppress(trio.EndOfChannel):
         while not run.over:
-            with run.facts.time.limit(patience) as silence:
-                run.write_down(await receiving.receive())
+            since, before, waited = time.now(), run.log.last, run.at_gate
+            with time.limit(math.inf if waited else left) as silence:
+                run.write_down(await run.receiving.receive())
             if silence.cancelled_caught:
                 _give_up(run, patience)
-            _take_all(run, receiving)
+            _take_all(run)
+            spoke = silence.cancelled_caught or run.log.last > before
+            left = patience if spoke else left - (0.0 if waited else time.now() - since)
             settle(run)
             run.log.announce()
     run.facts = dataclasses.replace(run.facts, body={})  # a megabyte of JSON is many of Python
@@ -1206,10 +1593,10 @@ async def transcribe(run: Run, receiving: Receiving, settle: Callable[[Run], Non
     settle(run)
 
 
-def _take_all(run: Run, receiving: Receiving) -> None:
+def _take_all(run: Run) -> None:
     with contextlib.suppress(trio.WouldBlock):
         while not run.over:
-            run.write_down(receiving.receive_nowait())
+            run.write_down(run.receiving.receive_nowait())
 
 
 def _give_up(run: Run, patience: float) -> None:
@@ -1219,51 +1606,19 @@ def _give_up(run: Run, patience: float) -> None:
     run.cancel(Failure(f"the analysis said nothing for {patience:g} s", stage="timeout"))
 
 
-class Performance(Player):
-    """Plays a run script: an analysis made of data."""
-
-    def __init__(self, facts: Facts, sending: Sending, seed: str) -> None:
-        super().__init__(facts.time, facts.names, seed)
-        self.facts, self._sending = facts, sending
-
-    async def event(self, step: Step) -> None:
-        event = self.made(step)
-        try:
-            self._sending.send_nowait(event)
-        except trio.WouldBlock:
-            await self._sending.send(event)
-
-    async def ordinary(self, step: Step) -> None:
-        await self.play(parse_script(PHASES[self.facts.phase].script(self.facts), "run"))
-
-    async def fail(self, step: Step) -> NoReturn:
-        said = self.fill(step.argument)
-        raise Failure(said) if isinstance(said, str) else Failure(**said)
-
-
-ORDINARY_RUN: Script = (Step("ordinary"),)
-
-
-def scripted(scenario: Scenario) -> Analysis:
-    """The analysis that plays this scenario's run script."""
-    script = ORDINARY_RUN if scenario.run is None else scenario.run
-
-    async def analysis(facts: Facts, sending: Sending) -> None:
-        await Performance(facts, sending, scenario.seed).play(script)
-
-    return analysis
-
-
 class Hub:
     """All runs of this server: starts, finds and forgets them. Its nursery is the server's."""
 
-    def __init__(self, settings: Settings, nursery: trio.Nursery) -> None:
+    def __init__(
+        self, settings: Settings, nursery: trio.Nursery, time: Time | None = None
+    ) -> None:
         self.settings, self._nursery = settings, nursery
+        self.time, self.gates = time or Time(settings.rate), Gates()
         self._runs: dict[str, Run] = {}
         self._ended: dict[str, Run] = {}  # in the order of their ends
         self._forgotten: dict[str, str | None] = {}  # the last thousand ids, and their tenants
         self._held = 0  # bytes of all logs
-        self._seen: weakref.WeakSet[Run] = weakref.WeakSet()  # also forgotten ones with a viewer
+        self.deliveries: dict[Any, None] = {}  # open ones, oldest first
         self._stopping = False
 
     @property
@@ -1272,7 +1627,7 @@ class Hub:
 
     @property
     def viewers(self) -> int:
-        return sum(run.viewers for run in self._seen)
+        return sum(delivery.entry.kind == "stream" for delivery in self.deliveries)
 
     @property
     def refusal(self) -> str | None:
@@ -1288,10 +1643,23 @@ class Hub:
             self._forget(facts.run_id)
         self._forgotten.pop(facts.run_id, None)
         run = self._runs[facts.run_id] = Run(facts, scenario, self.settings)
-        self._seen.add(run)
-        analysis, name = analysis or scripted(scenario), f"run {safe(facts.run_id)}"
+        analysis = analysis or scripted(scenario, self.gates)
+        name = f"run {safe(facts.run_id)}"
         self._nursery.start_soon(conduct, run, analysis, self._settle, name=name)
         return run
+
+    @contextlib.contextmanager
+    def playing(self, delivery: Any, run: Run | None) -> Iterator[None]:
+        """While a delivery plays, an operator can find it, and its run has a viewer."""
+        self.deliveries[delivery] = None
+        if run:
+            run.viewers += 1
+        try:
+            yield
+        finally:
+            del self.deliveries[delivery]
+            if run:
+                run.viewers -= 1
 
     def find(self, run_id: str, *, tenant: str | None = None) -> Run | None:
         """The run of this id, if this tenant may see it."""
@@ -1313,11 +1681,20 @@ class Hub:
         for run in self._runs.values():
             run.cancel(why)
 
+    def reset(self, why: Failure, test_id: str | None = None) -> None:
+        """Cancel and forget all runs, or those of one test."""
+        for run in list(self._runs.values()):
+            if test_id in (None, run.facts.test_id):
+                run.cancel(why)
+                self._ended.setdefault(run.facts.run_id, run)
+                self._forget(run.facts.run_id)
+                self._forgotten.pop(run.facts.run_id)
+
     def _settle(self, run: Run) -> None:
         """A run said something, or ended: keep its log, and all logs together, within the
         limits."""
         limits = self.settings
-        if run.ended:
+        if run.ended and self._runs.get(run.facts.run_id) is run:
             self._ended[run.facts.run_id] = run
         trimmed = run.log.trim(limits.max_run_events, limits.max_run_bytes)
         self._account(run)
@@ -1388,152 +1765,353 @@ def one_line(value: str) -> bytes:
 class Portion:
     """What a relay step still has to deliver; it outlives the heartbeats in between."""
 
+    cursor: Cursor
     left: float
     until: str | None
     every: Any
     within: float
+    most: float  # events in one write
     due: float = 0.0  # script time before which the next event may not go
     quiet: float = math.inf  # script time at which the silence has lasted `within`
+
+
+class Over(Exception):
+    """The delivery ends before its script does."""
 
 
 class Delivery(Player):
     """Plays a stream script to one viewer, against a run's log if there is one."""
 
+    usual: Step | None = None  # the head of an answer that its script does not mention
+    batch = math.inf  # events in one write
+
     def __init__(
-        self, script: Script, entry: Entry, time: Time, settings: Settings, run: Run | None = None,
+        self, script: Script, entry: Entry, hub: Hub, run: Run | None = None,
         echo: Mapping[str, str] | None = None, connection: Any = None,
     ) -> None:
-        names = {"runId": entry.run_id or "", "caseId": entry.case_id or "", "tenantId": ""}
-        seed = run.scenario.seed if run else ""
-        super().__init__(time, run.facts.names if run else names, seed)
-        self._script, self._entry, self._run, self._settings = script, entry, run, settings
-        self._echo, self._connection = dict(echo or {}), connection
-        self._place = entry.resumed_after  # the id of the last event this viewer has
+        names = entry.names if run is None else run.facts.names
+        super().__init__(hub.time, hub.gates, names, entry.seed or "")
+        self._script, self.entry, self._hub, self._run = script, entry, hub, run
+        self._echo, self._connection = echo or {}, connection
+        self._cursor = Cursor(entry.resumed_after)
         self._beat_every = self._quiet_since = math.inf
+        self._resting: trio.CancelScope | None = None
+        self._closed = False
 
     async def deliver(self, send: Send, headers: Iterable[tuple[str, str]] = ()) -> None:
         """Play the script to its end; `headers` go out beside its own."""
         self._send, self._headers = send, headers
-        with self._run.viewed() if self._run else contextlib.nullcontext():
-            await self.play(self._script)
-            if not self._entry.status:
-                await self.open(Step("open", {}))
-            self._entry.finish("server", "end", "the script ended")
+        trio.lowlevel.current_task().name = f"delivery {safe(self.entry.run_id)}"
+        with self._hub.playing(self, self._run):
+            with contextlib.suppress(Over):
+                for at, step in enumerate(self._script):
+                    self.entry.step = at
+                    await getattr(self, step.verb)(step)
+            await self.flush()
+            if not self.entry.status:
+                await self.open(self.usual or Step("open", {}))
+            self.entry.finish("server", "end", "the script ended")
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def open(self, step: Step) -> None:
         """The head, at once. What it does not say is as usual for a stream, or for a plain body."""
-        head = self.fill(step.argument) if self._run else step.argument
+        head, stream = self.fill(step.argument), self.entry.kind == "stream"
         status, body = head.get("status", 200), head.get("body")
-        usual = STREAM_HEAD if body is None else TEXT_HEAD if isinstance(body, str) else JSON_HEAD
+        usual = TEXT_HEAD if isinstance(body, str) else JSON_HEAD
+        usual = STREAM_HEAD if stream and body is None else usual
         pairs = {**({} if status == 204 else usual), **self._echo}
         pairs |= {name.lower(): value for name, value in self._headers}
         pairs |= {name.lower(): value for name, value in head.get("headers", {}).items()}
         lines = [(name.encode(), one_line(value)) for name, value in pairs.items() if value]
-        self._entry.status, self._quiet_since = status, self.time.now()
+        self.entry.status, self._quiet_since = status, self.time.now()
         await self._send({"type": "http.response.start", "status": status, "headers": lines})
         if body is not None:
             await self.write(to_bytes(body if isinstance(body, str) else to_json(body)))
 
-    async def write(self, data: bytes) -> None:
-        """Bytes for this viewer: they go out whole, or the connection is lost."""
-        entry = self._entry
-        if not entry.status:
+    async def write(self, data: bytes, *, events: int = 0, last: int | None = None) -> None:
+        """Bytes for this viewer: so many events, the last of this id."""
+        if self._closed:
+            raise Over
+        if not self.entry.status:
             await self.open(Step("open", {}))
-        if entry.status in BODILESS:
-            return  # whatever the script says, such an answer has no body
-        await self._send({"type": "http.response.body", "body": data, "more_body": True})
-        if not entry.bytes and self._run:
-            log.info("%s: first chunk sent run_id=%s", entry.stream_name, safe(entry.run_id))
-        entry.bytes += len(data)
+        if data and self.entry.status not in BODILESS:  # whatever the script says
+            await self.put(data, events, last)
         self._quiet_since = self.time.now()
 
+    async def put(self, data: bytes, events: int, last: int | None) -> None:
+        """They go out whole, or the connection is lost."""
+        if not self.entry.bytes and self._run:
+            name, run_id = self.entry.stream_name, safe(self.entry.run_id)
+            log.info("%s: first chunk sent run_id=%s", name, run_id)
+        self.entry.sent(len(data), events, last)
+        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+    def dressed(self, block: bytes, number: int | None = None) -> bytes:
+        """A block as this viewer gets it; here as it is, the one that all viewers share."""
+        return block
+
+    async def flush(self, step: Step | None = None) -> None:
+        """Let go what is held back: here, nothing."""
+
     async def comment(self, step: Step) -> None:
-        await self.write(self.made(step))
+        await self.write(self.dressed(self.made(step)))
 
     async def raw(self, step: Step) -> None:
         await self.write(self.made(step))
 
     async def heartbeat(self, step: Step) -> None:
-        """From now on a comment after that much quiet."""
-        usual = step.argument or self._settings.heartbeat
+        """From now on a beat after that much quiet."""
+        usual = step.argument or self._hub.settings.heartbeat
         self._beat_every = math.inf if usual in ("never", 0) else float(usual)
 
-    async def sleep(self, step: Step) -> None:
-        over = self.time.now() + self.draw(step.argument)
-        await self._beating(lambda: self.time.sleep(over - self.time.now()))
-
-    async def drop(self, step: Step) -> None:
-        """Close the connection without an end, and wait to be cancelled: returning would be an
-        end."""
-        if self._connection is None:
-            raise RuntimeError("'drop' needs a socket, and this application runs without one")
-        self._entry.finish("server", "drop", "the script dropped the connection")
-        self._connection.cut()
-        await trio.sleep_forever()
+    def beat(self) -> bytes:
+        return self.dressed(HEARTBEAT)
 
     async def relay(self, step: Step) -> None:
         """Deliver the next events of the log, waiting for them, until its end or the step's own."""
         wanted, modifiers = step.argument, step.modifiers
         until = wanted["until"] if isinstance(wanted, dict) else None
         left = wanted if isinstance(wanted, int) else math.inf
-        within = self.draw(modifiers["within"]) if "within" in modifiers else math.inf
-        portion = Portion(left, until, modifiers.get("every"), within)
+        within = self.draw(modifiers.get("within", math.inf))
+        shared, every = modifiers.get("shared") and self._run, modifiers.get("every")
+        most = 1 if shared or every is not None else self.batch
+        cursor = shared.cursor if shared else self._cursor
+        portion = Portion(cursor, left, until, every, within, most)
         portion.quiet = self.time.now() + within
-        await self._beating(lambda: self._follow(portion))
+        await self.rest(lambda: self._follow(portion))
 
     async def _follow(self, portion: Portion) -> None:
-        while self._run and portion.left > 0 and self._entry.status not in BODILESS:
+        while self._run and portion.left > 0 and self.entry.status not in BODILESS:
             if portion.due:
                 await self.time.sleep(portion.due - self.time.now())
-            log, most = self._run.log, portion.left if portion.every is None else 1
-            if gap := log.gap(self._place):
-                self._place = self._entry.last_id_sent = log.first - 1
-                await self.write(gap)
-            piece, last = log.read(self._place, most=most, until=portion.until)
+            log, cursor = self._run.log, portion.cursor
+            if gap := log.gap(cursor.place):
+                cursor.place = log.first - 1
+                await self.write(self.dressed(gap, cursor.place), last=cursor.place)
+            most = min(portion.left, portion.most)
+            piece, last = log.read(cursor.place, most=most, until=portion.until)
             if piece:
                 await self._pass_on(piece, last, portion, log)
                 if last < log.last:
                     await trio.lowlevel.checkpoint()  # a write that fits the socket has none
-            elif log.ended:
+            elif log.ended or not await self._news(log, portion):
                 return
-            elif portion.within is math.inf:
-                await log.news()
-            else:
-                with self.time.limit(portion.quiet - self.time.now()) as silence:
-                    await log.news()
-                if silence.cancelled_caught:
-                    return
+
+    async def _news(self, log: Log, portion: Portion) -> bool:
+        """Wait until the log says more; False if it is silent for longer than the step bears."""
+        if portion.within is math.inf:
+            await log.news()
+            return True
+        with self.time.limit(portion.quiet - self.time.now()) as silence:
+            await log.news()
+        return not silence.cancelled_caught
 
     async def _pass_on(self, piece: bytes, last: int, portion: Portion, log: Log) -> None:
+        count, portion.cursor.place = last - portion.cursor.place, last
         found = portion.until is not None and log.name_of(last) == portion.until
-        count, self._place = last - self._place, last
         portion.left = 0 if found else portion.left - count
-        self._entry.events += count
-        self._entry.last_id_sent = last
-        await self.write(piece)
-        portion.quiet = self._quiet_since + portion.within
+        await self.write(self.dressed(piece, last), events=count, last=last)
+        portion.quiet = self.time.now() + portion.within
         if portion.every is not None:
             portion.due = self.time.now() + self.draw(portion.every)
 
-    async def _beating(self, wait: Callable[[], Awaitable[None]]) -> None:
+    async def rest(self, wait: Callable[[], Awaitable[None]]) -> None:
         """Await `wait`, with a heartbeat after every quiet interval.
 
         The scope is armed once per beat, not once per event, and re-armed with what remains. It may
         cancel `wait` where that waits, and starts it anew; a write it cannot (`Connection._send`).
         """
-        while True:
-            with self.time.limit(self._quiet_since + self._beat_every - self.time.now()):
+        while not self._closed:
+            due = self._quiet_since + self._beat_every - self.time.now()
+            with self.time.limit(due, jump=False) as self._resting:
                 return await wait()
-            if self.time.now() >= self._quiet_since + self._beat_every:
-                self._quiet_since = self.time.now()  # also where nothing can be written
-                self._entry.heartbeats += self._entry.status not in BODILESS
-                await self.write(HEARTBEAT)
+            if self.time.now() >= self._quiet_since + self._beat_every and not self._closed:
+                beat = self.beat() if self.entry.status not in BODILESS else b""
+                self.entry.heartbeats += bool(beat)
+                await self.write(beat)
                 if self._connection is not None and self._connection.lost:
-                    log.warning("Failed to send SSE heartbeat run_id=%s", safe(self._entry.run_id))
+                    log.warning("Failed to send SSE heartbeat run_id=%s", safe(self.entry.run_id))
+        raise Over
 
 
-# ═══ 8  Contract ══════════════════════════════════════════════════════════════════════════════════
+# ═══ 8  Faults ════════════════════════════════════════════════════════════════════════════════════
+# How a delivery goes wrong, at the exact byte: the verbs that an ordinary stream never plays. It
+# is the same delivery; its bytes take another way out.
+
+MOST_HELD = 2**20  # bytes that a `buffer` holds back; then it lets go, and the journal says so
+
+
+class Outlet:
+    """Where output is held back, and cut anew."""
+
+    def __init__(self) -> None:
+        self.chunk: Any = None
+        self.every: Any = None
+        self.hold: float = 0
+        self.held = bytearray()
+        self.pieces: collections.deque[Iterator[bytes]] = collections.deque()  # let go, not yet out
+        self._marks: collections.deque[tuple[int, int, int | None]] = collections.deque()
+        self._taken = self._out = 0
+
+    def take(self, data: bytes, events: int, last: int | None) -> bool:
+        """Hold this back, or let it go; whether the buffer had to let go because it was full."""
+        self.held += data
+        self._taken += len(data)
+        self._marks.append((self._taken, events, last))
+        full = self.hold > 0 and len(self.held) > MOST_HELD
+        if full or not self.hold:
+            self.let_go(len(self.held))
+        elif self.hold < math.inf:
+            self.let_go(len(self.held) - len(self.held) % int(self.hold))
+        return full
+
+    def let_go(self, size: int) -> None:
+        self.pieces.append(self._cut(bytes(self.held[:size])))
+        del self.held[:size]
+
+    def _cut(self, data: bytes) -> Iterator[bytes]:
+        """Its pieces, made one by one: five megabytes in pieces of a byte are too many to keep."""
+        if self.chunk == "line":
+            return (one[0] for one in re.finditer(rb"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+", data))
+        if self.chunk == "utf8":  # inside every character of more than one byte: after its first
+            return (one[0] for one in re.finditer(rb"[^\xc0-\xff]*[\xc0-\xff]|[^\xc0-\xff]+", data))
+        size = self.chunk or (int(self.hold) if 0 < self.hold < math.inf else len(data))
+        return (data[at : at + size] for at in range(0, len(data), size))
+
+    def passed(self, size: int) -> tuple[int, int | None]:
+        """The events that end in the next so many bytes: how many, and the id of the last."""
+        self._out += size
+        count, last = 0, None
+        while self._marks and self._marks[0][0] <= self._out:
+            _, events, named = self._marks.popleft()
+            count, last = count + events, last if named is None else named
+        return count, last
+
+
+class Faulty(Delivery):
+    """A delivery that knows every verb."""
+
+    _outlet: Outlet | None = None
+    _frame: Mapping[str, Any] | None = None
+    _beat: Mapping[str, Any] | None = None
+    _due = 0.0  # script time before which the next piece may not go
+
+    async def put(self, data: bytes, events: int, last: int | None) -> None:
+        if self._outlet is None:
+            await super().put(data, events, last)
+            return
+        if self._outlet.take(data, events, last):
+            self.entry.notes.append(f"the buffer was full at {MOST_HELD} bytes and let go")
+        await self._drain(self._outlet)
+
+    async def _drain(self, outlet: Outlet) -> None:
+        """Send what is let go. A heartbeat may interrupt the pauses; nothing is lost by it."""
+        while outlet.pieces:
+            if outlet.every is not None and not self._closed:
+                await self.time.sleep(self._due - self.time.now())
+            if (piece := next(outlet.pieces[0], None)) is None:
+                outlet.pieces.popleft()
+                continue
+            if outlet.every is not None:
+                self._due = self.time.now() + self.draw(outlet.every)
+            await super().put(piece, *outlet.passed(len(piece)))
+            await trio.lowlevel.checkpoint()
+
+    async def _follow(self, portion: Portion) -> None:
+        if self._outlet is not None:
+            await self._drain(self._outlet)  # what a heartbeat came in between
+        await super()._follow(portion)
+
+    async def chunk(self, step: Step) -> None:
+        self._outlet = self._outlet or Outlet()
+        self._outlet.chunk, self._outlet.every = step.argument, step.modifiers.get("every")
+
+    async def buffer(self, step: Step) -> None:
+        self._outlet = self._outlet or Outlet()
+        self._outlet.hold = math.inf if step.argument == "all" else step.argument
+
+    async def flush(self, step: Step | None = None) -> None:
+        if self._outlet is not None:
+            self._outlet.let_go(len(self._outlet.held))
+            await self._drain(self._outlet)
+
+    async def event(self, step: Step) -> None:
+        """An event of this viewer's own, truth or not."""
+        block, text = self.made(step).block, self.fill(step.argument.get("id"))
+        number = int(text) if text and re.fullmatch("[0-9]{1,18}", text) else None
+        block = block if text is None else to_bytes(f"id: {text}\n") + block
+        await self.write(self.dressed(block, number), events=1, last=number)
+
+    async def frame(self, step: Step) -> None:
+        """How later events, comments and beats are written; at its default, as the log has them."""
+        self._frame = {"newline": "\n", "wrap": "", **step.argument}
+        if self._frame == {"newline": "\n", "wrap": ""}:
+            self._frame = None
+        self.batch = math.inf if self._frame is None else 1
+
+    def dressed(self, block: bytes, number: int | None = None) -> bytes:
+        if (frame := self._frame) is None:
+            return block
+        lines = block.decode().rstrip("\n").split("\n")
+        if "id" in frame and number is not None:
+            outer, self._turn = self._turn, number
+            own = [] if frame["id"] is None else [f"id: {self.fill(frame['id'])}"]
+            lines = own + [line for line in lines if not line.startswith("id: ")]
+            self._turn = outer
+        lines = [line if line.startswith(":") else frame["wrap"] + line for line in lines]
+        return to_bytes("".join(line + frame["newline"] for line in [*lines, ""]))
+
+    async def heartbeat(self, step: Step) -> None:
+        self._beat = step.argument if isinstance(step.argument, dict) else None
+        every = self._beat["every"] if self._beat else step.argument
+        await super().heartbeat(dataclasses.replace(step, argument=every))
+
+    def beat(self) -> bytes:
+        if self._outlet is not None and self._outlet.pieces:
+            return b""  # it is still talking
+        if self._beat is None or not self._beat.keys() & {"event", "data"}:
+            return super().beat()
+        data = self.fill(self._beat.get("data", {}))
+        return self.dressed(Event(self._beat.get("event", ""), data).block)
+
+    async def hang(self, step: Step) -> None:
+        """Silent until the other side leaves, heartbeats included."""
+        self._beat_every = math.inf
+        await self.rest(trio.sleep_forever)
+
+    async def end(self, step: Step) -> NoReturn:
+        raise Over
+
+    async def drop(self, step: Step) -> None:
+        await self._cut("drop")
+
+    async def reset(self, step: Step) -> None:
+        await self._cut("reset")
+
+    def close(self, how: str) -> None:
+        """End this delivery from outside: properly, or by cutting its connection."""
+        self.entry.finish("admin", how, "closed through the control API")
+        self._closed = True
+        if how != "end" and self._connection is not None:
+            self._connection.cut(reset=how == "reset")
+        elif self._resting is not None:
+            self._resting.cancel(reason="closed through the control API")
+
+    async def _cut(self, how: str) -> None:
+        """Close the connection without an end, and wait to be cancelled: returning would be an
+        end."""
+        if self._connection is None:
+            raise RuntimeError(f"{how!r} needs a socket, and this application runs without one")
+        if self.entry.http_version == "1.0":
+            self.entry.notes.append("to an HTTP/1.0 client a lost connection looks like an end")
+        if how == "reset" and not sys.platform.startswith("linux"):
+            self.entry.notes.append("a reset is sure on Linux only; elsewhere it may be a drop")
+        self.entry.finish("server", how, f"the script says {how!r}")
+        self._connection.cut(reset=how == "reset")
+        await trio.sleep_forever()
+
+
+# ═══ 9  Contract ══════════════════════════════════════════════════════════════════════════════════
 # Who may ask for what, what a request must look like, and how we say no: status, cause, next step.
 
 
@@ -1549,7 +2127,8 @@ class Refusal(Exception):
     @property
     def script(self) -> Script:
         """On a stream route a refusal is a stream script like any other."""
-        return (Step("open", {"status": self.status, "headers": self.headers, "body": self.body}),)
+        head = {"status": self.status, "headers": self.headers, "body": self.body}
+        return (Step("open", literal(head)),)
 
 
 def invalid(says: str, *loc: str) -> Refusal:
@@ -1585,6 +2164,114 @@ def _run_id(value: Any) -> None:
     text = str(value)
     if len(text) > 200 or not text.isprintable() or "/" in text or text in (".", ".."):
         raise Wrong(f"takes 1 to 200 printable characters, no '/', not {shown(value)}")
+
+
+@dataclass
+class Binding:
+    """A scenario that waits for the triggers it is meant for."""
+
+    scenario: Scenario
+    left: float
+    case_id: str | None = None
+    test_id: str | None = None
+
+    def fit(self, case_id: str | None, test_id: str | None) -> int:
+        """How well it fits: 0 is not at all."""
+        if self.case_id not in (None, case_id) or self.test_id not in (None, test_id):
+            return 0
+        return 1 + (self.case_id is not None) + (self.test_id is not None)
+
+
+class Desk:
+    """How a test chooses what happens to it, and which attempt it is at."""
+
+    most = 1000  # bindings that wait
+    remembered = 10_000  # attempts counted, the latest: more than there can be runs
+
+    def __init__(self, settings: Settings, catalogue: Mapping[str, Scenario]) -> None:
+        self.settings, self.catalogue = settings, catalogue
+        self._default = self.named(settings.scenario) if settings.scenario else None
+        self._bindings: list[Binding] = []
+        self._counts: dict[tuple[str, ...], int] = {}
+        self.reset()
+
+    def reset(self, test_id: str | None = None) -> None:
+        """Forget the bindings of one test; or everything, but what was said at the start."""
+        self._bindings = [one for one in self._bindings if test_id and one.test_id != test_id]
+        if test_id is not None:
+            return
+        self._counts.clear()
+        for pair in filter(None, self.settings.case.split(",")):
+            case_id, _, name = pair.partition("=")
+            self.bind(Binding(self.named(name), math.inf, case_id))
+
+    def named(self, name: str) -> Scenario:
+        """The scenario of this name, or the 400 that helps."""
+        if name in self.catalogue:
+            return self.catalogue[name]
+        close = difflib.get_close_matches(name[:64], self.catalogue)
+        about = {"scenario": name[:200], "didYouMean": close, "known": list(self.catalogue)}
+        raise Refusal(400, {"error": "unknown scenario", **about})
+
+    def usual(self, phase: str) -> Scenario:
+        """What happens where nobody has chosen."""
+        name = PHASES[phase].scenario
+        return dataclasses.replace(self.catalogue.get(name) or Scenario(name), run=None)
+
+    def asked(self, headers: Any, query: Any, body: Any = None) -> Scenario | None:
+        """What the request itself chooses: a name, or a whole scenario."""
+        wanted = headers.get("X-Aura-Scenario") or query.get("scenario") or body
+        if isinstance(wanted, str) and wanted.startswith("{"):
+            wanted = checked_body(wanted, an_object)
+        if wanted is None or isinstance(wanted, str):
+            return None if wanted is None else self.named(wanted)
+        return parse_scenario(wanted)
+
+    def meant(
+        self, ids: Iterable[str | None], test_id: str | None, able: Callable[[Scenario], bool]
+    ) -> Scenario | None:
+        """What was chosen beforehand and is able: in the run's or the case's id, by a binding
+        (which this uses up), by default."""
+        run_id, case_id = ids
+        for text in (run_id or "", case_id or ""):
+            if "~" in text and not self.settings.no_magic:
+                return self.named(text.rpartition("~")[2])
+        fits = [one for one in self._bindings if one.fit(case_id, test_id) and able(one.scenario)]
+        if not fits:
+            return self._default
+        best = max(fits, key=lambda one: one.fit(case_id, test_id))
+        best.left -= 1
+        self._bindings = [one for one in self._bindings if one.left > 0]
+        return best.scenario
+
+    def bind(self, binding: Binding) -> None:
+        if len(self._bindings) >= self.most:
+            error = f"{self.most} bindings are waiting already; POST /__aura/reset forgets them"
+            raise Refusal(409, {"error": error})
+        self._bindings.append(binding)
+
+    def attempt(self, *what: str) -> int:
+        """Which attempt at this it is."""
+        count = self._counts[what] = self._counts.pop(what, 0) + 1
+        if len(self._counts) > self.remembered:
+            del self._counts[next(iter(self._counts))]
+        return count
+
+
+def uses(script: Script, verb: str) -> list[Step]:
+    """The steps of a script, however deep, that have this verb."""
+    inner = [found for step in script for found in uses(step.steps, verb)]
+    return [step for step in script if step.verb == verb] + inner
+
+
+def refuses(script: Script) -> bool:
+    """Whether a trigger script says no: then no run is started."""
+    return any(step.argument.get("status", 200) != 202 for step in uses(script, "open"))
+
+
+def needs_no_run(scenario: Scenario) -> bool:
+    """Whether its stream can be played where there is no log."""
+    return scenario.stream is not None and not uses(scenario.stream.of(1), "relay")
 
 
 _maybe_text, _maybe_object = optional(a_text), optional(an_object)
@@ -1645,11 +2332,12 @@ def header_value(value: str) -> str:
     return quote(value, safe="!\"#$&'()*+,-./:;<=>?@[\\]^_`{|}~")
 
 
-# ═══ 9  HTTP ══════════════════════════════════════════════════════════════════════════════════════
+# ═══ 10  HTTP ═════════════════════════════════════════════════════════════════════════════════════
 # The routes, in the order of a client's life. A handler decides; what takes time is a run or a
 # delivery.
 
 STREAM_ROUTES = ("case_analysis_stream", "analysis_run_stream", "trigger_stream")
+TRIGGER_ROUTES = ("phase2_trigger", "phase3_trigger")
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -1660,28 +2348,38 @@ class Exchange(TrioASGIHTTPConnection):
     def __init__(self, journal: Journal, app: QuartTrio, scope: Any) -> None:
         super().__init__(app, scope)
         host, port = scope.get("client") or ("<local>", 0)
-        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
-        request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        entry = Entry(scope["method"], scope["path"], f"{host}:{port}", request_id)
+        given = {n: v.decode("latin-1")[:200] for n, v in scope["headers"] if n in RECORDED}
+        known_as, tenant = given.get(b"x-request-id", ""), given.get(b"x-tenant-id", "").strip()
+        request_id = known_as if REQUEST_ID.fullmatch(known_as) else uuid.uuid4().hex
+        entry = Entry(scope["method"], scope["path"], f"{host}:{port}", request_id, headers=given)
+        entry.http_version, entry.tenant_id = scope.get("http_version", "1.1"), tenant or None
+        entry.user_id, entry.agent_id = given.get(b"x-user-id"), given.get(b"x-agent-id")
+        entry.test_id, scope["aura.entry"] = given.get(b"x-test-id"), entry
+        if b"authorization" in given:
+            given[b"authorization"] = "present"
         self._journal, self._entry = journal, entry
-        scope["aura.entry"] = entry
+        if entry.method != "OPTIONS" and not entry.path.startswith("/__aura/"):
+            journal.record(entry)
 
     async def __call__(self, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
+        trio.lowlevel.current_task().name = "request"
         try:
             await super().__call__(receive, send)
         finally:
             connection, cause = connection_of(self.scope), sys.exception()
             if isinstance(cause, Exception):
                 self._entry.finish("server", "error", explained(cause).error)
-            self._entry.finish(*(connection.blame() if connection else LEFT))
+            self._entry.finish(*(connection.blame() if connection else LEFT)[:3])
             self._journal.close(self._entry)
 
     async def _send_response(self, send: ASGISendCallable, response: Any) -> None:
+        entry = self._entry
         if isinstance(response, Streamed):
             await response.delivery.deliver(send, response.headers.items())
         else:
-            self._entry.status = response.status_code
-            self._entry.finish("server", "end", "answered")
+            entry.status = response.status_code
+            entry.bytes = 0 if entry.method == "HEAD" else response.content_length or 0
+            entry.finish("server", "end", "answered")
             await super()._send_response(send, response)
 
 
@@ -1721,26 +2419,40 @@ def entry() -> Entry:
     return found
 
 
-def create_app(  # noqa: C901  # ruff adds the routes up; a test looks at each for itself
-    settings: Settings, hub: Hub, time: Time, *, analysis: Analysis | None = None
+def create_app(
+    settings: Settings, hub: Hub, catalogue: Mapping[str, Scenario] | None = None, *,
+    analysis: Analysis | None = None, url: str = "", stop: Callable[[], None] | None = None,
 ) -> QuartTrio:
-    """The application: Aura's contract over the runs of this hub."""
-    app = QuartTrio("aura_stream", static_folder=None)
+    """The application: Aura's contract over the runs of this hub, and the control of both."""
+    app, journal, desk = QuartTrio("aura_stream", static_folder=None), Journal(), None
     app.url_map.merge_slashes = False  # an empty runId is a 400, not a redirect
     app.config.update(MAX_CONTENT_LENGTH=settings.max_body, BODY_TIMEOUT=settings.body_timeout)
-    app.asgi_http_class = partial(Exchange, Journal())  # type: ignore[assignment]
-    ordinary, began = ordinary_stream(settings), clock.perf_counter()
+    app.asgi_http_class = partial(Exchange, journal)  # type: ignore[assignment]
+    desk = Desk(settings, catalogue or {})
     instance = settings.instance or f"{settings.host}:{os.getpid()}"
-    shown_instance = header_value(instance)
+    about = {"version": __version__, "instance": instance}
+    admission(app, settings, hub)
+    client_routes(app, hub, desk, instance, analysis)
+    operation_routes(app, hub, about)
+    control_routes(app, hub, desk, journal, {**about, "pid": os.getpid(), "url": url}, stop)
+    return app
+
+
+def admission(  # noqa: C901  # ruff adds the routes up; a test looks at each for itself
+    app: QuartTrio, settings: Settings, hub: Hub
+) -> None:
+    """What comes before every route, and after; and how a refusal leaves, wherever it was made."""
 
     @app.before_request
     async def admit() -> None:
         now, named = entry(), request.view_args or {}
-        streams = request.endpoint in STREAM_ROUTES and request.method in ("GET", "POST")
-        now.kind = "stream" if streams else "request"
+        if request.endpoint in STREAM_ROUTES and request.method in ("GET", "POST"):
+            now.kind = "stream"
+        elif request.endpoint in TRIGGER_ROUTES and request.method == "POST":
+            now.kind = "trigger"
         now.route = request.endpoint or ""
         now.case_id, now.run_id = named.get("case_id"), named.get("run_id")
-        g.tenant = request.headers.get("X-Tenant-ID", "").strip() or None
+        g.tenant = None if request.path.startswith("/__aura/") else now.tenant_id
         open_to_all = settings.auth == "off" or request.method == "OPTIONS"
         if request.path.startswith("/aura/") and not open_to_all:
             identify(request.headers, request.args)
@@ -1753,7 +2465,7 @@ def create_app(  # noqa: C901  # ruff adds the routes up; a test looks at each f
     @app.errorhandler(Refusal)
     async def refuse(refusal: Refusal) -> Response:
         if entry().kind == "stream":
-            return Streamed(Delivery(refusal.script, entry(), time, settings))
+            return Streamed(Delivery(refusal.script, entry(), hub))
         return answer(refusal.body, refusal.status, refusal.headers)
 
     @app.errorhandler(Mistake)
@@ -1765,54 +2477,78 @@ def create_app(  # noqa: C901  # ruff adds the routes up; a test looks at each f
     async def explain(error: HTTPException) -> Response:
         allowed = {name: value for name, value in error.get_headers() if name == "Allow"}
         body = {"error": f"{error.name}: {error.description}", "path": request.path}
+        rules = [rule.rule for rule in app.url_map.iter_rules()]
+        if error.code == 404:
+            body["hint"] = "no such path" + did_you_mean(request.path, rules)
         return await refuse(Refusal(error.code or 500, body, allowed))
 
-    # A client's life: trigger, stream, state, cancel, result.
 
-    async def trigger(case_id: str, phase: str) -> tuple[Run, str]:
-        """The run this trigger asks for, and whether it was `started` or `known`."""
-        body = checked_body(await request.get_data(), TRIGGER_BODY[phase])
-        run_id = body.get("runId")
-        run_id = entry().run_id = str(uuid.uuid4() if run_id in (None, "") else run_id)
-        scenario = chosen(body.get("scenario"), phase)
+def client_routes(  # noqa: C901  # likewise
+    app: QuartTrio, hub: Hub, desk: Desk, instance: str, analysis: Analysis | None
+) -> None:
+    """A client's life: trigger, stream, state, cancel, result."""
+    settings, ordinary = hub.settings, Attempts((ordinary_stream(hub.settings),))
+    shown_instance = header_value(instance)
+
+    async def trigger(case_id: str, phase: str) -> tuple[Run | None, str, Script | None]:
+        """The run a trigger asks for, if it may start; whether it was `started` or `known`; and
+        how the scenario answers, if it does."""
+        body, now = checked_body(await request.get_data(), TRIGGER_BODY[phase]), entry()
+        given = body.get("runId") not in (None, "")
+        run_id = now.run_id = str(body["runId"] if given else uuid.uuid4())
+        asked = desk.asked(request.headers, request.args, body.get("scenario"))
         run = hub.find(run_id)
         if run and not may_see(g.tenant, run.facts.tenant_id):
             raise unknown(run_id)
         if settings.demo_off:
             raise disabled(run_id, phase)
-        if run and trio.current_time() - run.ended_clock < settings.retrigger_window:
-            if body.get("scenario") is not None and scenario.source != run.scenario.source:
-                error = f"this run goes with scenario {run.scenario.name!r}; take another runId"
-                raise Refusal(409, {"error": error, "runId": run_id})
-            return run, "known"
+        if run and trio.current_time() - run.ended_clock >= settings.retrigger_window:
+            run = None
+        if run and asked and asked.source != run.scenario.source:
+            error = f"this run goes with scenario {run.scenario.name!r}; take another runId"
+            raise Refusal(409, {"error": error, "runId": run_id})
+        ids = (run_id, case_id)
+        scenario = run.scenario if run else asked or desk.meant(ids, now.test_id, lambda _: True)
+        scenario, how = scenario or desk.usual(phase), "known" if run else "started"
+        attempt = desk.attempt("trigger", scenario.name, run_id if given else case_id)
+        now.scenario, now.seed, now.attempt = scenario.name, scenario.seed, attempt
+        script = scenario.trigger.of(attempt) if scenario.trigger else None
+        if run is None and not (script and refuses(script)):
+            run = start(ids, scenario, phase, body)
+        return run, how, script
+
+    def start(ids: tuple[str, str], scenario: Scenario, phase: str, body: Any) -> Run:
         if (refused := hub.refusal) is not None:
             raise Refusal(503, {"error": refused}, {"Retry-After": "5"})
         failing = (request.headers.get("X-Aura-Test-Fail"), request.args.get("test_fail_query"))
         fail = next((stage for stage in failing if stage in ("rag", "llm")), None)
-        facts = Facts(run_id, case_id, g.tenant, phase, body, time, settings.event_delay, fail)
-        return hub.start(facts, scenario, analysis), "started"
+        delay, test_id = settings.event_delay, entry().test_id
+        facts = Facts(*ids, g.tenant, phase, body, hub.time, delay, fail, test_id)
+        return hub.start(facts, scenario, scripted(scenario, hub.gates, analysis))
 
-    def accepted(run: Run, how: str, **body: Any) -> Response:
-        run.triggers += 1
-        return answer(body, 202, {"X-Aura-Run": how, **echo(run, run.triggers)})
+    async def accepted(case_id: str, phase: str) -> Response:
+        run, how, script = await trigger(case_id, phase)
+        body = ACCEPTED[phase](entry().run_id or "", run.facts.case_id if run else case_id)
+        headers = {"x-aura-run": how, **echo()} if run else echo()
+        if script is None:
+            return answer(body, 202, headers)
+        played = Faulty(script, entry(), hub, None, headers, connection_of(request.scope))
+        played.usual = Step("open", literal({"status": 202, "body": body}))
+        return Streamed(played)
 
     @app.post("/aura/cases/<case_id>/analysis-runs")
     async def phase2_trigger(case_id: str) -> Response:
-        run, how = await trigger(case_id, "phase2")
-        ids = {"runId": run.facts.run_id, "caseId": run.facts.case_id}
-        url = f"/aura/analysis-runs/{encoded(run.facts.run_id)}/stream"
-        return accepted(run, how, status="ACCEPTED", **ids, streamUrl=url)
+        return await accepted(case_id, "phase2")
 
     @app.post("/aura/internal/cases/<case_id>/analysis-runs")
     async def phase3_trigger(case_id: str) -> Response:
-        run, how = await trigger(case_id, "phase3")
-        case, run_id = encoded(run.facts.case_id), encoded(run.facts.run_id)
-        path = f"/aura/cases/{case}/analysis/stream?runId={run_id}"
-        return accepted(run, how, accepted=True, runId=run.facts.run_id, streamPath=path)
+        return await accepted(case_id, "phase3")
 
     @app.post("/aura/cases/<case_id>/analysis/trigger")
     async def trigger_stream(case_id: str) -> Response:
-        run, _ = await trigger(case_id, "phase2")
+        run, _, script = await trigger(case_id, "phase2")
+        if run is None or (script and refuses(script)):
+            return played(script or (), None)
         return stream(run.facts.run_id)
 
     @app.get("/aura/cases/<case_id>/analysis/stream")
@@ -1831,34 +2567,55 @@ def create_app(  # noqa: C901  # ruff adds the routes up; a test looks at each f
         """One viewer's stream of this run: which script, from where."""
         if not run_id:
             raise Refusal(400, {"error": "runId is required", "runId": None})
-        now, run = entry(), hub.find(run_id, tenant=g.tenant)
+        now, query = entry(), request.args if request.query_string else {}
+        asked = desk.asked(request.headers, query) if request.method != "POST" else None
+        run = hub.find(run_id, tenant=g.tenant)
         if run is None:
-            now.says("runId not found or already completed")
-            raise unknown(run_id)
-        query = request.args if request.query_string else {}
+            return without_a_run(run_id, asked)
         given = query.get("lastEventId") or query.get("last-event-id")
         now.last_event_id = request.headers.get("Last-Event-ID") or given
         now.resumed_after = resume_point(now.last_event_id, run.log.last)
+        now.case_id = now.case_id or run.facts.case_id
         if run.ended and 0 < now.resumed_after == run.log.last:
             raise Refusal(204)  # finished and fully seen: this stops a native EventSource
+        scenario = asked or run.scenario
+        now.attempt = run.attempts.get(scenario.name, 0) + (request.method != "HEAD")
+        now.scenario, now.seed = scenario.name, scenario.seed
         if request.method == "HEAD":
-            return head_only({**STREAM_HEAD, **echo(run, run.attempts)})
-        run.attempts += 1
+            return head_only({**STREAM_HEAD, **echo()})
+        run.attempts[scenario.name] = now.attempt
         now.says("start consuming")
         if now.last_event_id:
             text = "SSE connection established (client reconnected) run_id=%s last_event_id=%s"
             log.info(text, safe(run_id), safe(now.last_event_id))
-        script = ordinary if run.scenario.stream is None else run.scenario.stream
-        below = connection_of(request.scope)
-        known_as = echo(run, run.attempts)
-        return Streamed(Delivery(script, now, time, settings, run, known_as, below))
+            if not now.resumed_after and now.last_event_id != "0":
+                now.notes.append("its Last-Event-ID is no event of this run: from the start")
+        return played((scenario.stream or ordinary).of(now.attempt), run)
 
-    def echo(run: Run, attempt: int) -> dict[str, str]:
+    def without_a_run(run_id: str, asked: Scenario | None) -> Response:
+        """A script that needs no log plays for an unknown run too."""
+        now = entry()
+        if request.method == "HEAD":
+            raise unknown(run_id)
+        scenario = asked or desk.meant((run_id, now.case_id), now.test_id, needs_no_run)
+        if scenario and scenario.stream:
+            attempt = desk.attempt("stream", scenario.name, run_id)
+            if not uses(script := scenario.stream.of(attempt), "relay"):
+                now.scenario, now.seed, now.attempt = scenario.name, scenario.seed, attempt
+                return played(script, None)
+        now.says("runId not found or already completed")
+        raise unknown(run_id)
+
+    def played(script: Script, run: Run | None) -> Response:
+        return Streamed(Faulty(script, entry(), hub, run, echo(), connection_of(request.scope)))
+
+    def echo() -> dict[str, str]:
+        now = entry()
         return {
-            "x-aura-run-id": header_value(run.facts.run_id),
+            "x-aura-run-id": header_value(now.run_id or ""),
             "x-aura-instance": shown_instance,
-            "x-aura-scenario": run.scenario.name,
-            "x-aura-attempt": str(attempt),
+            "x-aura-scenario": now.scenario or "",
+            "x-aura-attempt": str(now.attempt),
         }
 
     def seen(run_id: str) -> Run:
@@ -1879,8 +2636,9 @@ def create_app(  # noqa: C901  # ruff adds the routes up; a test looks at each f
         error = "runId not found or already completed"
         return Refusal(status, {"error": error, "runId": run_id, "hint": hint})
 
+    @app.get("/__aura/runs/<run_id>")
     @app.get("/aura/cases/<case_id>/analysis-runs/<run_id>")
-    async def run_state(case_id: str, run_id: str) -> Response:
+    async def run_state(run_id: str, case_id: str = "") -> Response:
         return answer(seen(run_id).state)
 
     @app.delete("/aura/cases/<case_id>/analysis-runs/<run_id>")
@@ -1903,33 +2661,236 @@ def create_app(  # noqa: C901  # ruff adds the routes up; a test looks at each f
             raise Refusal(404, {"error": error, "caseId": case_id, "hint": hint})
         return answer(result_of(run))
 
-    # Operations.
+    @app.post("/__aura/emit")
+    async def emit() -> Response:
+        body = checked_body(await request.get_data(), EMIT)
+        run = seen(body["runId"])
+        try:
+            if run.settled:
+                raise trio.ClosedResourceError
+            with run.sending.clone() as sending:
+                await sending.send(Event(body["event"], body["data"]))
+        except (trio.ClosedResourceError, trio.BrokenResourceError):
+            error = f"this run has ended ({run.status}), nobody listens any more"
+            raise Refusal(409, {"error": error, "runId": body["runId"]}) from None
+        return answer({"emitted": body["event"]})
+
+
+def operation_routes(app: QuartTrio, hub: Hub, about: Mapping[str, Any]) -> None:
+    began = clock.perf_counter()
 
     @app.get("/")
     async def front() -> Response:
-        about = {"message": "Aura analysis stream", "version": __version__}
-        return answer({**about, "status": "operational"})
+        told = {"message": "Aura analysis stream", "version": about["version"]}
+        return answer({**told, "status": "operational"})
 
     @app.get("/health")
     async def health() -> Response:
-        about = {"status": "healthy", "instance": instance, "version": __version__}
         uptime = round(clock.perf_counter() - began, 3)
         counts = {"runs": hub.live, "sse_connections": hub.viewers, "uptime": uptime}
-        return answer({**about, **counts})
+        told = {"instance": about["instance"], "version": about["version"]}
+        return answer({"status": "healthy", **told, **counts})
 
-    return app
+
+def control_routes(  # noqa: C901  # likewise
+    app: QuartTrio, hub: Hub, desk: Desk, journal: Journal, about: Mapping[str, Any],
+    stop: Callable[[], None] | None,
+) -> None:
+    """The control of the test double: what it can do, what is to happen, what has happened."""
+    began = hub.time.now()
+
+    async def told(check: Check) -> dict[str, Any]:
+        return checked_body(await request.get_data(), check)
+
+    @app.get("/__aura/health")
+    async def control_health() -> Response:
+        mode = {1.0: "real", math.inf: "max"}.get(hub.time.rate, f"x{hub.time.rate:g}")
+        script_time = {"mode": mode, "now": round(hub.time.now() - began, 3)}
+        return answer({"status": "ok", **about, "clock": script_time})
+
+    @app.get("/__aura/scenarios")
+    async def list_scenarios() -> Response:
+        listed = [{"name": one.name, "doc": one.doc} for one in desk.catalogue.values()]
+        return answer({"scenarios": listed})
+
+    @app.get("/__aura/scenarios/<name>")
+    async def show_scenario(name: str) -> Response:
+        return answer(desk.named(name).source)
+
+    @app.post("/__aura/check")
+    async def check_scenario() -> Response:
+        parse_scenario(await told(an_object))
+        return answer({"ok": True})
+
+    @app.post("/__aura/next")
+    async def bind_next() -> Response:
+        body = await told(NEXT)
+        scenario, times = desk.asked({}, {}, body["scenario"]), body.get("times", 1)
+        case_id = None if body.get("caseId") is None else str(body["caseId"])
+        if scenario is not None:
+            left = math.inf if times is None else times
+            desk.bind(Binding(scenario, left, case_id, body.get("testId")))
+        return answer({"scenario": scenario and scenario.name, "times": times, "caseId": case_id})
+
+    @app.post("/__aura/signal")
+    async def signal_gate() -> Response:
+        body = await told(SIGNAL)
+        if not hub.gates.signal(body["gate"], body.get("runId")):
+            error = f"{hub.gates.most} gates are open already; POST /__aura/reset closes them"
+            raise Refusal(409, {"error": error})
+        return answer({"open": body["gate"], "runId": body.get("runId")})
+
+    @app.post("/__aura/clock")
+    async def move_clock() -> Response:
+        hub.time.advance((await told(CLOCK))["advance"])
+        return answer({"now": round(hub.time.now() - began, 3)})
+
+    @app.get("/__aura/runs")
+    async def list_runs() -> Response:
+        return answer({"runs": [run.state for run in hub.seen_by(None)]})
+
+    @app.get("/__aura/connections")
+    async def list_connections() -> Response:
+        entries = [delivery.entry for delivery in hub.deliveries]
+        return answer({"connections": [{"id": one.seq, **journal.show(one)} for one in entries]})
+
+    @app.delete("/__aura/connections")
+    @app.delete("/__aura/connections/<int:number>")
+    async def close_connections(number: int | None = None) -> Response:
+        how = query({"how": just("end", "drop", "reset")}).get("how", "end")
+        chosen = [one for one in hub.deliveries if number in (None, one.entry.seq)]
+        if number is not None and not chosen:
+            raise Refusal(404, {"error": f"no open connection has the id {number}"})
+        for delivery in chosen:
+            delivery.close(how)
+        return answer({"closed": len(chosen), "how": how})
+
+    @app.get("/__aura/tasks")
+    async def show_tasks() -> Response:
+        return Response(task_tree(), content_type="text/plain; charset=utf-8")
+
+    @app.get("/__aura/journal")
+    async def read_journal() -> Response:
+        asked = query(JOURNAL)
+        wanted = {name: asked.get(camel(name)) for name in ("run_id", "test_id", "kind")}
+        since, count, within = asked.get("since", 0), asked.get("count"), asked.get("within", 5)
+        if count is None:
+            found = journal.find(wanted, since=since)
+        else:
+            found = await journal.wait(count, wanted, since=since, within=within)
+        show = call if asked.get("view") == "calls" else journal.show
+        entries = {"entries": [show(one) for one in found]}
+        if count is not None and len(found) < count:
+            begun = len(journal.find(wanted, since=since)) - len(found)
+            missing = f"{len(found)} of {count} finished entries came within {within:g} s"
+            missing += f", {begun} more match and are still open"
+            raise Refusal(408, {"error": missing, **entries})
+        return answer(entries)
+
+    def call(entry: Entry) -> dict[str, Any]:
+        """The entry as the gateway's call history has it."""
+        shown = journal.show(entry)
+        names = ("latency", "tenantId", "userId", "agentId", "end")
+        told = {"path": entry.path, "statusCode": entry.status}
+        return {**told, **{name: shown[name] for name in names}}
+
+    @app.post("/__aura/reset")
+    async def reset() -> Response:
+        test_id = query({"testId": a_text}).get("testId")
+        why = Failure("the control API forgot the run", stage="cancelled", retryable=False)
+        hub.reset(why, test_id)
+        journal.forget(test_id)
+        desk.reset(test_id)
+        if test_id is None:
+            hub.gates.close()
+        return answer({"reset": test_id or "all"})
+
+    @app.post("/__aura/shutdown")
+    async def shut_down() -> Response:
+        if stop is None:
+            raise Refusal(409, {"error": "this application runs in memory: end its nursery"})
+        stop()
+        return answer({"status": "stopping"}, 202)
 
 
-def chosen(wanted: Any, phase: str) -> Scenario:
-    """The scenario a trigger names or brings, or the ordinary one of its phase."""
-    usual = PHASES[phase].scenario
-    if wanted is None or wanted == usual:
-        return Scenario(usual, source=usual)
-    if not isinstance(wanted, str):
-        return parse_scenario(wanted)
-    close = difflib.get_close_matches(wanted[:64], [usual], n=1)
-    known = {"scenario": wanted[:200], "didYouMean": close, "known": [usual]}
-    raise Refusal(400, {"error": "unknown scenario", **known})
+_where = {"runId": a_text, "testId": a_text, "kind": just("stream", "trigger", "request")}
+JOURNAL = {
+    **_where, "since": number(0, 1e15, whole=True), "count": number(1, Journal.most, whole=True),
+    "within": number(0, 3600), "view": just("calls"),
+}
+NEXT = keys({
+    "scenario": either("a name or a scenario", a_text, an_object),
+    "times": optional(number(1, 1e9, whole=True)),
+    "caseId": optional(_run_id), "testId": _maybe_text,
+}, needs="scenario")
+SIGNAL = keys({"gate": a_text, "runId": _maybe_text}, needs="gate")
+CLOCK = keys({"advance": number(0, 1e9)}, needs="advance")
+EMIT = keys({"runId": a_text, "event": a_line, "data": anything}, needs="runId event data")
+
+
+def query(checks: Mapping[str, Check]) -> dict[str, Any]:
+    """The query of a control request, its numbers as numbers, or the 400 in a sentence."""
+    found: dict[str, Any] = {}
+    for key, text in request.args.items():
+        numeric = key in ("since", "count", "within")
+        found[key] = text
+        with contextlib.suppress(ValueError):
+            found[key] = (float(text) if "." in text else int(text)) if numeric else text
+    try:
+        keys(checks)(found)
+    except Wrong as wrong:
+        raise Refusal(400, {"error": f"the query {wrong}"}) from None
+    return found
+
+
+def task_tree() -> str:
+    """Trio's own tree: nurseries, in them tasks, each with the place where it waits."""
+    lines: list[str] = []
+
+    def draw(task: trio.lowlevel.Task, depth: int) -> None:
+        frames = list(frames_of(task))
+        lines.append(f"{'   ' * depth}{task.name}  <- {place_in(frames)}")
+        for nursery in task.child_nurseries:
+            names = [name for frame in frames for name in known_as(nursery, frame)]
+            lines.append(f"{'   ' * depth}   nursery {names[0] if names else ''}".rstrip())
+            for child in sorted(nursery.child_tasks, key=lambda one: one.name):
+                draw(child, depth + 2)
+
+    if (root := trio.lowlevel.current_root_task()) is not None:
+        draw(root, 0)
+    return "\n".join(lines) + "\n"
+
+
+def frames_of(task: trio.lowlevel.Task) -> Iterator[types.FrameType]:
+    """The frames of its coroutines, outermost first."""
+    step: Any = task.coro
+    while (frame := getattr(step, "cr_frame", None)) is not None:
+        yield frame
+        step = step.cr_await
+
+
+def place_in(frames: list[types.FrameType]) -> str:
+    """The innermost function of this file, or else of anybody's."""
+    ours = [frame for frame in frames if frame.f_code.co_filename == __file__]
+    return (ours or frames)[-1].f_code.co_qualname.replace(".<locals>", "") if frames else "(new)"
+
+
+def known_as(nursery: trio.Nursery, frame: types.FrameType) -> list[str]:
+    """What a function calls this nursery."""
+    return [name for name, value in frame.f_locals.items() if value is nursery]
+
+
+def phase2_accepted(run_id: str, case_id: str) -> dict[str, Any]:
+    ids, url = {"runId": run_id, "caseId": case_id}, f"/aura/analysis-runs/{encoded(run_id)}/stream"
+    return {"status": "ACCEPTED", **ids, "streamUrl": url}
+
+
+def phase3_accepted(run_id: str, case_id: str) -> dict[str, Any]:
+    path = f"/aura/cases/{encoded(case_id)}/analysis/stream?runId={encoded(run_id)}"
+    return {"accepted": True, "runId": run_id, "streamPath": path}
+
+
+ACCEPTED = {"phase2": phase2_accepted, "phase3": phase3_accepted}
 
 
 def disabled(run_id: str, phase: str) -> Refusal:
@@ -1948,7 +2909,7 @@ def result_of(run: Run) -> dict[str, Any]:
     return {**text, "confidenceBreakdown": breakdown, "ragRefs": [], "similarCases": [], **score}
 
 
-# ═══ 10  What ASGI cannot say ═════════════════════════════════════════════════════════════════════
+# ═══ 11  What ASGI cannot say ═════════════════════════════════════════════════════════════════════
 # The fenced corner. ASGI knows no socket, no send deadline and no "close now"; and Hypercorn, whose
 # protocol engine we use, has bugs that a server for experiments with failure cannot afford.
 # Everything here leans on insides of the pinned versions of Hypercorn and h11, and has a test that
@@ -2027,6 +2988,8 @@ class Http11(H11Protocol):
     async def stream_send(self, event: StreamEvent) -> None:
         """Chunks of a body need no state machine: h11's costs as much as the system call."""
         if isinstance(event, Body) and isinstance(self.connection._writer, ChunkedWriter):
+            if not event.data:
+                return  # an empty chunk would be the last one
             await self.write(b"%x\r\n%b\r\n" % (len(event.data), event.data))
             return
         if isinstance(event, Answer):
@@ -2252,31 +3215,289 @@ def engine(settings: Settings) -> Config:
     return config
 
 
-# ═══ 11  Serving ══════════════════════════════════════════════════════════════════════════════════
+# ═══ 12  Catalogue ════════════════════════════════════════════════════════════════════════════════
+# The built-in scenarios, as data: name, the symptom and what a client sees, the scripts for it.
+
+_HELLO, _REST, _BYE = {"comment": "connected"}, {"relay": "all"}, {"raw": "data: [DONE]\n\n"}
+_USUAL = [_HELLO, "heartbeat", _REST, _BYE]
+_STARTED = _say("started", runId="{runId}", caseId="{caseId}", at="{now}")
+_COMPLETED = _say("completed", status="completed", runId="{runId}", caseId="{caseId}")
+_FOUR = [
+    _STARTED, _say("step", label="INPUT_NORM", detail="", percent=10),
+    _say("step", label="RULE_SCORING", detail="", percent=45), _COMPLETED,
+]
+
+
+def _numbered(number: int) -> dict[str, Any]:
+    """One of the four, as a stream script writes it: with its id."""
+    return {"event": {"id": str(number), **_FOUR[number - 1]["event"]}}
+
+
+def _answers(status: int, body: Any, **headers: str) -> list[Any]:
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    return [{"open": {"status": status, "headers": named, "body": body}}]
+
+
+_BUSY = _answers(503, {"error": "temporarily unavailable"}, Retry_After="1")
+_UNKNOWN = {"error": "runId not found or already completed", "runId": "{runId}"}
+_LOGIN = "<!doctype html><title>Log in</title><p>Your session has expired."
+_OFF = {"status": "disabled", "message": "Analysis disabled (DEMO_OFF)"}
+_BEAT = {"type": "heartbeat", "timestamp": "{now}", "server_time": "{now}", "jobId": "{runId}"}
+_KOREAN = "증거를 수집하고 규칙을 적용한 뒤 위험도를 설명합니다. " * 40
+
+CATALOGUE: dict[str, tuple[str, dict[str, Any]]] = {
+    # Runs
+    "ok": ("all is well: the ordinary run, the ordinary stream", {}),
+    "phase3": ("all is well: the ordinary Phase3 run, whoever triggers it", {
+        "run": [{"ordinary": "phase3"}]}),
+    "generation": ("a generation job: progress, ids `{jobId}_{n}`, heartbeats as events", {
+        "run": [{"ordinary": "generation"}],
+        "stream": [{"frame": {"id": "{runId}_{n}"}}, _HELLO, {"heartbeat": {
+            "every": 30, "event": "heartbeat", "data": _BEAT}}, _REST, _BYE]}),
+    "failed": ("the analysis fails: `failed` says why and is the last event, then [DONE]", {
+        "run": [*_FOUR[:2], {"fail": {"error": "the model refused the prompt", "stage": "llm"}}]}),
+    "crash": ("the analysis raises: `failed` names the exception, the server lives", {
+        "run": [*_FOUR[:2], {"crash": "row 7 has no amount"}]}),
+    "slow-first": ("only heartbeats for 30 s, then an ordinary run: is the client patient?", {
+        "run": [{"sleep": 30}, "ordinary"]}),
+    "silent": ("a run that never speaks: heartbeats, then `failed` at the idle time-out", {
+        "run": ["hang"]}),
+    "slow-run": ("an event every 10 s for 70 s: an absolute timer of 65 s gives up too early", {
+        "run": [_STARTED, {"repeat": 7, "steps": [
+            {"sleep": 10}, _say("step", label="SLOW", turn="{n}")]}, _COMPLETED]}),
+    "stepped": ("each event waits for its gate, go-1 to go-4: the test decides when it comes", {
+        "run": [part for n in (1, 2, 3, 4) for part in ({"wait": f"go-{n}"}, _FOUR[n - 1])]}),
+    "flood": ("20 000 events as fast as they come: does the client keep up?", {
+        "run": [{"repeat": 20_000, "steps": [_say("step", label="FLOOD", turn="{n}")]},
+                _COMPLETED]}),
+    "big-event": ("one event of 5 MB on one line: does a line buffer overflow?", {
+        "run": [{**_say("evidence", type="COLLECTED"), "pad": 5_000_000}, _COMPLETED]}),
+    "korean": ("long multi-byte text: characters that straddle every buffer", {
+        "run": [_STARTED, {"repeat": 5, "steps": [_say("step", label="설명", detail=_KOREAN)]},
+                _COMPLETED]}),
+    "no-terminal": ("[DONE] comes, but neither completed nor failed did", {"run": _FOUR[:3]}),
+    "progress-regress": ("percent goes 45, 25, 85: a progress bar runs backwards", {
+        "run": [_STARTED, *(_say("step", label="STEP", percent=n) for n in (45, 25, 85)),
+                _COMPLETED]}),
+    "missing-started": ("the first event is a step: `started` never comes", {"run": _FOUR[1:]}),
+    "unknown-events": ("event names that nobody documented, between the known ones", {
+        "run": [_STARTED, _say("telemetry", cpu=1), _say("x-internal", a=1), _COMPLETED]}),
+    # Body
+    "empty": ("200 and an empty body, properly ended: the incident", {"stream": ["open"]}),
+    "empty-truncated": ("200 and no body, and the connection breaks", {"stream": ["open", "drop"]}),
+    "no-response": ("the connection closes before any answer", {"stream": ["drop"]}),
+    "first-chunk-then-close": ("`: connected`, 13 bytes, and a proper end", {"stream": [_HELLO]}),
+    "first-chunk-then-drop": ("`: connected`, 13 bytes, then the connection breaks", {
+        "stream": [_HELLO, "drop"]}),
+    "drop": ("three events, then the connection breaks, every time", {
+        "stream": [_HELLO, {"relay": 3}, "drop"]}),
+    "drop-mid-event": ("two events and half a third, then the connection breaks", {
+        "stream": [_HELLO, {"relay": 2}, {"raw": 'id: 3\nevent: step\ndata: {"lab'}, "drop"]}),
+    "drop-resume": ("two events and a break; a resume gets the rest, nothing lost or twice", {
+        "stream": [[_HELLO, {"relay": 2}, "drop"], _USUAL]}),
+    "always-drop": ("`: connected` and a break, however often one tries", {
+        "stream": [_HELLO, "drop"]}),
+    "reset": ("two events and, when they have arrived, a TCP reset", {
+        "stream": [_HELLO, {"relay": 2}, {"sleep": 0.1}, "reset"]}),
+    "no-done": ("every event and a proper end, but no [DONE]", {
+        "stream": [_HELLO, "heartbeat", _REST]}),
+    "done-only": ("[DONE] and nothing else", {"stream": [_BYE]}),
+    "unterminated-last-event": ("the last event lacks its blank line: no client may see it", {
+        "run": _FOUR,
+        "stream": [_HELLO, {"relay": 3}, {"raw": "id: 4\nevent: completed\ndata: {}\n"}]}),
+    "after-done": ("two empty `data:` blocks after [DONE]", {
+        "stream": [*_USUAL, {"raw": "data:\n\ndata:\n\n"}]}),
+    "fallback-completed": ("the run hangs, and the old server invents a completed without score", {
+        "run": [*_FOUR[:2], "hang"], "stream": [_HELLO, {"relay": 2}, _COMPLETED, _BYE]}),
+    # Time
+    "slow-headers": ("8 s pass before the status line", {"stream": [{"sleep": 8}, *_USUAL]}),
+    "slow-stream": ("an event every 2 s, however fast the run was", {
+        "stream": [_HELLO, "heartbeat", {"relay": "all", "every": 2}, _BYE]}),
+    "idle-cut": ("two events, a minute without a byte, then a proxy cuts the idle stream", {
+        "stream": [_HELLO, {"relay": 2}, {"heartbeat": "never"}, {"sleep": 60}, "drop"]}),
+    "no-heartbeat": ("100 s without a byte in a healthy run: no heartbeats", {
+        "run": [*_FOUR[:2], {"sleep": 100}, *_FOUR[2:]],
+        "stream": [_HELLO, {"heartbeat": "never"}, _REST, _BYE]}),
+    "heartbeat-then-silence": ("three heartbeats, then a connection that is open and dead", {
+        "stream": [_HELLO, {"heartbeat": 15}, {"sleep": 46}, "hang"]}),
+    "gateway-timeout": ("an event every 10 s, and a gateway cuts at 300 s although all is well", {
+        "run": [{"repeat": 60, "steps": [_say("step", label="LONG", turn="{n}"), {"sleep": 10}]}],
+        "stream": [_HELLO, "heartbeat", {"relay": 30}, {"sleep": 10}, "drop"]}),
+    # Shape
+    "buffered": ("a proxy holds everything back: one arrival, at the end", {
+        "stream": [{"buffer": "all"}, *_USUAL]}),
+    "buffered-4k": ("a proxy passes on 4096 bytes at a time: events come late, in lumps", {
+        "stream": [{"buffer": 4096}, *_USUAL]}),
+    "dribble": ("every byte comes in a chunk of its own", {"stream": [{"chunk": 1}, *_USUAL]}),
+    "split-utf8": ("chunks end inside every multi-byte character", {
+        "stream": [{"chunk": "utf8"}, *_USUAL]}),
+    "mid-line": ("chunks of 7 bytes end wherever they end", {"stream": [{"chunk": 7}, *_USUAL]}),
+    "coalesced": ("`: connected` and five events come in one chunk, the rest in another", {
+        "stream": [{"buffer": "all"}, _HELLO, {"relay": 5}, "flush", _REST, _BYE]}),
+    "crlf": ("lines end in CR LF", {
+        "stream": [{"frame": {"newline": "\r\n"}}, *_USUAL[:3], {"raw": "data: [DONE]\r\n\r\n"}]}),
+    "cr-only": ("lines end in CR", {
+        "stream": [{"frame": {"newline": "\r"}}, *_USUAL[:3], {"raw": "data: [DONE]\r\r"}]}),
+    "bom": ("a byte order mark comes first", {"stream": [{"raw": {"hex": "efbbbf"}}, *_USUAL]}),
+    "double-wrapped": ("a relay wraps every line again: `data:event: …`, `data:data: …`", {
+        "stream": [{"frame": {"wrap": "data:"}}, *_USUAL[:3], {"raw": "data:data: [DONE]\n\n"}]}),
+    "gateway-ids": ("a gateway puts ids of its own on every block: `gw-1`, `gw-2`, …", {
+        "stream": [{"frame": {"id": "gw-{n}"}}, *_USUAL]}),
+    "duplicate-events": ("the second event comes twice, with the same id", {
+        "run": _FOUR, "stream": [_HELLO, {"relay": 2}, _numbered(2), _REST, _BYE]}),
+    "out-of-order": ("the third event comes before the second", {
+        "run": _FOUR, "stream": [_HELLO, *map(_numbered, (1, 3, 2, 4)), _BYE]}),
+    "bad-json": ("one event's data is JSON cut short", {
+        "stream": [_HELLO, {"relay": 2}, {"event": {"event": "step", "data": '{"label": "RULE_SC'}},
+                   _REST, _BYE]}),
+    # Status
+    "unauthorized": ("the token has expired: 401", {
+        "stream": _answers(401, {"detail": "Token expired"}, WWW_Authenticate="Bearer")}),
+    "forbidden": ("somebody else's case: 403", {
+        "stream": _answers(403, {"detail": "Not your case"})}),
+    "rate-limited": ("too many requests: 429 with Retry-After", {
+        "stream": _answers(429, {"error": "too many requests"}, Retry_After="2")}),
+    "unavailable": ("503 with Retry-After, once; then all is well", {"stream": [_BUSY, _USUAL]}),
+    "refuse-3-then-ok": ("503 three times, then all is well", {
+        "stream": [_BUSY, _BUSY, _BUSY, _USUAL]}),
+    "gone-204": ("204: a native EventSource stops for good", {
+        "stream": [{"open": {"status": 204}}]}),
+    "html": ("200 with a login page where a stream should be", {
+        "stream": _answers(200, _LOGIN, Content_Type="text/html; charset=utf-8")}),
+    "json-instead": ("200 with JSON where a stream should be", {
+        "stream": _answers(200, {"ok": True})}),
+    "sse-500": ("500 with an event-stream type and no body", {
+        "stream": [{"open": {"status": 500}}]}),
+    "unknown-run": ("the old server does not know the run: 200 with an error in JSON", {
+        "stream": _answers(200, _UNKNOWN)}),
+    "unknown-run-404": ("the run is not known: 404", {"stream": _answers(404, _UNKNOWN)}),
+    "expired-run": ("one whole stream, then the run is forgotten: 404", {
+        "stream": [_USUAL, _answers(404, _UNKNOWN)]}),
+    "other-worker": ("every second request lands on a worker that does not know the run: 404", {
+        "stream": {"cycle": [_USUAL, _answers(404, _UNKNOWN)]}}),
+    # Resume
+    "resume-unknown-id": ("ids that no server can resume from: a reconnect replays everything", {
+        "stream": [[{"frame": {"id": "opaque:{n}"}}, _HELLO, {"relay": 2}, "drop"],
+                   [{"frame": {"id": "opaque:{n}"}}, *_USUAL]]}),
+    "resume-gap": ("after a break the server has forgotten an event, and says so with `gap`", {
+        "run": _FOUR, "stream": [[_HELLO, {"relay": 2}, "drop"], [
+            _HELLO, {"event": {"id": "3", "event": "gap", "data": {"from": 3, "to": 3}}},
+            _numbered(4), _BYE]]}),
+    "retry-field": ("`retry: 1500` comes first: the client's back-off changes", {
+        "stream": [{"raw": "retry: 1500\n\n"}, *_USUAL]}),
+    "two-subscribers": ("the old queue: each event goes to one viewer only, the other misses it", {
+        "stream": [_HELLO, "heartbeat", {"relay": "all", "shared": True}, _BYE]}),
+    # Trigger
+    "slow-trigger": ("the 202 takes 6 s: the back end gives up and asks again, the run goes on", {
+        "trigger": [{"sleep": 6}]}),
+    "trigger-503": ("the trigger is refused with 503, nothing starts", {"trigger": _BUSY}),
+    "trigger-lost": ("the first answer is lost in a reset; the retry meets the same run", {
+        "trigger": [["reset"], []]}),
+    "trigger-disabled": ("200 `disabled`, nothing starts", {"trigger": _answers(200, _OFF)}),
+    "duplicate-run": ("two pipelines in one run: every event comes twice, with two ids", {
+        "run": [part for step in _FOUR for part in (step, step)]}),
+}
+
+
+def documented(value: Any) -> Scenario:
+    """A scenario of a catalogue: it has a `doc`."""
+    return parse_scenario(value, needs="doc")
+
+
+def catalogue() -> dict[str, Scenario]:
+    """The built-in scenarios, by name."""
+    return {
+        name: documented({"name": name, "doc": doc, **parts})
+        for name, (doc, parts) in CATALOGUE.items()
+    }
+
+
+# ═══ 13  Serving ══════════════════════════════════════════════════════════════════════════════════
 # The nurseries, and the order in which they end: first nobody new, then the runs, so that their
 # streams end by themselves, then the connections, within the grace.
 
 
 @dataclass(frozen=True)
 class Aura:
-    """A running server, from outside."""
+    """A running server, from outside. Its methods ask over HTTP and block: they are for threads,
+    not for the server's own tasks."""
 
     url: str
     port: int
     stop: Callable[[], None] = field(repr=False)
 
-    def trigger(self, case: str, *, run_id: str | None = None, **body: Any) -> str:
-        """Start a run of this case; its id. It blocks: for threads, not for the server's tasks."""
-        wanted = to_json({**body, **({"runId": run_id} if run_id else {})}).encode()
+    def trigger(
+        self, case: str, *, run_id: str | None = None, scenario: Any = None, **body: Any
+    ) -> str:
+        """Start a run of this case; its id."""
+        chosen = {"runId": run_id, "scenario": scenario}
+        wanted = {**body, **{name: value for name, value in chosen.items() if value is not None}}
+        return str(self._ask("POST", f"/aura/cases/{encoded(case)}/analysis-runs", wanted).run_id)
+
+    def journal(
+        self, run_id: str | None = None, *, kind: str | None = "stream", count: int | None = None,
+        within: float = 5, test_id: str | None = None,
+    ) -> list[Any]:
+        """The journal's entries, oldest first; with `count` it waits for so many that are
+        finished. Attributes are the JSON names in snake_case."""
+        wanted = {"runId": run_id, "kind": kind, "count": count, "testId": test_id}
+        given = {name: value for name, value in wanted.items() if value is not None}
+        path = "/__aura/journal?" + urlencode({**given, "within": within})
+        return list(self._ask("GET", path, patience=within).entries)
+
+    def next(self, scenario: Any, *, times: int | None = 1, case: str | None = None) -> None:
+        """The next triggers get this scenario: so many of them, or with None all until a reset."""
+        self._ask("POST", "/__aura/next", {"scenario": scenario, "times": times, "caseId": case})
+
+    def signal(self, gate: str, run_id: str | None = None) -> None:
+        """Open a gate, for one run or for all."""
+        self._ask("POST", "/__aura/signal", {"gate": gate, "runId": run_id})
+
+    def emit(self, run_id: str, event: str, data: Any) -> None:
+        """Let a live run say this."""
+        self._ask("POST", "/__aura/emit", {"runId": run_id, "event": event, "data": data})
+
+    def advance(self, seconds: float) -> None:
+        """Move script time ahead."""
+        self._ask("POST", "/__aura/clock", {"advance": seconds})
+
+    def reset(self) -> None:
+        """Forget runs, journal, bindings and gates."""
+        self._ask("POST", "/__aura/reset")
+
+    def scenarios(self) -> dict[str, str]:
+        """The catalogue: each name with what a client sees."""
+        listed = self._ask("GET", "/__aura/scenarios").scenarios
+        return {one.name: one.doc for one in listed}
+
+    def _ask(self, method: str, path: str, body: Any = None, *, patience: float = 0) -> Any:
         headers = {"Authorization": "Bearer aura", "Content-Type": "application/json"}
+        content = None if body is None else to_json(body).encode()
         host = urlsplit(self.url).hostname or ""
-        with contextlib.closing(http.client.HTTPConnection(host, self.port, timeout=10)) as wire:
-            wire.request("POST", f"/aura/cases/{encoded(case)}/analysis-runs", wanted, headers)
+        wire = http.client.HTTPConnection(host, self.port, timeout=10 + patience)
+        with contextlib.closing(wire):
+            wire.request(method, path, content, headers)
             reply = wire.getresponse()
             said = reply.read().decode()
-        if reply.status != 202:
-            raise RuntimeError(f"the trigger of case {case!r} was answered {reply.status}: {said}")
-        return str(json.loads(said)["runId"])
+        if reply.status not in (200, 202):
+            raise RuntimeError(f"{method} {path} was answered {reply.status}: {said}")
+        return json.loads(said, object_hook=attributes)
+
+
+def attributes(said: Mapping[str, Any]) -> types.SimpleNamespace:
+    """An object of JSON, its names in snake_case."""
+    snake = {re.sub("([A-Z])", r"_\1", name).lower(): value for name, value in said.items()}
+    return types.SimpleNamespace(**snake)
+
+
+def known_scenarios(settings: Settings) -> dict[str, Scenario]:
+    """The catalogue and, over it, the scenarios of the user's own file."""
+    try:
+        own = json.loads(Path(settings.scenarios).read_text("utf-8")) if settings.scenarios else []
+        found = own if isinstance(own, list) else [own]
+        return catalogue() | {one.name: one for one in (documented(value) for value in found)}
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--scenarios {settings.scenarios}: {error}") from None
 
 
 async def serve(
@@ -2290,18 +3511,22 @@ async def serve(
     settings = settings or Settings()
     if settings.redis_url:
         log.warning("REDIS_URL is set, but this version keeps runs in memory only")
+    known = known_scenarios(settings)
     listeners = await listen(settings)
     port = listeners[0].socket.getsockname()[1]
     stopping, context, open_ones = trio.Event(), WorkerContext(None), set[Connection]()
     async with trio.open_nursery() as connections, trio.open_nursery() as runs:
-        hub = Hub(settings, runs)
-        app = ASGIWrapper(create_app(settings, hub, Time(), analysis=analysis))
+        hub, url = Hub(settings, runs), url_of(settings.host, port)
+        app = ASGIWrapper(create_app(
+            settings, hub, known, analysis=analysis, url=url, stop=stopping.set))
         make = partial(Connection, app, engine(settings), context, settings)
         attend = partial(attend_to, make, open_ones)
         async with trio.open_nursery() as accept:
             take = partial(trio.serve_listeners, attend, listeners, handler_nursery=connections)
             accept.start_soon(take, name="accept")
-            task_status.started(Aura(url_of(settings.host, port), port, stopping.set))
+            if hub.time.rate == math.inf:
+                accept.start_soon(hub.time.jump, name="clock")
+            task_status.started(Aura(url, port, stopping.set))
             await stopping.wait()
             accept.cancel_scope.cancel(reason="the server is stopping")
         hub.stop(Failure("the server was stopped", stage="shutdown"))
@@ -2328,6 +3553,7 @@ Make = Callable[[trio.SocketStream], Connection]
 async def attend_to(make: Make, open_ones: set[Connection], stream: trio.SocketStream) -> None:
     """One connection, from its accepting to its end."""
     connection = make(stream)
+    trio.lowlevel.current_task().name = "connection"
     open_ones.add(connection)
     try:
         await connection.run()
@@ -2343,12 +3569,15 @@ def url_of(host: str, port: int) -> str:
 
 @contextlib.contextmanager
 def running(
-    settings: Settings | None = None, *, analysis: Analysis | None = None, **fields: Any
+    settings: Settings | None = None, *, scenario: str | None = None,
+    speed: float | str | None = None, analysis: Analysis | None = None, **fields: Any,
 ) -> Iterator[Aura]:
     """A server in a thread, for tests in any framework: ready when this yields, on a free port.
 
     A failed start raises here, as the OSError it was; a crash of the server raises at the end.
     """
+    fields |= {} if scenario is None else {"scenario": scenario}
+    fields |= {} if speed is None else {"speed": str(speed).replace("inf", "max")}
     settings = dataclasses.replace(settings or Settings(port=0), **fields)
     started: Future[tuple[Aura, trio.lowlevel.TrioToken]] = Future()
     ended: Future[None] = Future()
@@ -2383,8 +3612,9 @@ def running(
         ended.result()
 
 
-# ═══ 12  Command line ═════════════════════════════════════════════════════════════════════════════
+# ═══ 14  Command line ═════════════════════════════════════════════════════════════════════════════
 
+COMMANDS = ("serve", "scenarios")
 ABOUT = "A local server that speaks Aura's analysis-stream contract, better behaved than Aura."
 TRY_IT = """try it:
   aura-stream
@@ -2399,15 +3629,21 @@ def parser() -> argparse.ArgumentParser:
     """The flags are the settings; each names its environment variable."""
     about = argparse.ArgumentParser(
         prog="aura-stream", description=ABOUT, epilog=TRY_IT, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter, usage="%(prog)s [serve] [settings]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s [serve] [settings]\n       %(prog)s scenarios [NAME] [--scenarios FILE]",
     )
     about.add_argument("--version", action="version", version=f"aura-stream {__version__}")
-    about.add_argument("command", nargs="?", default="serve", choices=["serve"], help="the default")
+    command, name = "serve, the default; or scenarios: list them", "print one, ready to change"
+    about.add_argument("command", nargs="?", default="serve", choices=COMMANDS, help=command)
+    about.add_argument("name", nargs="?", metavar="NAME", help=name)
     settings = about.add_argument_group("settings: flag, meaning (default; environment variable)")
     for one in dataclasses.fields(Settings):
         says = one.metadata["says"].replace("`", "").replace("%", "%%")
         says += f" ({'none' if one.default == '' else one.default}; {variable(one)})"
-        settings.add_argument(flag(one), dest=one.name, metavar="X", help=says)
+        alone = "?" if isinstance(one.default, bool) else None
+        const = None if alone is None else "true"
+        settings.add_argument(
+            flag(one), dest=one.name, metavar="X", nargs=alone, const=const, help=says)
     return about
 
 
@@ -2417,10 +3653,13 @@ def main(arguments: list[str] | None = None) -> int:
     shape = "%(asctime)s - %(name)s - %(levelname)s - %(message)s"
     try:
         settings = Settings.read(flags, os.environ)
+        if flags["command"] == "scenarios":
+            print(listed(known_scenarios(settings), flags["name"]))
+            return 0
         logging.basicConfig(stream=sys.stderr, level=settings.log_level, format=shape)
         prepare_process()
         trio.run(serve_until_signalled, settings)
-    except* ValueError as group:
+    except* (ValueError, Refusal) as group:
         complaint = str(innermost(group))
     except* OSError as group:
         error, where = innermost(group), f"{settings.host}:{settings.port}"
@@ -2430,6 +3669,15 @@ def main(arguments: list[str] | None = None) -> int:
     if complaint:
         print(f"aura-stream: {complaint}", file=sys.stderr)
     return 2 if complaint else 0
+
+
+def listed(known: Mapping[str, Scenario], name: str | None) -> str:
+    """The catalogue, a line each; or one scenario as JSON, ready to change."""
+    if name is None:
+        return "\n".join(f"{one.name:25} {one.doc}" for one in known.values())
+    if name not in known:
+        raise ValueError(f"there is no scenario {name!r}{did_you_mean(name, known)}")
+    return json.dumps(known[name].source, indent=2, ensure_ascii=False)
 
 
 def prepare_process() -> None:
@@ -2454,9 +3702,19 @@ async def serve_until_signalled(settings: Settings) -> None:
         async with trio.open_nursery() as nursery:
             aura = await nursery.start(to_its_end)
             print(f"Aura stream ready on {aura.url}", flush=True)
+            if settings.exit_with_stdin:
+                nursery.start_soon(stop_with_stdin, aura)
             await anext(signals)
             aura.stop()
             os._exit(128 + await anext(signals))
+
+
+async def stop_with_stdin(aura: Aura) -> None:
+    """So that a test run that was killed leaves no server behind."""
+    with contextlib.suppress(OSError):
+        while await trio.to_thread.run_sync(os.read, 0, 4096, abandon_on_cancel=True):
+            pass
+    aura.stop()
 
 
 if __name__ == "__main__":
