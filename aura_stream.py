@@ -1167,7 +1167,7 @@ class Ending(NamedTuple):
 LEFT = Ending("client", "disconnect", "closed the connection")
 SHOWN = (b"accept", b"authorization", b"upgrade", b"user-agent", b"origin", b"cache-control",
          b"x-dwp-source", b"x-dwp-caller-type", b"x-trace-id")  # of a request's headers
-RECORDED = {*SHOWN, b"x-request-id", b"x-tenant-id", b"x-user-id", b"x-agent-id", b"x-test-id"}
+RECORDED = frozenset((*SHOWN, b"x-request-id", b"x-tenant-id", b"x-user-id", b"x-agent-id", b"x-test-id"))
 
 
 @dataclass(slots=True)
