@@ -379,6 +379,7 @@ def shown(value: Any) -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of a sentence that says that this word is not known here."""
     close = difflib.get_close_matches(word[:64], names := sorted(known), n=1)
     there = f" (there are: {', '.join(names)})" if names else "; it takes none"
     return f"; did you mean {close[0]!r}?" if close else there
@@ -1167,7 +1168,8 @@ class Ending(NamedTuple):
 LEFT = Ending("client", "disconnect", "closed the connection")
 SHOWN = (b"accept", b"authorization", b"upgrade", b"user-agent", b"origin", b"cache-control",
          b"x-dwp-source", b"x-dwp-caller-type", b"x-trace-id")  # of a request's headers
-RECORDED = frozenset((*SHOWN, b"x-request-id", b"x-tenant-id", b"x-user-id", b"x-agent-id", b"x-test-id"))
+OTHERS = (b"x-request-id", b"x-tenant-id", b"x-user-id", b"x-agent-id", b"x-test-id")
+RECORDED = frozenset((*SHOWN, *OTHERS))
 
 
 @dataclass(slots=True)
@@ -1783,7 +1785,7 @@ class Delivery(Player):
     """Plays a stream script to one viewer, against a run's log if there is one."""
 
     usual: Step | None = None  # the head of an answer that its script does not mention
-    batch = math.inf  # events in one write
+    batch: float = math.inf  # events in one write
 
     def __init__(
         self, script: Script, entry: Entry, hub: Hub, run: Run | None = None,
@@ -1836,7 +1838,6 @@ class Delivery(Player):
             await self.open(Step("open", {}))
         if data and self.entry.status not in BODILESS:  # whatever the script says
             await self.put(data, events, last)
-        self._quiet_since = self.time.now()
 
     async def put(self, data: bytes, events: int, last: int | None) -> None:
         """They go out whole, or the connection is lost."""
@@ -1845,6 +1846,7 @@ class Delivery(Player):
             log.info("%s: first chunk sent run_id=%s", name, run_id)
         self.entry.sent(len(data), events, last)
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
+        self._quiet_since = self.time.now()
 
     def dressed(self, block: bytes, number: int | None = None) -> bytes:
         """A block as this viewer gets it; here as it is, the one that all viewers share."""
@@ -1922,12 +1924,14 @@ class Delivery(Player):
         cancel `wait` where that waits, and starts it anew; a write it cannot (`Connection._send`).
         """
         while not self._closed:
-            due = self._quiet_since + self._beat_every - self.time.now()
+            quiet_since = self._quiet_since
+            due = quiet_since + self._beat_every - self.time.now()
             with self.time.limit(due, jump=False) as self._resting:
                 return await wait()
-            if self.time.now() >= self._quiet_since + self._beat_every and not self._closed:
+            if self._quiet_since == quiet_since and not self._closed:
                 beat = self.beat() if self.entry.status not in BODILESS else b""
                 self.entry.heartbeats += bool(beat)
+                self._quiet_since = self.time.now()  # also where nothing can be written
                 await self.write(beat)
                 if self._connection is not None and self._connection.lost:
                     log.warning("Failed to send SSE heartbeat run_id=%s", safe(self.entry.run_id))
@@ -1949,7 +1953,8 @@ class Outlet:
         self.every: Any = None
         self.hold: float = 0
         self.held = bytearray()
-        self.pieces: collections.deque[Iterator[bytes]] = collections.deque()  # let go, not yet out
+        self._pieces: collections.deque[Iterator[bytes]] = collections.deque()  # let go, not out
+        self._next: bytes | None = None
         self._marks: collections.deque[tuple[int, int, int | None]] = collections.deque()
         self._taken = self._out = 0
 
@@ -1966,7 +1971,7 @@ class Outlet:
         return full
 
     def let_go(self, size: int) -> None:
-        self.pieces.append(self._cut(bytes(self.held[:size])))
+        self._pieces.append(self._cut(bytes(self.held[:size])))
         del self.held[:size]
 
     def _cut(self, data: bytes) -> Iterator[bytes]:
@@ -1978,9 +1983,17 @@ class Outlet:
         size = self.chunk or (int(self.hold) if 0 < self.hold < math.inf else len(data))
         return (data[at : at + size] for at in range(0, len(data), size))
 
-    def passed(self, size: int) -> tuple[int, int | None]:
-        """The events that end in the next so many bytes: how many, and the id of the last."""
-        self._out += size
+    def next_piece(self) -> bytes | None:
+        """What is to go next, if anything is."""
+        while self._next is None and self._pieces:
+            self._next = next(self._pieces[0], None)
+            if self._next is None:
+                self._pieces.popleft()
+        return self._next
+
+    def passed(self, piece: bytes) -> tuple[int, int | None]:
+        """It goes now: with it, how many events are out, and the id of the last."""
+        self._next, self._out = None, self._out + len(piece)
         count, last = 0, None
         while self._marks and self._marks[0][0] <= self._out:
             _, events, named = self._marks.popleft()
@@ -2002,19 +2015,16 @@ class Faulty(Delivery):
             return
         if self._outlet.take(data, events, last):
             self.entry.notes.append(f"the buffer was full at {MOST_HELD} bytes and let go")
+        self._quiet_since = self.time.now()
         await self._drain(self._outlet)
 
     async def _drain(self, outlet: Outlet) -> None:
         """Send what is let go. A heartbeat may interrupt the pauses; nothing is lost by it."""
-        while outlet.pieces:
+        while (piece := outlet.next_piece()) is not None:
             if outlet.every is not None and not self._closed:
                 await self.time.sleep(self._due - self.time.now())
-            if (piece := next(outlet.pieces[0], None)) is None:
-                outlet.pieces.popleft()
-                continue
-            if outlet.every is not None:
                 self._due = self.time.now() + self.draw(outlet.every)
-            await super().put(piece, *outlet.passed(len(piece)))
+            await super().put(piece, *outlet.passed(piece))
             await trio.lowlevel.checkpoint()
 
     async def _follow(self, portion: Portion) -> None:
@@ -2023,11 +2033,11 @@ class Faulty(Delivery):
         await super()._follow(portion)
 
     async def chunk(self, step: Step) -> None:
-        self._outlet = self._outlet or Outlet()
+        self._outlet, self.batch = self._outlet or Outlet(), 1
         self._outlet.chunk, self._outlet.every = step.argument, step.modifiers.get("every")
 
     async def buffer(self, step: Step) -> None:
-        self._outlet = self._outlet or Outlet()
+        self._outlet, self.batch = self._outlet or Outlet(), 1
         self._outlet.hold = math.inf if step.argument == "all" else step.argument
 
     async def flush(self, step: Step | None = None) -> None:
@@ -2044,10 +2054,9 @@ class Faulty(Delivery):
 
     async def frame(self, step: Step) -> None:
         """How later events, comments and beats are written; at its default, as the log has them."""
-        self._frame = {"newline": "\n", "wrap": "", **step.argument}
+        self._frame, self.batch = {"newline": "\n", "wrap": "", **step.argument}, 1
         if self._frame == {"newline": "\n", "wrap": ""}:
             self._frame = None
-        self.batch = math.inf if self._frame is None else 1
 
     def dressed(self, block: bytes, number: int | None = None) -> bytes:
         if (frame := self._frame) is None:
@@ -2067,7 +2076,7 @@ class Faulty(Delivery):
         await super().heartbeat(dataclasses.replace(step, argument=every))
 
     def beat(self) -> bytes:
-        if self._outlet is not None and self._outlet.pieces:
+        if self._outlet is not None and self._outlet.next_piece() is not None:
             return b""  # it is still talking
         if self._beat is None or not self._beat.keys() & {"event", "data"}:
             return super().beat()
@@ -2190,7 +2199,7 @@ class Desk:
 
     def __init__(self, settings: Settings, catalogue: Mapping[str, Scenario]) -> None:
         self.settings, self.catalogue = settings, catalogue
-        self._default = self.named(settings.scenario) if settings.scenario else None
+        self._default = self._from_start("scenario", settings.scenario)
         self._bindings: list[Binding] = []
         self._counts: dict[tuple[str, ...], int] = {}
         self.reset()
@@ -2203,7 +2212,15 @@ class Desk:
         self._counts.clear()
         for pair in filter(None, self.settings.case.split(",")):
             case_id, _, name = pair.partition("=")
-            self.bind(Binding(self.named(name), math.inf, case_id))
+            if (scenario := self._from_start("case", name)) is None:
+                raise ValueError(f"--case takes CASE=SCENARIO, not {pair!r}")
+            self.bind(Binding(scenario, math.inf, case_id))
+
+    def _from_start(self, flag: str, name: str) -> Scenario | None:
+        if name and name not in self.catalogue:
+            close = did_you_mean(name, self.catalogue)
+            raise ValueError(f"--{flag}: there is no scenario {name!r}{close}")
+        return self.catalogue.get(name)
 
     def named(self, name: str) -> Scenario:
         """The scenario of this name, or the 400 that helps."""
@@ -3491,13 +3508,19 @@ def attributes(said: Mapping[str, Any]) -> types.SimpleNamespace:
 
 
 def known_scenarios(settings: Settings) -> dict[str, Scenario]:
-    """The catalogue and, over it, the scenarios of the user's own file."""
+    """The catalogue and, over it, the scenarios of the user's own file; a ValueError says what is
+    wrong with the file, or with a name in the settings."""
+    known, where = catalogue(), f"--scenarios {settings.scenarios}"
     try:
         own = json.loads(Path(settings.scenarios).read_text("utf-8")) if settings.scenarios else []
-        found = own if isinstance(own, list) else [own]
-        return catalogue() | {one.name: one for one in (documented(value) for value in found)}
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--scenarios {settings.scenarios}: {error}") from None
+        for index, value in enumerate(own if isinstance(own, list) else [own]):
+            where = f"--scenarios {settings.scenarios}, [{index}]"
+            one = documented(value)
+            known[one.name] = one
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: {error}") from None
+    Desk(settings, known)
+    return known
 
 
 async def serve(
@@ -3659,7 +3682,7 @@ def main(arguments: list[str] | None = None) -> int:
         logging.basicConfig(stream=sys.stderr, level=settings.log_level, format=shape)
         prepare_process()
         trio.run(serve_until_signalled, settings)
-    except* (ValueError, Refusal) as group:
+    except* ValueError as group:
         complaint = str(innermost(group))
     except* OSError as group:
         error, where = innermost(group), f"{settings.host}:{settings.port}"

@@ -568,6 +568,60 @@ async def test_a_limit_is_a_deadline_in_script_time(autojump_clock):
     assert script_time._waiting == set()
 
 
+async def test_script_time_may_be_faster_than_real(autojump_clock):
+    script_time, start = Time(20.0), trio.current_time()
+    await script_time.sleep(300)
+    assert trio.current_time() - start == pytest.approx(15)
+    with script_time.limit(40) as scope:
+        await trio.sleep_forever()
+    assert scope.cancelled_caught and trio.current_time() - start == pytest.approx(17)
+
+
+async def test_script_time_jumps_when_everybody_waits(mock_clock):
+    """Trio's own clock stands still here: whatever moves is script time, and no protective deadline."""
+    script_time, woken = Time(float("inf")), []
+
+    async def sleeper(seconds):
+        await script_time.sleep(seconds)
+        woken.append((seconds, round(script_time.now() - began)))
+
+    began = script_time.now()
+    with trio.CancelScope(deadline=trio.current_time() + 5) as protective:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(script_time.jump)
+            async with trio.open_nursery() as sleepers:
+                for seconds in (300, 10, 86_400):
+                    sleepers.start_soon(sleeper, seconds)
+            nursery.cancel_scope.cancel()
+    assert woken == [(10, 10), (300, 300), (86_400, 86_400)]
+    assert not protective.cancelled_caught
+
+
+async def test_a_heartbeat_alone_causes_no_jump_but_fires_when_one_passes(mock_clock):
+    script_time, fired = Time(float("inf")), []
+
+    async def beat():
+        with script_time.limit(30, jump=False):
+            await trio.sleep_forever()
+        fired.append(round(script_time.now() - began))
+
+    began = script_time.now()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(script_time.jump)
+        nursery.start_soon(beat)
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        assert fired == [] and script_time.now() == began
+        await script_time.sleep(40)
+        assert fired == [30] and round(script_time.now() - began) == 40
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("speed", ["0", "-1", "fast", "nan", "", "1e-"])
+def test_a_wrong_speed_is_one_sentence(speed):
+    with pytest.raises(ValueError, match=f"^--speed must be a number above 0 or max, not '{speed}'$"):
+        Settings(speed=speed)
+
+
 # ═══ 4  Scripts ═════════════════════════════════════════════════════════════════════════════════
 
 
@@ -615,7 +669,46 @@ MISTAKES = [
     ("stream", [{"heartbeat": 0}], "stream[0]", "seconds above 0"),
     ("stream", [{"comment": 5}], "stream[0]", "'comment' takes a text, not 5"),
     ("stream", [{"raw": None}], "stream[0]", "'raw' takes a text, {\"hex\""),
+    ("stream", [{"raw": {"hex": "zz"}}], "stream[0]", "that decodes, not {\"hex\": \"zz\"}"),
+    ("stream", [{"raw": {"base64": "!"}}], "stream[0]", "that decodes"),
+    ("stream", [{"raw": {"hex": "00", "base64": ""}}], "stream[0]", "takes a text, {\"hex\""),
+    ("stream", [{"raw": {"utf8": "a"}}], "stream[0]", "takes a text, {\"hex\""),
+    ("trigger", [{"relay": "all"}], "trigger[0]", "'relay' belongs in a stream script, this is a trigger script"),
+    ("trigger", [{"comment": "a"}], "trigger[0]", "'comment' belongs in a stream script"),
+    ("trigger", [{"event": {"data": 1}}], "trigger[0]", "'event' belongs in a run or stream script"),
+    ("run", ["drop"], "run[0]", "'drop' belongs in a trigger or stream script"),
+    ("stream", [{"crash": "x"}], "stream[0]", "'crash' belongs in a run script"),
+    ("stream", ["ordinary"], "stream[0]", "'ordinary' belongs in a run script"),
+    ("stream", ["dorp"], "stream[0]", "unknown step 'dorp'; did you mean 'drop'?"),
+    ("stream", [{"chunk": 0}], "stream[0]", "'chunk' takes a number of bytes, \"utf8\" or \"line\", not 0"),
+    ("stream", [{"chunk": "utf-8"}], "stream[0]", "\"utf8\" or \"line\""),
+    ("stream", [{"chunk": 1, "evry": 1}], "stream[0]", "has no 'evry'; did you mean 'every'?"),
+    ("stream", [{"buffer": -1}], "stream[0]", "'buffer' takes \"all\" or a number of bytes, not -1"),
+    ("stream", [{"flush": 1}], "stream[0]", "'flush' takes no argument, not 1"),
+    ("stream", [{"drop": "now"}], "stream[0]", "'drop' takes no argument"),
+    ("stream", [{"frame": {"newline": "\t"}}], "stream[0]", "'newline' takes \"\\n\" or \"\\r\\n\" or \"\\r\", not"),
+    ("stream", [{"frame": {"id": 5}}], "stream[0]", "'id' takes a text"),
+    ("stream", [{"frame": {"ids": None}}], "stream[0]", "did you mean 'id'?"),
+    ("stream", [{"frame": {"wrap": "a\nb"}}], "stream[0]", "'wrap' takes one line"),
+    ("stream", [{"event": {"id": "a\nb", "data": 1}}], "stream[0]", "'id' takes one line without NUL"),
+    ("stream", [{"event": {"data": 1, "retry": "soon"}}], "stream[0]", "'retry' takes a whole number"),
+    ("run", [{"event": {"id": "1", "data": 1}}], "run[0]", "no 'id' in a run: there it comes by itself"),
+    ("run", [{"event": {"data": "text"}, "pad": 5}], "run[0]", "needs 'data' to be an object"),
+    ("run", [{"event": {"data": {}}, "pad": 10**9}], "run[0]", "'pad' takes a whole number"),
+    ("run", [{"repeat": 3}], "run[0]", "'repeat' needs steps"),
+    ("run", [{"wait": 5}], "run[0]", "'wait' takes a text"),
+    ("run", ["wait"], "run[0]", "'wait' needs an argument"),
+    ("run", [{"wait": "g", "within": -1}], "run[0]", "'within' takes a number"),
+    ("run", [{"ordinary": "phase4"}], "run[0]", "takes null or \"phase2\" or"),
+    ("run", [{"crash": 5}], "run[0]", "'crash' takes a text"),
+    ("run", [{"hang": 5}], "run[0]", "'hang' takes no argument, not 5"),
+    ("stream", [{"heartbeat": {"event": "x"}}], "stream[0]", "seconds above 0, \"never\" or"),
+    ("stream", [{"relay": "all", "shared": "yes"}], "stream[0]", "'shared' takes true or false"),
+    ("run", [{"repeat": 1, "steps": [{"sleep": 1}, {"slep": 1}]}], "run[0].steps[1]", "did you mean 'sleep'?"),
+    ("run", [{"repeat": 1000, "steps": [{"repeat": 1001, "steps": []}]}], "run", "nested turns multiply"),
+    ("trigger", [{"open": {"status": 202, "body": {}, "headrs": {}}}], "trigger[0]", "did you mean 'headers'?"),
 ]  # fmt: skip
+assert len(MISTAKES) >= 50
 
 
 @pytest.mark.parametrize(("place", "script", "at", "hint"), MISTAKES)
@@ -630,6 +723,12 @@ def test_a_mistake_names_its_place_and_says_what_helps(place, script, at, hint):
     ("x", "takes an object"), ({}, "needs 'name'"), ({"name": "A"}, "1 to 64 of a-z"),
     ({"name": "a", "steam": []}, "did you mean 'stream'?"), ({"name": "a", "seed": []}, "'seed' takes"),
     ({"name": "a", "doc": 1}, "'doc' takes a text"), ({"name": "a", "run": 1}, "a script is a list"),
+    ({"name": "a", "stream": {"cycle": []}}, "stream.cycle: a cycle is a list of scripts, not []"),
+    ({"name": "a", "stream": {"cycel": []}}, 'stream: takes a script, a list of scripts or {"cycle"'),
+    ({"name": "a", "stream": {"cycle": ["drop"]}}, "stream.cycle[0]: a script is a list of steps"),
+    ({"name": "a", "stream": [[{"comment": "a"}], ["dorp"]]}, "stream[1][0]: unknown step 'dorp'"),
+    ({"name": "a", "trigger": [["reset"], "drop"]}, "trigger[1]: a script is a list of steps"),
+    ({"name": "a" * 65}, "1 to 64 of a-z"),
 ])  # fmt: skip
 def test_a_scenario_is_checked_whole(value, hint):
     with pytest.raises(Mistake, match=re.escape(hint)):
@@ -649,6 +748,42 @@ def test_templates_fill_five_names_and_nothing_else():
     assert player.fill("{runId} {caseId} {n} {{n} {other} }}") == "r c 7 {n} {other} }}"
     assert player.fill({"{runId}": ["{tenantId}", 5, None]}) == {"r": ["", 5, None]}
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT.*\+00:00", player.fill("{now}"))
+
+
+def test_attempts_take_their_turn():
+    def played_at(value, turns=5):
+        attempts = aura_stream.parse_attempts(value, "stream")
+        return [attempts.of(n)[0].argument for n in range(1, turns + 1)]
+
+    a, b, c = ([{"comment": name}] for name in "abc")
+    assert played_at(a) == ["a"] * 5
+    assert played_at([a, b, c]) == ["a", "b", "c", "c", "c"], "the last repeats"
+    assert played_at({"cycle": [a, b]}) == ["a", "b", "a", "b", "a"]
+
+
+async def test_a_gate_opens_for_one_run_or_for_all_and_for_good(autojump_clock):
+    gates, through = aura_stream.Gates(), []
+
+    async def at(gate, run_id):
+        await gates.wait(gate, run_id)
+        through.append((gate, run_id))
+
+    async with trio.open_nursery() as nursery:
+        for place in (("go", "1"), ("go", "2"), ("on", "1")):
+            nursery.start_soon(at, *place)
+        await trio.testing.wait_all_tasks_blocked()
+        gates.signal("go", "2")
+        await trio.testing.wait_all_tasks_blocked()
+        assert through == [("go", "2")]
+        gates.signal("go")
+        gates.signal("on", "1")
+    await at("go", "3")
+    assert set(through) == {("go", "1"), ("go", "2"), ("on", "1"), ("go", "3")}
+    assert all(gates.signal("g", str(n)) for n in range(gates.most - 3))
+    assert not gates.signal("one too many")
+    assert gates.signal("go"), "one that is open already is no more"
+    gates.close()
+    assert gates.signal("one too many")
 
 
 def test_a_range_is_drawn_from_the_seed():
@@ -736,6 +871,64 @@ def test_the_first_ending_counts():
     entry.finish("server", "drop", "on purpose")
     entry.finish("client", "disconnect", "seemed to leave")
     assert entry.end[:3] == ("server", "drop", "on purpose")
+
+
+def an_entry(journal, run_id="r", *, finished=True, **more):
+    entry = Entry("GET", "/", "c", "i", kind="stream", run_id=run_id, **more)
+    journal.record(entry)
+    if finished:
+        entry.finish("server", "end", "over")
+        journal.close(entry)
+    return entry
+
+
+async def test_the_journal_is_bounded_and_the_oldest_entry_goes():
+    journal = aura_stream.Journal()
+    for number in range(1005):
+        an_entry(journal, str(number))
+    found = journal.find({})
+    assert (len(found), found[0].seq, found[-1].seq) == (1000, 6, 1005)
+    assert [one.run_id for one in journal.find({"run_id": "77"})] == ["77"]
+    assert len(journal.find({}, since=1000)) == 5
+    journal.forget()
+    assert journal.find({}) == []
+
+
+async def test_waiting_for_entries_counts_finished_ones_and_takes_the_oldest(autojump_clock):
+    journal = aura_stream.Journal()
+    first, open_one = an_entry(journal), an_entry(journal, finished=False)
+    an_entry(journal, "other")
+
+    async def later():
+        await trio.sleep(3)
+        open_one.finish("client", "disconnect", "left")
+        journal.close(open_one)
+        an_entry(journal)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(later)
+        start = trio.current_time()
+        assert await journal.wait(2, {"run_id": "r"}, since=0, within=5) == [first, open_one]
+        assert trio.current_time() - start == pytest.approx(3)
+        assert await journal.wait(9, {"run_id": "r"}, since=0, within=5) == journal.find({"run_id": "r"})
+        assert trio.current_time() - start == pytest.approx(8), "it waits no longer than it was told"
+
+
+@pytest.mark.parametrize(("end", "said"), [
+    (("server", "drop", "by script"), "the server dropped the connection on purpose (step 1 of x) after 2 events, 108 bytes"),
+    (("server", "end", "by script"), "the server ended the answer properly (step 1 of x) after 2 events, 108 bytes"),
+    (("client", "disconnect", "left"), "the client closed the connection (step 1 of x) after 2 events, 108 bytes"),
+    (("client", "stalled", "read nothing for 5 s"),
+     "the client stopped reading and was cut off (step 1 of x) after 2 events, 108 bytes; read nothing for 5 s"),
+    (("shutdown", "cancelled", "the server had to go"),
+     "the stopping server cut the connection (step 1 of x) after 2 events, 108 bytes; the server had to go"),
+    (("admin", "reset", "asked"), "an operator reset the connection (step 1 of x) after 2 events, 108 bytes"),
+])  # fmt: skip
+def test_an_entry_says_in_one_sentence_who_closed_first(end, said):
+    entry = Entry("GET", "/", "c", "i", scenario="x", step=1, events=2, bytes=108)
+    entry.finish(*end)
+    assert entry.said == said
+    assert "step" not in Entry("GET", "/", "c", "i").said
 
 
 # ═══ 6  Runs ════════════════════════════════════════════════════════════════════════════════════
@@ -1156,6 +1349,66 @@ async def test_an_ended_run_is_kept_for_its_retention(autojump_clock):
         assert hub._held == 0
 
 
+async def test_at_a_gate_the_idle_time_out_stands_still_and_then_goes_on(autojump_clock):
+    steps = [{"sleep": 200}, {"wait": "go"}, {"sleep": 99}, *says("a"), {"sleep": 200}, {"wait": "go"}, {"sleep": 101}]
+    async with hub_for(idle_timeout=300) as hub:
+        run = hub.start(facts(hub.time), scenario(*steps))
+        await trio.sleep(10_000)
+        assert not run.ended, "300 s are long over, but it waits at a gate"
+        hub.gates.signal("go", "r1")
+        await trio.sleep(100)
+        assert [name for name, _ in said(run)] == ["a"], "99 of the remaining 100 s"
+        start = trio.current_time()
+        await ended(run)
+        assert trio.current_time() - start == pytest.approx(298, abs=2)
+        assert said(run)[-1][1]["stage"] == "timeout"
+
+
+async def test_a_gate_with_a_limit_is_left_without_a_signal(autojump_clock):
+    async with hub_for() as hub:
+        start = trio.current_time()
+        await ended(hub.start(facts(hub.time), scenario({"wait": "never", "within": 40}, *says("a"))))
+        assert trio.current_time() - start == pytest.approx(40)
+
+
+async def test_a_crash_becomes_failed_and_names_what_happened(autojump_clock, heard):
+    async with hub_for() as hub:
+        run = await ended(hub.start(facts(hub.time), scenario({"crash": "row 7 of {caseId}"})))
+    assert said(run)[-1][1]["error"] == "RuntimeError: row 7 of 85116"
+    assert heard.wait_for("analysis failed").endswith("+trace")
+
+
+async def test_a_reset_forgets_all_runs_and_an_id_is_new_again(autojump_clock):
+    async with hub_for() as hub:
+        over = await ended(hub.start(facts(hub.time, "over"), scenario(*says("a"))))
+        live = hub.start(facts(hub.time, "live", test_id="t"), scenario(*says("a"), {"sleep": 1000}))
+        await trio.testing.wait_all_tasks_blocked()
+        hub.reset(Failure("reset", stage="cancelled"), "t")
+        assert hub.find("live") is None and hub.find("over") is over
+        again = hub.start(facts(hub.time, "live"), scenario(*says("b"), {"sleep": 1000}))
+        await ended(live)
+        assert live.status == "cancelled" and not again.ended and hub.find("live") is again
+        hub.reset(Failure("reset", stage="cancelled"))
+        assert (hub.find("over"), hub.find("live"), hub.live, hub._held) == (None, None, 0, 0)
+        await ended(again)
+        assert (hub.live, hub._held, len(hub._ended)) == (0, 0, 0), "what ended late is not counted back in"
+
+
+async def test_a_big_event_goes_alone_through_the_channel():
+    """A thousand of five megabytes are not on their way at once; the log keeps what it may keep."""
+    big = {"event": {"event": "big", "data": {"n": "{n}"}}, "pad": 5_000_000}
+    run = aura_stream.Run(facts(Time()), scenario({"repeat": 12, "steps": [big]}), Settings())
+    most = []
+
+    def look(run):
+        most.append(run.receiving.statistics().current_buffer_used)
+        run.log.trim(10, 16 * 2**20)
+
+    await aura_stream.conduct(run, played_by(run), look)
+    assert run.log.last == 12 and run.log.size <= 16 * 2**20
+    assert max(most) <= 2
+
+
 # ═══ 7  Deliveries ══════════════════════════════════════════════════════════════════════════════
 
 
@@ -1334,6 +1587,169 @@ def test_any_viewer_of_any_run_cut_anywhere_sees_the_whole_log(events, viewers):
         assert [name for _, name, _ in got] == [name or "message" for name, _, _ in events]
 
 
+# ═══ 8  Faults ══════════════════════════════════════════════════════════════════════════════════
+
+
+async def pieces(script, *, run=None, hub=None, after=0, fast=True):
+    """What a stream script writes, piece by piece, with the script time of each; its entry too."""
+    hub, found = hub or Hub(Settings(), None, run.facts.time if run else Time()), []
+    entry = Entry("GET", "/", "test:1", "id", kind="stream", run_id="r1", resumed_after=after)
+    start = hub.time.now()
+
+    async def send(message):
+        await trio.lowlevel.checkpoint_if_cancelled()
+        if message["type"] == "http.response.body" and message["body"]:
+            found.append((round(hub.time.now() - start, 3), message["body"]))
+
+    await Faulty(parse_script(script, "stream"), entry, hub, run).deliver(send)
+    assert entry.bytes == sum(len(data) for _, data in found) and entry.chunks == len(found)
+    return found, entry
+
+
+@pytest.mark.parametrize(("steps", "expected"), [
+    ([{"chunk": 4}, {"raw": "abcdefghij"}, {"raw": "k"}], [b"abcd", b"efgh", b"ij", b"k"]),
+    ([{"chunk": "line"}, {"raw": "a\nbc\r\nd\re"}], [b"a\n", b"bc\r\n", b"d\r", b"e"]),
+    ([{"chunk": "utf8"}, {"raw": "a한b🙂"}], [b"a\xed", b"\x95\x9cb\xf0", b"\x9f\x99\x82"]),
+    ([{"buffer": 4}, {"raw": "ab"}, {"raw": "cdefghij"}, {"raw": "k"}], [b"abcd", b"efgh", b"ijk"]),
+    ([{"buffer": "all"}, {"raw": "ab"}, {"raw": "cd"}, "flush", {"raw": "e"}, "flush", {"raw": "f"}], [b"abcd", b"e", b"f"]),
+    ([{"buffer": "all"}, {"chunk": 3}, {"raw": "ab"}, {"raw": "cdefg"}], [b"abc", b"def", b"g"]),
+    ([{"buffer": 4}, {"chunk": 3}, {"raw": "abcdefgh"}], [b"abc", b"def", b"gh"]),
+    ([{"raw": "before"}, {"chunk": 2}, {"raw": "cut"}], [b"before", b"cu", b"t"]),
+    ([{"raw": ""}, {"comment": "a"}, {"raw": ""}], [b": a\n\n"]),
+    ([{"raw": "a"}, "end", {"raw": "b"}], [b"a"]),
+    ([{"repeat": 3, "steps": [{"raw": "{n}"}, {"repeat": 2, "steps": ["end"]}]}], [b"1"]),
+    ([{"buffer": "all"}, {"raw": "held"}, "end"], [b"held"]),
+    ([{"raw": {"hex": "00ff"}}, {"raw": {"base64": "gA=="}}], [b"\x00\xff", b"\x80"]),
+])  # fmt: skip
+async def test_output_is_cut_and_held_as_the_script_says(steps, expected, autojump_clock):
+    found, entry = await pieces(steps)
+    assert [data for _, data in found] == expected
+    assert entry.end[:2] == ("server", "end")
+
+
+async def test_chunks_keep_their_distance_and_no_heartbeat_falls_into_an_event(autojump_clock):
+    """40 s between the bytes and a beat every 30: a stream that is still talking is not quiet."""
+    async with hub_for() as hub:
+        run = await ended(hub.start(facts(hub.time), scenario(*says("a", "b"))))
+        script = [{"heartbeat": 30}, {"chunk": 10, "every": 40}, {"relay": "all"}, {"sleep": 130}, {"raw": "x"}]
+        found, entry = await pieces(script, run=run, hub=hub)
+    data = b"".join(data for _, data in found)
+    body, *beats = data.removesuffix(b"x").split(b": heartbeat\n\n")
+    assert parsed(body) == [("1", "a", '{"n": "a"}'), ("2", "b", '{"n": "b"}')] and beats == [b""] * (len(beats))
+    assert len(beats) == entry.heartbeats == 2
+    apart = [later - sooner for (sooner, _), (later, _) in zip(found[:6], found[1:], strict=False)]
+    assert apart == [pytest.approx(40)] * len(apart)
+    assert (entry.events, entry.last_id_sent) == (2, 2)
+
+
+async def test_events_are_counted_when_their_last_byte_is_out(autojump_clock):
+    """A connection lost with held output has not delivered it, whatever the relay had taken."""
+    async with hub_for() as hub:
+        run = await ended(hub.start(facts(hub.time), scenario(*says("a", "b", "c"))))
+        cut = types.SimpleNamespace(lost=False, cut=lambda reset: scope.cancel())
+        entry = Entry("GET", "/", "test:1", "id", kind="stream", run_id="r1")
+        script = parse_script([{"buffer": 40}, {"relay": 2}, "drop"], "stream")
+        with trio.CancelScope() as scope:
+            await Faulty(script, entry, hub, run, connection=cut).deliver(lambda message: trio.lowlevel.checkpoint())
+    assert (entry.bytes, entry.events, entry.last_id_sent) == (40, 1, 1)
+    assert entry.end[:2] == ("server", "drop")
+
+
+async def test_a_full_buffer_lets_go_and_the_journal_says_so(autojump_clock):
+    steps = [{"buffer": "all"}, {"repeat": 3, "steps": [{"raw": "x" * 600_000}]}]
+    found, entry = await pieces(steps)
+    assert [len(data) for _, data in found] == [1_200_000, 600_000]
+    assert entry.notes == ["the buffer was full at 1048576 bytes and let go"] and entry.notes[0] in entry.said
+
+
+def test_five_megabytes_in_pieces_of_one_byte_are_made_one_by_one():
+    outlet = aura_stream.Outlet()
+    outlet.chunk = 1
+    began = time.perf_counter()
+    outlet.take(b"x" * 5_000_000, 1, 1)
+    assert outlet.next_piece() == b"x" and time.perf_counter() - began < 0.25
+
+
+@pytest.mark.parametrize(("frame", "expected"), [
+    ({}, ": c\n\nid: 1\nevent: a\ndata: x\ndata: y\n\n"),
+    ({"newline": "\r\n"}, ": c\r\n\r\nid: 1\r\nevent: a\r\ndata: x\r\ndata: y\r\n\r\n"),
+    ({"newline": "\r"}, ": c\r\rid: 1\revent: a\rdata: x\rdata: y\r\r"),
+    ({"id": None}, ": c\n\nevent: a\ndata: x\ndata: y\n\n"),
+    ({"id": "{runId}_{n}"}, ": c\n\nid: r1_1\nevent: a\ndata: x\ndata: y\n\n"),
+    ({"wrap": "data:"}, ": c\n\ndata:id: 1\ndata:event: a\ndata:data: x\ndata:data: y\n\n"),
+])  # fmt: skip
+async def test_a_frame_is_how_events_and_comments_are_written(frame, expected, autojump_clock):
+    async with hub_for() as hub:
+        run = await ended(hub.start(facts(hub.time), scenario({"event": {"event": "a", "data": "x\ny"}})))
+        found, _ = await pieces([{"frame": frame}, {"comment": "c"}, {"relay": "all"}], run=run, hub=hub)
+        assert b"".join(data for _, data in found).decode() == expected
+        back = [{"frame": frame}, {"frame": {}}, {"comment": "c"}, {"relay": "all"}]
+        plain, _ = await pieces(back, run=run, hub=hub)
+        assert b"".join(data for _, data in plain) == b": c\n\nid: 1\nevent: a\ndata: x\ndata: y\n\n"
+
+
+async def test_a_heartbeat_may_be_an_event_and_has_no_id(autojump_clock):
+    beat = {"heartbeat": {"every": 30, "event": "heartbeat", "data": {"at": "{now}", "jobId": "{runId}"}}}
+    found, entry = await pieces([{"frame": {"id": "{n}"}}, {"comment": "c"}, beat, {"sleep": 100}])
+    beats = Parser().feed(b"".join(data for _, data in found)).events
+    assert [(id, name, json.loads(data)["jobId"]) for id, name, data in beats] == [("", "heartbeat", "r1")] * 3
+    assert entry.heartbeats == 3
+
+
+async def test_a_hanging_stream_is_silent(autojump_clock):
+    found = []
+    with trio.move_on_after(1000):
+        entry = Entry("GET", "/", "test:1", "id", kind="stream")
+        script = parse_script([{"comment": "c"}, {"heartbeat": 1}, {"sleep": 2.5}, "hang"], "stream")
+
+        async def send(message):
+            found.append(message)
+
+        await Faulty(script, entry, Hub(Settings(), None)).deliver(send)
+    assert len(found) == 4, "its head, its comment and two beats"
+    assert entry.step == 3 and entry.end is None, "who ends it will say so"
+
+
+async def test_an_event_of_the_stream_s_own_is_written_as_it_is(autojump_clock):
+    step = {"event": {"event": "gap", "id": "7{n}", "retry": 5, "data": {"a": 1}}, "pad": 3}
+    found, entry = await pieces([{"repeat": 2, "steps": [step]}])
+    assert found[0][1] == b'id: 71\nevent: gap\nretry: 5\ndata: {"a": 1, "pad": "xxx"}\n\n'
+    assert (entry.events, entry.last_id_sent) == (2, 72)
+
+
+async def test_a_shared_cursor_is_the_old_queue(autojump_clock):
+    """Each event goes to one viewer only; with a cursor of its own, each would see all."""
+    async with hub_for() as hub:
+        run = hub.start(facts(hub.time), scenario(*says(*"abcdef", pause=1)))
+        taken = {"one": [], "two": []}
+
+        async def view(who):
+            found, entry = await pieces([{"relay": "all", "shared": True}], run=run, hub=hub)
+            taken[who] = [id for id, _, _ in parsed(b"".join(data for _, data in found))]
+            assert entry.events == len(taken[who])
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(view, "one")
+            nursery.start_soon(view, "two")
+    assert sorted(taken["one"] + taken["two"]) == list("123456")
+
+
+@given(st.lists(st.sampled_from([1, 2, 3, 7, 64, "utf8", "line"]), min_size=1, max_size=3), st.sampled_from([None, 5, 100, "all"]))
+@hypothesis_settings(max_examples=30, deadline=None)
+def test_however_it_is_cut_a_parser_yields_the_same(chunks, hold):
+    async def main():
+        async with hub_for() as hub:
+            texts = [{"event": {"event": "t", "data": {"text": f"위험도 {n} 🙂"}}} for n in range(5)]
+            run = await ended(hub.start(facts(hub.time), scenario(*texts)))
+            held = [] if hold is None else [{"buffer": hold}]
+            steps = [part for chunk in chunks for part in ({"chunk": chunk}, {"relay": 2})]
+            found, entry = await pieces([*held, *steps, {"relay": "all"}], run=run, hub=hub)
+            assert parsed(b"".join(data for _, data in found)) == parsed(run.log.read(0)[0])
+            assert (entry.events, entry.last_id_sent) == (5, 5)
+
+    trio.run(main)
+
+
 # ═══ 9  Contract ════════════════════════════════════════════════════════════════════════════════
 
 
@@ -1399,6 +1815,167 @@ async def test_any_bearer_is_enough_and_none_is_a_401(headers, query, detail, he
 async def test_auth_can_be_switched_off():
     async with in_memory(auth="off") as (client, _, _, _):
         assert (await client.get("/aura/cases/1/analysis")).status_code == 404
+
+
+CHOICES = [
+    # (header, query, body, runId, caseId, binding, default) -> what is chosen
+    ({"header": "drop", "query": "reset", "body": "empty", "run_id": "r~failed", "default": "crash"}, "drop"),
+    ({"query": "reset", "body": "empty", "run_id": "r~failed", "default": "crash"}, "reset"),
+    ({"body": "empty", "run_id": "r~failed", "default": "crash"}, "empty"),
+    ({"run_id": "r~failed", "case": "1~bom", "bound": "crlf", "default": "crash"}, "failed"),
+    ({"case": "1~bom", "bound": "crlf", "default": "crash"}, "bom"),
+    ({"bound": "crlf", "default": "crash"}, "crlf"),
+    ({"default": "crash"}, "crash"),
+    ({}, "ok"),
+    ({"no_magic": True, "run_id": "r~failed", "case": "1~bom"}, "ok"),
+    ({"body": {"name": "mine", "stream": ["drop"]}}, "mine"),
+    ({"header": '{"name": "mine-too", "run": []}'}, "mine-too"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("ways", "chosen"), CHOICES)
+async def test_the_first_way_to_choose_wins(ways, chosen, autojump_clock):
+    async with in_memory(scenario=ways.get("default", ""), no_magic=ways.get("no_magic", False)) as (client, hub, _, _):
+        if "bound" in ways:
+            await client.post("/__aura/next", json={"scenario": ways["bound"]})
+        body = {"runId": ways.get("run_id", "r"), **({"scenario": ways["body"]} if "body" in ways else {})}
+        query = f"?scenario={ways['query']}" if "query" in ways else ""
+        headers = {**BEARER, **({"X-Aura-Scenario": ways["header"]} if "header" in ways else {})}
+        answer = await client.post(f"/aura/cases/{ways.get('case', '1')}/analysis-runs{query}", headers=headers, json=body)
+        assert (answer.status_code, answer.headers["X-Aura-Scenario"]) == (202, chosen)
+        assert hub.find(body["runId"]).scenario.name == chosen
+        assert (await answer.get_json())["caseId"] == ways.get("case", "1"), "an id keeps its suffix"
+
+
+async def test_bindings_are_used_up_and_the_closest_fits_best(autojump_clock):
+    async with in_memory(case="7=failed,8=crash") as (client, _, _, _):
+        async def bind(**body):
+            answer = await client.post("/__aura/next", json=body)
+            assert answer.status_code == 200, await answer.get_data()
+
+        async def chosen(case, test_id=None):
+            answer, _ = await triggered(client, case, {"X-Test-Id": test_id} if test_id else {})
+            return answer.headers["X-Aura-Scenario"]
+
+        assert [await chosen("7"), await chosen("7"), await chosen("8"), await chosen("9")] == ["failed", "failed", "crash", "ok"]
+        await bind(scenario="drop", times=2)
+        await bind(scenario="bom", caseId=85117, times=None)
+        await bind(scenario="crlf", testId="t", times=1)
+        assert [await chosen("85117") for _ in range(3)] == ["bom"] * 3
+        assert [await chosen("1", "t"), await chosen("1", "t"), await chosen("1"), await chosen("1")] == ["crlf", "drop", "drop", "ok"]
+        await client.post("/__aura/reset")
+        assert [await chosen("85117"), await chosen("7")] == ["ok", "failed"], "but what was said at the start stays"
+
+
+async def test_only_a_thousand_bindings_and_gates_wait():
+    async with in_memory() as (client, hub, _, _):
+        for number in range(1000):
+            assert (await client.post("/__aura/next", json={"scenario": "drop", "caseId": number})).status_code == 200
+            assert hub.gates.signal(f"g{number}")
+        for path, body in (("next", {"scenario": "drop"}), ("signal", {"gate": "one more"})):
+            answer = await client.post(f"/__aura/{path}", json=body)
+            assert answer.status_code == 409 and "POST /__aura/reset" in (await answer.get_json())["error"]
+
+
+async def test_an_unknown_scenario_is_a_400_that_helps(autojump_clock):
+    async with in_memory() as (client, hub, _, _):
+        for path, headers in (("/aura/cases/1/analysis-runs", {"X-Aura-Scenario": "dorp"}), ("/aura/cases/1~dorp/analysis-runs", {}),
+                              ("/aura/cases/1/analysis-runs?scenario=dorp", {})):  # fmt: skip
+            answer = await client.post(path, headers={**BEARER, **headers}, json={})
+            body = await answer.get_json()
+            assert answer.status_code == 400
+            assert (body["error"], body["scenario"], body["didYouMean"][0]) == ("unknown scenario", "dorp", "drop")
+            assert body["known"] == list(CATALOGUE)
+        answer = await client.get("/aura/analysis-runs/nobody~dorp/stream", headers=BEARER)
+        assert answer.status_code == 400 and hub.live == 0
+
+
+async def test_a_scenario_with_a_mistake_is_a_422_with_its_place(autojump_clock):
+    async with in_memory() as (client, _, _, _):
+        wrong = {"name": "mine", "stream": [[], [{"comment": "a"}, {"slep": 1}]]}
+        expected = {"at": "stream[1][1]", "step": {"slep": 1}, "hint": "unknown step 'slep'; did you mean 'sleep'?"}
+        for path, body in (("/aura/cases/1/analysis-runs", {"scenario": wrong}), ("/__aura/check", wrong), ("/__aura/next", {"scenario": wrong})):
+            answer = await client.post(path, headers=BEARER, json=body)
+            assert answer.status_code == 422
+            assert expected.items() <= (await answer.get_json()).items()
+        answer = await client.post("/__aura/check", json={"name": "mine", "stream": [["drop"]]})
+        assert (answer.status_code, await answer.get_json()) == (200, {"ok": True})
+
+
+async def test_a_choice_on_a_get_is_for_that_stream_and_counts_for_itself(autojump_clock):
+    async with in_memory() as (client, hub, _, _):
+        await triggered(client, runId="r", scenario="unavailable")
+
+        async def asked(**headers):
+            answer, _ = await read(client, "r", **{name.replace("_", "-"): value for name, value in headers.items()})
+            return answer.status_code, answer.headers["X-Aura-Scenario"], answer.headers["X-Aura-Attempt"]
+
+        assert await asked(X_Aura_Scenario="unavailable") == (503, "unavailable", "1"), "the run's own: its next attempt"
+        assert await asked(X_Aura_Scenario="gone-204") == (204, "gone-204", "1")
+        head = await client.head("/aura/analysis-runs/r/stream", headers=BEARER)
+        assert head.headers["X-Aura-Attempt"] == "1", "HEAD counts for nothing"
+        assert await asked() == (200, "unavailable", "2")
+        assert await asked(X_Aura_Scenario="gone-204") == (204, "gone-204", "2")
+        assert hub.find("r").attempts == {"unavailable": 2, "gone-204": 2}
+
+
+async def test_a_known_run_keeps_its_scenario(autojump_clock):
+    async with in_memory() as (client, _, _, _):
+        mine = {"name": "mine", "stream": ["end"]}
+        await triggered(client, runId="r", scenario=mine)
+        assert (await triggered(client, runId="r", scenario=mine))[0].headers["X-Aura-Run"] == "known"
+        again, _ = await triggered(client, runId="r")
+        assert (again.headers["X-Aura-Scenario"], again.headers["X-Aura-Attempt"]) == ("mine", "3")
+        for other in ("drop", {**mine, "seed": 5}):
+            answer = await client.post("/aura/cases/1/analysis-runs", headers=BEARER, json={"runId": "r", "scenario": other})
+            assert answer.status_code == 409 and "'mine'" in (await answer.get_json())["error"]
+
+
+async def test_a_script_without_a_log_plays_for_an_unknown_run_too(autojump_clock):
+    async with in_memory() as (client, _, _, _):
+        answer, body = await read(client, "nobody~unauthorized")
+        assert (answer.status_code, answer.headers["X-Aura-Run-ID"]) == (401, "nobody~unauthorized")
+        answer, body = await read(client, "nobody~unknown-run")
+        assert (answer.status_code, json.loads(body)["runId"]) == (200, "nobody~unknown-run")
+        assert (await read(client, "nobody~drop-resume"))[0].status_code == 404, "there is nothing to relay"
+        await client.post("/__aura/next", json={"scenario": "rate-limited"})
+        assert [(await read(client, "nobody"))[0].status_code for _ in range(2)] == [429, 404], "a binding is used up"
+        await client.post("/__aura/next", json={"scenario": "drop"})
+        assert (await read(client, "nobody"))[0].status_code == 404
+        assert (await triggered(client))[0].headers["X-Aura-Scenario"] == "drop", "what could not play was not used up"
+
+
+async def test_trigger_attempts_count_per_run_or_else_per_case(autojump_clock):
+    twice = {"name": "twice", "trigger": [[{"open": {"status": 503, "body": "later"}}], []]}
+    async with in_memory() as (client, hub, _, _):
+        async def statuses(case, *run_ids):
+            found = []
+            for run_id in run_ids:
+                body = {"scenario": twice, **({"runId": run_id} if run_id else {})}
+                found.append((await client.post(f"/aura/cases/{case}/analysis-runs", headers=BEARER, json=body)).status_code)
+            return found
+
+        assert await statuses("1", None, None, None) == [503, 202, 202]
+        assert await statuses("1", "a", "b", "a", "b") == [503, 503, 202, 202]
+        assert await statuses("2", None) == [503]
+        assert hub.live == 4, "who was refused started nothing"
+
+
+async def test_post_sse_counts_as_an_attempt_and_is_refused_like_a_trigger(autojump_clock):
+    async with in_memory() as (client, hub, _, _):
+        async def post(run_id, scenario):
+            path, body = "/aura/cases/1/analysis/trigger", {"runId": run_id, "scenario": scenario}
+            answer = await client.post(path, headers=BEARER, json=body)
+            return answer, await answer.get_data()
+
+        answer, data = await post("a", "unavailable")
+        assert (answer.status_code, answer.headers["X-Aura-Attempt"]) == (503, "1")
+        answer, data = await post("a", "unavailable")
+        assert (answer.status_code, answer.headers["X-Aura-Attempt"], data[-14:]) == (200, "2", DONE)
+        answer, data = await post("b", "trigger-503")
+        assert (answer.status_code, hub.find("b")) == (503, None)
+        journal = (await (await client.get("/__aura/journal")).get_json())["entries"]
+        assert [one["kind"] for one in journal] == ["stream"] * 3
 
 
 # ═══ 10  HTTP ═══════════════════════════════════════════════════════════════════════════════════
@@ -1759,6 +2336,138 @@ async def test_the_log_tells_the_story_of_a_stream(autojump_clock, heard):
         r" bytes=\d+ events=10 last_event_id=11 duration=\d+\.\d{3}s\n", lines
     )  # fmt: skip
     assert re.search(r"INFO \[[0-9a-f]{32}\] GET /aura/cases/85116/analysis/stream - Status: 200 - Duration: \d\.\d{3}s", lines)
+
+
+async def control(client, method, path, expect=200, **body):
+    answer = await client.open(f"/__aura/{path}", method=method, **({"json": body} if body or method == "POST" else {}))
+    assert answer.status_code == expect, await answer.get_data()
+    return await answer.get_json()
+
+
+async def test_control_tells_what_there_is(autojump_clock):
+    async with in_memory(instance="i1", speed="20") as (client, hub, script_time, _):
+        health = await control(client, "GET", "health")
+        assert health.items() >= {"status": "ok", "version": aura_stream.__version__, "pid": os.getpid(), "instance": "i1"}.items()
+        assert health["clock"] == {"mode": "x20", "now": 0}
+        assert (await control(client, "POST", "clock", advance=100))["now"] == 100
+        listed = (await control(client, "GET", "scenarios"))["scenarios"]
+        assert [one["name"] for one in listed] == list(CATALOGUE) and all(len(one["doc"]) > 10 for one in listed)
+        for name in CATALOGUE:
+            assert parse_scenario(await control(client, "GET", f"scenarios/{name}")) == CATALOGUE[name]
+        assert (await control(client, "GET", "scenarios/dorp", 400))["didYouMean"][0] == "drop"
+        await triggered(client, runId="r")
+        assert [run["runId"] for run in (await control(client, "GET", "runs"))["runs"]] == ["r"]
+        assert (await control(client, "GET", "runs/r"))["status"] == "running"
+        await control(client, "GET", "runs/nobody", 404)
+        assert "did you mean '/__aura/runs'" in (await control(client, "GET", "run", 404))["hint"]
+
+
+async def test_emit_speaks_into_a_live_run_and_only_there(autojump_clock):
+    async with in_memory() as (client, hub, _, _):
+        await triggered(client, runId="r", scenario={"name": "x", "run": [{"wait": "go"}, *says("b")]})
+        await control(client, "POST", "emit", runId="r", event="a", data={"n": "a"})
+        await control(client, "POST", "signal", gate="go", runId="r")
+        run = await ended(hub.find("r"))
+        assert [name for name, _ in said(run)] == ["a", "b"]
+        gone = await control(client, "POST", "emit", 409, runId="r", event="a", data=1)
+        assert gone["error"] == "this run has ended (completed), nobody listens any more"
+        await control(client, "POST", "emit", 404, runId="nobody", event="a", data=1)
+        bad = await control(client, "POST", "emit", 422, runId="r", event="a\nb", data=1)
+        assert "one line" in bad["detail"][0]["msg"]
+
+
+async def test_an_analysis_of_one_s_own_takes_the_place_of_the_ordinary_one(autojump_clock):
+    async def analyse(facts, sending):
+        await sending.send(Event("mine", {"case": facts.case_id}))
+
+    async with trio.open_nursery() as nursery:
+        hub = Hub(Settings(), nursery)
+        client = Client(create_app(Settings(), hub, CATALOGUE, analysis=analyse))
+        for run_id, name, names in (("a", "ok", ["mine"]), ("b", "slow-first", ["mine"]), ("c", "missing-started", FOUR[1:]),
+                                    ("d", "drop", ["mine"])):  # fmt: skip
+            await triggered(client, runId=run_id, scenario=name)
+            assert [name for name, _ in said(await ended(hub.find(run_id)))] == names
+        await client.post("/aura/internal/cases/1/analysis-runs", headers=BEARER, json={"runId": "p3"})
+        assert said(await ended(hub.find("p3"))) == [("mine", {"case": "1"})]
+
+
+async def test_the_journal_can_be_asked_for_what_one_wants(autojump_clock):
+    async with in_memory() as (client, _, _, _):
+        for run_id, test_id in (("a", "t1"), ("b", "t2")):
+            await triggered(client, "1", {"X-Test-Id": test_id, "X-Tenant-ID": "5", "X-User-ID": "u"}, runId=run_id)
+            seen_by = {"X-Test-Id": test_id, "Accept": "text/event-stream"}
+            await client.get(f"/aura/analysis-runs/{run_id}/stream?access_token=secret", headers=seen_by)
+        await client.get("/health")
+        await client.options("/aura/analysis-runs/a/stream")
+
+        async def kinds(query):
+            entries = (await control(client, "GET", f"journal?{query}"))["entries"]
+            return [(one["kind"], one["runId"]) for one in entries]
+
+        assert await kinds("") == [("trigger", "a"), ("stream", "a"), ("trigger", "b"), ("stream", "b"), ("request", None)]
+        assert await kinds("runId=a") == await kinds("testId=t1") == [("trigger", "a"), ("stream", "a")]
+        assert await kinds("kind=stream&since=2") == await kinds("testId=t2&kind=stream") == [("stream", "b")]
+        assert await kinds("kind=stream&count=1") == [("stream", "a")], "the oldest of them"
+        whole = await client.get("/__aura/journal")
+        assert b"secret" not in await whole.get_data() and b"test-token" not in await whole.get_data()
+        one = (await whole.get_json())["entries"][1]
+        assert one["headers"]["accept"] == "text/event-stream" and one["headers"]["authorization"] is None
+        assert (await whole.get_json())["entries"][0]["headers"]["authorization"] == "present"
+        assert (one["caseId"], one["status"], one["events"], one["end"]["by"], one["attempt"], one["seed"]) == ("1", 200, 11, "server", 1, "ok")
+        calls = (await control(client, "GET", "journal?view=calls&kind=trigger"))["entries"]
+        assert set(calls[0]) == {"path", "statusCode", "latency", "tenantId", "userId", "agentId", "end"}
+        assert (calls[0]["path"], calls[0]["statusCode"], calls[0]["tenantId"]) == ("/aura/cases/1/analysis-runs", 202, "5")
+
+
+KEYS = (
+    "method path client seq kind runId caseId testId attempt scenario seed httpVersion tenantId userId agentId headers lastEventId"
+    " resumedAfter status chunks bytes events heartbeats lastIdSent wall t latency end said"
+)
+
+
+async def test_an_entry_has_the_keys_of_the_contract(autojump_clock):
+    async with in_memory() as (client, _, _, _):
+        await triggered(client, runId="a")
+        await read(client, "a", **{"Last-Event-ID": "nonsense"})
+        (one,) = (await control(client, "GET", "journal?kind=stream"))["entries"]
+        assert set(one) == set(KEYS.split())
+        assert set(one["t"]) == {"open", "firstByte", "end"} and set(one["end"]) == {"by", "how", "reason", "step"}
+        assert (one["lastEventId"], one["resumedAfter"]) == ("nonsense", 0) and "from the start" in one["said"]
+
+
+async def test_waiting_in_vain_is_a_408_that_says_what_is_missing():
+    async with in_memory() as (client, _, _, _):
+        await triggered(client, runId="a")
+        answer = await control(client, "GET", "journal?runId=a&count=2&within=0.01", 408)
+        assert answer["error"].startswith("1 of 2 finished entries came within 0.01 s") and len(answer["entries"]) == 1
+
+
+@pytest.mark.parametrize(("method", "path", "body", "status", "sentence"), [
+    ("GET", "journal?cuont=1", None, 400, "the query has no 'cuont'; did you mean 'count'?"),
+    ("GET", "journal?count=many", None, 400, "the query 'count' takes a whole number from 1 to 1000, not \"many\""),
+    ("GET", "journal?count=0", None, 400, "'count' takes a whole number from 1"),
+    ("GET", "journal?within=-1", None, 400, "'within' takes a number from 0"),
+    ("GET", "journal?within=nan", None, 400, "'within' takes a number from 0"),
+    ("GET", "journal?kind=streams", None, 400, "'kind' takes \"stream\" or \"trigger\" or \"request\""),
+    ("DELETE", "connections?how=kill", None, 400, "'how' takes \"end\" or \"drop\" or \"reset\", not \"kill\""),
+    ("DELETE", "connections/99", None, 404, "no open connection has the id 99"),
+    ("POST", "reset?tesId=1", None, 400, "did you mean 'testId'?"),
+    ("POST", "next", {}, 422, "needs 'scenario'"),
+    ("POST", "next", {"scenario": "drop", "times": 0}, 422, "takes a whole number from 1"),
+    ("POST", "next", {"scenario": "drop", "tiems": 1}, 422, "did you mean 'times'?"),
+    ("POST", "next", {"scenario": 5}, 422, "takes a name or a scenario"),
+    ("POST", "signal", {"gat": "a"}, 422, "needs 'gate'"),
+    ("POST", "clock", {"advance": -1}, 422, "takes a number from 0"),
+    ("POST", "clock", [], 422, "takes an object"),
+    ("POST", "check", "text", 422, "takes an object"),
+    ("POST", "shutdown", None, 409, "this application runs in memory"),
+    ("PUT", "clock", {}, 405, "Method Not Allowed"),
+])  # fmt: skip
+async def test_control_answers_a_mistake_with_a_sentence(method, path, body, status, sentence):
+    async with in_memory() as (client, _, _, _):
+        answer = await client.open(f"/__aura/{path}", method=method, **({} if body is None else {"json": body}))
+        assert answer.status_code == status
+        assert sentence in json.dumps(await answer.get_json()).replace('\\\\\\"', '"').replace('\\"', '"')
 
 
 # ═══ 11  What ASGI cannot say ═══════════════════════════════════════════════════════════════════
@@ -2819,6 +3528,320 @@ def refused(aura):
     return False
 
 
+def left_early(aura, run_id, entry, before):
+    """The journal blames the client, at once, and the run went on."""
+    assert (entry.end.by, entry.end.how) == ("client", "disconnect")
+    assert entry.t.end - before < 0.5, "100 ms by hand, five times the slack here"
+    assert state(aura, run_id)["status"] == "running"
+
+
+@pytest.mark.parametrize("upgrade", [False, True])
+def test_a_client_that_leaves_early_closed_first(upgrade):
+    """The seed case: it closes after its first 13 bytes; also one that had offered h2c."""
+    h2c = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAEAAEAAAAIAAAAAAAMAAAAAAAQBAAAAAAUAAEAAAAYABgAA"}
+    with running() as aura:
+        run_id = aura.trigger("85116", scenario={"name": "quiet", "run": ["hang"]})
+        with connect(aura, get(f"/aura/analysis-runs/{run_id}/stream", headers=h2c if upgrade else {})) as wire:
+            read_until(wire, HELLO)
+            before = aura._ask("GET", "/__aura/connections").connections[0].latency
+        (entry,) = aura.journal(run_id, count=1, within=WAIT)
+        assert (entry.bytes, entry.chunks, entry.events, entry.status) == (13, 1, 0, 200)
+        assert entry.headers.upgrade == ("h2c" if upgrade else None)
+        left_early(aura, run_id, entry, entry.t.open + before)
+
+
+def test_a_clean_end_is_never_blamed_on_the_client():
+    with running(event_delay=0) as aura:
+        for number in range(30):
+            run_id = aura.trigger("1", run_id=f"r{number}")
+            with connect(aura, get(f"/aura/analysis-runs/{run_id}/stream")) as wire:
+                read_until(wire, DONE)  # and it leaves without waiting for the last chunk
+        ends = {(one.end.by, one.end.how) for one in aura.journal(count=30, within=WAIT)}
+    assert ends == {("server", "end")}
+
+
+def test_an_http10_client_cannot_tell_a_drop_from_an_end_and_the_journal_says_so():
+    with running(event_delay=0) as aura:
+        run_id = aura.trigger("1", scenario="drop")
+        with connect(aura, get(f"/aura/analysis-runs/{run_id}/stream", version="1.0")) as wire:
+            assert b"chunked" not in read_until(wire, None).lower()
+        (entry,) = aura.journal(run_id, count=1, within=WAIT)
+    assert (entry.http_version, entry.end.by, entry.end.how) == ("1.0", "server", "drop")
+    assert "an HTTP/1.0 client" in entry.said
+
+
+@pytest.mark.parametrize("how", ["end", "drop", "reset"])
+def test_an_operator_closes_what_is_open_wherever_it_is(how):
+    """In a relay, a sleep, at a gate, hanging, between slow chunks: closed in the way that was asked."""
+    waits = ({"relay": "all"}, {"sleep": 1000}, {"wait": "never"}, "hang", {"relay": "all", "every": 1000})
+    with running(event_delay=0) as aura:
+        run_id = aura.trigger("1", scenario={"name": "quiet", "run": [*says("a", "b"), "hang"]})
+        with contextlib.ExitStack() as wires:
+            opened = []
+            for number, step in enumerate(waits):
+                name = json.dumps({"name": f"w{number}", "stream": [{"comment": "connected"}, step]})
+                asked = get(f"/aura/analysis-runs/{run_id}/stream", headers={"X-Aura-Scenario": name, "Connection": "close"})
+                opened.append(wires.enter_context(connect(aura, asked)))
+                read_until(opened[-1], HELLO)
+            listed = aura._ask("GET", "/__aura/connections").connections
+            assert len(listed) == len(waits) and all(one.end is None for one in listed)
+            assert aura._ask("DELETE", f"/__aura/connections/{listed[0].id}?how={how}").closed == 1
+            assert aura._ask("DELETE", f"/__aura/connections?how={how}").closed in (len(waits) - 1, len(waits))
+            endings = []
+            for wire in opened:
+                data, ending = b"", "drop"
+                try:
+                    while piece := wire.recv(65536):
+                        data += piece
+                    ending = "end" if data.endswith(b"0\r\n\r\n") else "drop"
+                except ConnectionResetError:
+                    ending = "reset"
+                endings.append(ending)
+        assert endings == [how] * len(waits)
+        entries = aura.journal(run_id, count=len(waits), within=WAIT)
+        assert {(one.end.by, one.end.how) for one in entries} == {("admin", how)}
+        assert state(aura, run_id)["status"] == "running" and aura._ask("GET", "/health").sse_connections == 0
+
+
+def test_a_reset_ends_live_runs_and_their_streams_and_forgets_them():
+    with running() as aura:
+        run_id = aura.trigger("1", scenario={"name": "quiet", "run": ["hang"]})
+        with connect(aura, get(f"/aura/analysis-runs/{run_id}/stream", headers={"Connection": "close"})) as wire:
+            read_until(wire, HELLO)
+            aura.reset()
+            rest = read_until(wire, None)
+        assert b"event: failed" in rest and DONE in rest
+        assert aura.journal() == [] and aura._ask("GET", "/__aura/runs").runs == []
+
+
+def test_the_task_tree_shows_who_is_inside_whom():
+    with running() as aura:
+        run_id = aura.trigger("1", scenario="stepped", run_id="r1")
+        with connect(aura, get(f"/aura/analysis-runs/{run_id}/stream")) as wire:
+            read_until(wire, HELLO)
+            tree = httpx.get(f"{aura.url}/__aura/tasks").text
+    depth = {}
+    for line in tree.splitlines():
+        depth.setdefault(re.sub(r"  <- .*", "", line.strip()), len(line) - len(line.lstrip()))
+    order = ["nursery connections", "connection", "delivery r1"], ["nursery runs", "run r1", "analysis r1"], ["nursery runs", "accept"]
+    for names in order:
+        depths = [depth[name] for name in names]
+        assert depths == sorted(set(depths)), tree
+    assert "delivery r1  <- Delivery._news\n" in tree and "analysis r1  <- Gates.wait\n" in tree and "run r1  <- transcribe\n" in tree
+
+
+def test_it_starts_and_stops_quickly():
+    """50 ms to start after the import and 100 ms to stop, by hand; five times the slack here."""
+    starts, stops = [], []
+    for _ in range(5):
+        began = time.perf_counter()
+        with running() as aura:
+            starts.append(time.perf_counter() - began)
+            httpx.get(f"{aura.url}/health")
+            began = time.perf_counter()
+        stops.append(time.perf_counter() - began)
+    assert sorted(starts)[2] < 0.25 and sorted(stops)[2] < 0.5
+
+
+def test_several_servers_do_not_meet():
+    with running(scenario="drop", speed=10) as one, running(speed="max") as two, running(Settings(port=0), speed=2.5) as three:
+        one.next("bom")
+        run_ids = [aura.trigger("1", run_id="same") for aura in (one, two, three)]
+        assert run_ids == ["same"] * 3 and len({one.port, two.port, three.port}) == 3
+        scenarios = [aura.journal("same", kind="trigger", count=1)[0].scenario for aura in (one, two, three)]
+        assert scenarios == ["bom", "ok", "ok"]
+        modes = [aura._ask("GET", "/__aura/health").clock.mode for aura in (one, two, three)]
+        assert modes == ["x10", "max", "x2.5"]
+
+
+def test_three_hundred_seconds_take_milliseconds_and_protective_deadlines_do_not_move():
+    with running(speed="max", send_timeout=3, keep_alive=3) as aura:
+        with connect(aura) as idle:
+            began = time.monotonic()
+            run_id = aura.trigger("1", scenario="silent")
+            names = [name for _, name, _ in parsed(stream(aura, run_id))]
+            assert names == ["failed"] and time.monotonic() - began < 2.5
+            idle.sendall(get("/health"))
+            assert read_until(idle, b"\r\n\r\n").startswith(b"HTTP/1.1 200"), "the idle connection is still there"
+
+
+def test_the_clock_can_be_moved_by_hand():
+    with running() as aura:
+        run_id = aura.trigger("1", scenario="slow-first")
+        with connect(aura, get(f"/aura/analysis-runs/{run_id}/stream")) as wire:
+            read_until(wire, HELLO)
+            aura.advance(29)
+            aura.advance(2)
+            read_until(wire, b"event: started")
+
+
+def test_the_handle_does_what_the_control_api_does():
+    with running(event_delay=0, scenario="stepped") as aura:
+        assert aura.scenarios() == {name: one.doc for name, one in CATALOGUE.items()}
+        run_id = aura.trigger("85116", requestedBy="HUMAN")
+        aura.emit(run_id, "note", {"by": "hand"})
+        for gate in ("go-1", "go-2"):
+            aura.signal(gate, run_id)
+        aura.signal("go-3")
+        aura.signal("go-4")
+        assert [name for _, name, _ in parsed(stream(aura, run_id))] == ["note", *FOUR]
+        aura.next("failed", times=None, case="7")
+        assert [aura.trigger("7", scenario=None) and aura.journal(kind="trigger")[-1].scenario for _ in range(2)] == ["failed"] * 2
+        (entry,) = aura.journal(run_id, count=1)
+        assert (entry.end.by, entry.last_id_sent, entry.t.first_byte >= entry.t.open) == ("server", 5, True)
+        with pytest.raises(RuntimeError, match="POST /__aura/next was answered 400: .*unknown scenario"):
+            aura.next("dorp")
+        with pytest.raises(RuntimeError, match="was answered 408: .*0 of 1 finished entries"):
+            aura.journal("nobody", count=1, within=0.01)
+        aura.reset()
+        assert aura.journal(kind=None) == []
+
+
+UNITTEST = """
+import asyncio, unittest, aura_stream, trio
+class Embedded(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.server = aura_stream.running(event_delay=0)
+        cls.aura = cls.server.__enter__()
+        cls.addClassCleanup(cls.server.__exit__, None, None, None)
+    def test_unittest(self):
+        self.assertEqual(self.aura.journal(self.aura.trigger("1"), kind="trigger", count=1)[0].status, 202)
+    def test_asyncio(self):
+        async def main():
+            return await asyncio.to_thread(self.aura.trigger, "1", run_id="from-asyncio")
+        self.assertEqual(asyncio.run(main()), "from-asyncio")
+    def test_trio(self):
+        async def main():
+            with aura_stream.running() as another:
+                return await trio.to_thread.run_sync(another.trigger, "1") and another.port
+        self.assertNotEqual(trio.run(main), self.aura.port)
+    def test_inside_trio(self):
+        async def main():
+            async with trio.open_nursery() as nursery:
+                aura = await nursery.start(aura_stream.serve, aura_stream.Settings(port=0))
+                run_id = await trio.to_thread.run_sync(aura.trigger, "1")
+                aura.stop()
+                return run_id
+        self.assertTrue(trio.run(main))
+unittest.main()
+"""
+
+
+def test_it_can_be_embedded_in_unittest_asyncio_and_trio():
+    env = {**os.environ, "PYTHONPATH": str(HERE)}
+    found = subprocess.run([sys.executable, "-c", UNITTEST], env=env, capture_output=True, text=True, timeout=60)
+    assert found.returncode == 0 and "Ran 4 tests" in found.stderr, found.stderr
+
+
+def test_scenarios_of_one_s_own_join_the_catalogue(tmp_path):
+    own = [{"name": "mine", "doc": "the symptom", "stream": ["drop"]}, {"name": "ok", "doc": "not so ok", "run": []}]
+    (tmp_path / "own.json").write_text(json.dumps(own))
+    with running(scenarios=str(tmp_path / "own.json"), scenario="mine") as aura:
+        assert aura.scenarios()["mine"] == "the symptom" and aura.scenarios()["ok"] == "not so ok"
+        with pytest.raises(httpx.RemoteProtocolError):
+            stream(aura, aura.trigger("1"))
+    for text, sentence in (
+        ("{", "own.json: Expecting property name"), ('{"name": "a", "run": []}', "in a catalogue needs 'doc'"),
+        ('[{"name": "a", "doc": "d", "run": ["slep"]}]', "run[0]: unknown step 'slep'"), ("[" * 100_000, "own.json: "),
+    ):  # fmt: skip
+        (tmp_path / "own.json").write_text(text)
+        with pytest.raises(ValueError, match=re.escape(sentence)), running(scenarios=str(tmp_path / "own.json")):
+            pass
+    with pytest.raises(ValueError, match="No such file"), running(scenarios=str(tmp_path / "none.json")):
+        pass
+
+
+def test_hostile_scripts_are_bounded():
+    """A thousand events of five megabytes, at once and to a viewer that reads nothing: memory stays."""
+    import resource
+
+    big = {"event": {"event": "big", "data": {"n": "{n}"}}, "pad": 5_000_000}
+    with running(send_timeout=1) as aura:
+        run_id = aura.trigger("1", scenario={"name": "big", "run": [{"repeat": 200, "steps": [big]}]})
+        viewer = {"name": "v", "stream": [{"buffer": "all"}, {"repeat": 200, "steps": [big]}]}
+        with connect(aura, get(f"/aura/analysis-runs/{run_id}/stream", headers={"X-Aura-Scenario": json.dumps(viewer)})):
+            (entry,) = aura.journal(run_id, count=1, within=WAIT)
+        assert (entry.end.by, entry.end.how) == ("client", "stalled") and "the buffer was full" in entry.said
+        eventually(lambda: state(aura, run_id)["status"] == "completed")
+        assert len(parsed(stream(aura, run_id))) <= 5, "the log kept 16 MiB of them, and says `gap`"
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 1_500_000, "kilobytes"
+
+
+# What a random script may be made of: times are short, repeats few, or one example would take all day.
+A_TIME = st.one_of(st.integers(0, 400), st.just([1, 90]))
+A_NAME = st.sampled_from(["a", "step", "completed", "x{n}"])
+AN_EVENT = st.fixed_dictionaries({"event": st.fixed_dictionaries({"event": A_NAME, "data": st.sampled_from(["t\nu", {"k": "위{n}"}, 1])})})
+WRONG_STEP = st.sampled_from(["slep", {"sleep": -1}, {"relay": "some"}, {"sleep": 1, "drop": None}, {}, 5, {"open": {"status": 99}}])
+EVERYWHERE = [st.builds(lambda t: {"sleep": t}, A_TIME), st.builds(lambda t: {"wait": "g", "within": t}, A_TIME), st.just("hang")]
+RUN_STEPS = st.one_of(AN_EVENT, AN_EVENT, *EVERYWHERE, st.just({"fail": "no"}), st.just({"crash": "no"}), st.just("ordinary"))
+ANSWER_STEPS = [st.just(step) for step in ("end", "drop", "reset", {"raw": "data: x\n\n"}, {"raw": {"hex": "00ff"}})]
+STREAM_STEPS = st.one_of(
+    AN_EVENT, *EVERYWHERE[:2], *EVERYWHERE, *ANSWER_STEPS,
+    st.sampled_from([{"relay": "all"}, {"relay": 2}, {"relay": {"until": "completed"}}, {"relay": "all", "every": 3},
+                     {"relay": "all", "within": 20}, {"relay": 3, "shared": True}]),
+    st.sampled_from([{"comment": "c"}, "heartbeat", {"heartbeat": 7}, {"heartbeat": "never"}, {"heartbeat": {"every": 9, "event": "h"}}]),
+    st.sampled_from([{"chunk": 1}, {"chunk": "utf8"}, {"chunk": 50, "every": 1}, {"buffer": 64}, {"buffer": "all"}, "flush"]),
+    st.sampled_from([{"frame": {"newline": "\r"}}, {"frame": {"id": "x{n}"}}, {"frame": {"wrap": "data:"}}, {"frame": {}}]),
+)  # fmt: skip
+
+
+def a_script(steps):
+    looped = st.builds(lambda n, inner: {"repeat": n, "steps": inner}, st.integers(0, 3), st.lists(steps, max_size=3))
+    return st.lists(st.one_of(steps, steps, steps, looped), max_size=6)
+
+
+A_SCENARIO = st.fixed_dictionaries({"name": st.just("random")}, optional={
+    "run": a_script(RUN_STEPS),
+    "trigger": a_script(st.one_of(*EVERYWHERE[:2], *ANSWER_STEPS, st.just({"open": {"status": 202}}), st.just({"open": {"status": 503}}))),
+    "stream": st.one_of(a_script(STREAM_STEPS), st.lists(a_script(STREAM_STEPS), min_size=1, max_size=3),
+                        st.builds(lambda one: {"cycle": one}, st.lists(a_script(STREAM_STEPS), min_size=1, max_size=2)),
+                        st.builds(lambda one, wrong: [*one, wrong], a_script(STREAM_STEPS), WRONG_STEP)),
+})  # fmt: skip
+
+
+def until_quiet(aura, data):
+    """What comes until the other side is done, or has nothing to say; then this side leaves."""
+    with connect(aura, data) as wire:
+        wire.settimeout(0.15)
+        with contextlib.suppress(TimeoutError, ConnectionResetError):
+            while wire.recv(65536):
+                pass
+
+
+def test_any_script_is_refused_with_a_pointer_or_played_to_an_end_the_journal_names(jumping):
+    """Script time only jumps: a script of an hour takes a few jumps; afterwards nothing is left."""
+    def tasks():
+        return len(re.findall(r"connection|delivery|run |analysis", httpx.get(f"{jumping.url}/__aura/tasks").text))
+
+    jumping.reset()
+    before, files = tasks(), descriptors()
+
+    @given(A_SCENARIO)
+    @hypothesis_settings(max_examples=40, deadline=None, database=None)
+    def play(wanted):
+        checked = httpx.post(f"{jumping.url}/__aura/check", json=wanted)
+        if checked.status_code != 200:
+            answer = checked.json()
+            assert checked.status_code == 422 and re.match(r"(run|trigger|stream)", answer["at"]) and len(answer["hint"]) > 10
+            return
+        run_id, began = f"p{time.monotonic_ns()}", jumping._ask("GET", "/__aura/health").clock.now
+        body = json.dumps({"runId": run_id, "scenario": wanted}).encode()
+        head = f"POST /aura/cases/1/analysis-runs HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer t\r\nConnection: close\r\nContent-Length: {len(body)}"
+        until_quiet(jumping, head.encode() + b"\r\n\r\n" + body)
+        for _ in range(2):
+            until_quiet(jumping, get(f"/aura/analysis-runs/{run_id}/stream", headers={"Connection": "close"}))
+        ends = [one.end for one in jumping.journal(run_id, kind=None, count=3, within=WAIT)]
+        assert all((end.by, end.how) in aura_stream.ACTS for end in ends), ends
+        assert {end.by for end in ends} <= {"server", "client"}
+        assert jumping._ask("GET", "/__aura/health").clock.now - began < 50_000
+        jumping.reset()
+
+    play()
+    eventually(lambda: tasks() <= before)
+    eventually(lambda: descriptors() <= files)
+
+
 # ═══ 14  Command line ═══════════════════════════════════════════════════════════════════════════
 
 
@@ -2845,6 +3868,47 @@ def test_redis_is_declined_aloud():
     with process(REDIS_URL="redis://localhost") as (server, aura):
         server.terminate()
         assert "REDIS_URL is set, but this version keeps runs in memory only" in server.stderr.read()
+
+
+def test_the_scenarios_are_listed_and_printed_ready_to_change(capsys, tmp_path):
+    assert main(["scenarios"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(CATALOGUE)
+    for name in CATALOGUE:
+        assert main(["scenarios", name]) == 0
+        printed = json.loads(capsys.readouterr().out)
+        assert parse_scenario(printed, needs="doc") == CATALOGUE[name]
+    assert main(["scenarios", "dorp"]) == 2
+    assert "there is no scenario 'dorp'; did you mean 'drop'?" in capsys.readouterr().err
+    (tmp_path / "own.json").write_text('{"name": "mine", "doc": "mine"}')
+    assert main(["scenarios", "mine", "--scenarios", str(tmp_path / "own.json")]) == 0
+
+
+@pytest.mark.parametrize(("flags", "sentence"), [
+    (["--scenario", "dorp"], "--scenario: there is no scenario 'dorp'; did you mean 'drop'?"),
+    (["--case", "1=dorp"], "--case: there is no scenario 'dorp'; did you mean 'drop'?"),
+    (["--case", "85117"], "--case takes CASE=SCENARIO, not '85117'"), (["--speed", "fast"], "--speed must be a number above 0 or max"),
+    (["--scenarios", "/nowhere.json"], "--scenarios /nowhere.json: "),
+])  # fmt: skip
+def test_a_wrong_start_is_one_sentence_and_status_2(flags, sentence, capsys):
+    assert main(["--port", "0", *flags]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("aura-stream: ") and sentence in error and error.count("\n") == 1
+
+
+def test_it_stops_when_its_standard_input_closes():
+    command = [sys.executable, str(HERE / "aura_stream.py"), "--port", "0", "--exit-with-stdin", "--no-magic"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as server:
+        assert server.stdout.readline().startswith(b"Aura stream ready on ")
+        assert server.poll() is None
+        server.stdin.close()
+        assert server.wait(WAIT) == 0
+
+
+def test_it_stops_when_it_is_asked_to():
+    with process() as (server, aura):
+        assert aura._ask("POST", "/__aura/shutdown").status == "stopping"
+        assert server.wait(WAIT) == 0
 
 
 # ═══ The clients ════════════════════════════════════════════════════════════════════════════════
