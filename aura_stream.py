@@ -3237,6 +3237,7 @@ def engine(settings: Settings) -> Config:
 
 _HELLO, _REST, _BYE = {"comment": "connected"}, {"relay": "all"}, {"raw": "data: [DONE]\n\n"}
 _USUAL = [_HELLO, "heartbeat", _REST, _BYE]
+_PAUSE = {"sleep": 0.2}  # what was sent is read before it breaks: some clients forget the rest
 _STARTED = _say("started", runId="{runId}", caseId="{caseId}", at="{now}")
 _COMPLETED = _say("completed", status="completed", runId="{runId}", caseId="{caseId}")
 _FOUR = [
@@ -3305,17 +3306,18 @@ CATALOGUE: dict[str, tuple[str, dict[str, Any]]] = {
     "no-response": ("the connection closes before any answer", {"stream": ["drop"]}),
     "first-chunk-then-close": ("`: connected`, 13 bytes, and a proper end", {"stream": [_HELLO]}),
     "first-chunk-then-drop": ("`: connected`, 13 bytes, then the connection breaks", {
-        "stream": [_HELLO, "drop"]}),
+        "stream": [_HELLO, _PAUSE, "drop"]}),
     "drop": ("three events, then the connection breaks, every time", {
-        "stream": [_HELLO, {"relay": 3}, "drop"]}),
+        "stream": [_HELLO, {"relay": 3}, _PAUSE, "drop"]}),
     "drop-mid-event": ("two events and half a third, then the connection breaks", {
-        "stream": [_HELLO, {"relay": 2}, {"raw": 'id: 3\nevent: step\ndata: {"lab'}, "drop"]}),
+        "stream": [_HELLO, {"relay": 2}, {"raw": 'id: 3\nevent: step\ndata: {"lab'}, _PAUSE,
+                   "drop"]}),
     "drop-resume": ("two events and a break; a resume gets the rest, nothing lost or twice", {
-        "stream": [[_HELLO, {"relay": 2}, "drop"], _USUAL]}),
+        "stream": [[_HELLO, {"relay": 2}, _PAUSE, "drop"], _USUAL]}),
     "always-drop": ("`: connected` and a break, however often one tries", {
-        "stream": [_HELLO, "drop"]}),
-    "reset": ("two events and, when they have arrived, a TCP reset", {
-        "stream": [_HELLO, {"relay": 2}, {"sleep": 0.1}, "reset"]}),
+        "stream": [_HELLO, _PAUSE, "drop"]}),
+    "reset": ("two events, then a TCP reset", {
+        "stream": [_HELLO, {"relay": 2}, _PAUSE, "reset"]}),
     "no-done": ("every event and a proper end, but no [DONE]", {
         "stream": [_HELLO, "heartbeat", _REST]}),
     "done-only": ("[DONE] and nothing else", {"stream": [_BYE]}),
@@ -3394,10 +3396,10 @@ CATALOGUE: dict[str, tuple[str, dict[str, Any]]] = {
         "stream": {"cycle": [_USUAL, _answers(404, _UNKNOWN)]}}),
     # Resume
     "resume-unknown-id": ("ids that no server can resume from: a reconnect replays everything", {
-        "stream": [[{"frame": {"id": "opaque:{n}"}}, _HELLO, {"relay": 2}, "drop"],
+        "stream": [[{"frame": {"id": "opaque:{n}"}}, _HELLO, {"relay": 2}, _PAUSE, "drop"],
                    [{"frame": {"id": "opaque:{n}"}}, *_USUAL]]}),
     "resume-gap": ("after a break the server has forgotten an event, and says so with `gap`", {
-        "run": _FOUR, "stream": [[_HELLO, {"relay": 2}, "drop"], [
+        "run": _FOUR, "stream": [[_HELLO, {"relay": 2}, _PAUSE, "drop"], [
             _HELLO, {"event": {"id": "3", "event": "gap", "data": {"from": 3, "to": 3}}},
             _numbered(4), _BYE]]}),
     "retry-field": ("`retry: 1500` comes first: the client's back-off changes", {
