@@ -166,6 +166,10 @@ class Settings:
     def __post_init__(self) -> None:
         for one in dataclasses.fields(self):
             value, choices = getattr(self, one.name), one.metadata["choices"]
+            kinds = (int, float) if type(one.default) is float else (type(one.default),)
+            if type(value) not in kinds:
+                wanted = WORDS.get(type(one.default), "a text")
+                raise ValueError(f"{flag(one)} must be {wanted}, not {value!r}")
             if choices and value not in choices:
                 raise ValueError(f"{flag(one)} must be {' or '.join(choices)}, not {value!r}")
             if isinstance(value, (int, float)) and not 0 <= value < 1e12:
@@ -202,11 +206,12 @@ def variable(one: dataclasses.Field[Any]) -> str:
     return str(one.metadata["env"]) or f"AURA_{one.name.upper()}"
 
 
+WORDS = {bool: "true or false", int: "a whole number", float: "a number"}
 _YES, _NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
 
 
 def _from_text(kind: type, text: str, source: str) -> object:
-    wanted = {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, "text")
+    wanted = WORDS.get(kind, "a text")
     try:
         if kind is bool:
             return {**dict.fromkeys(_YES, True), **dict.fromkeys(_NO, False)}[text.lower()]
@@ -313,24 +318,44 @@ class Time:
         jump, or not: then it fires when a jump comes past."""
         return Limit(self, self.now() + seconds, jump)
 
-    def advance(self, seconds: float) -> None:
-        """Move script time ahead; whatever is due then wakes now."""
-        self._ahead += seconds
-        for limit in self._waiting:
-            limit.scope.deadline = self.wall(limit.deadline)
+    async def advance(self, seconds: float) -> None:
+        """Move script time ahead, from one deadline to the next, so that each comes in its turn;
+        after so many of them, at once."""
+        target = self.now() + seconds
+        for _ in range(1000):
+            if (due := self._next_due()) >= target:
+                break
+            self._go_to(due)
+            await all_wait()
+        self._go_to(target)
 
     async def jump(self) -> None:
         """Whenever nobody can go on but by waiting, go to the next deadline; for ever."""
-        from trio.testing import wait_all_tasks_blocked
-
         while True:
-            await wait_all_tasks_blocked(0.02)
-            due = [limit for limit in self._waiting if self.now() < limit.deadline < math.inf]
-            if any(limit.jump for limit in due):
-                self.advance(max(0.0, min(limit.deadline for limit in due) - self.now()))
+            await all_wait(0.02)
+            now = self.now()
+            if any(one.jump and now < one.deadline < math.inf for one in self._waiting):
+                self._go_to(self._next_due())
             else:
                 self._wanted = trio.Event()
                 await self._wanted.wait()
+
+    def _next_due(self) -> float:
+        now = self.now()
+        return min((one.deadline for one in self._waiting if one.deadline > now), default=math.inf)
+
+    def _go_to(self, moment: float) -> None:
+        """Whatever is due then wakes now."""
+        self._ahead += max(0.0, moment - self.now())
+        for limit in self._waiting:
+            limit.scope.deadline = self.wall(limit.deadline)
+
+
+async def all_wait(seconds: float = 0.0) -> None:
+    """Wait until, for that long, every task does."""
+    from trio.testing import wait_all_tasks_blocked  # here, for it imports pytest if there is one
+
+    await wait_all_tasks_blocked(seconds)
 
 
 class Limit:
@@ -339,6 +364,10 @@ class Limit:
     def __init__(self, time: Time, deadline: float, jump: bool) -> None:
         self._time, self.deadline, self.jump = time, deadline, jump
         self.scope = trio.CancelScope(deadline=time.wall(deadline))
+
+    def move(self, deadline: float) -> None:
+        """Have another deadline from now on."""
+        self.deadline, self.scope.deadline = deadline, self._time.wall(deadline)
 
     def __enter__(self) -> trio.CancelScope:
         self._time._waiting.add(self)
@@ -390,40 +419,51 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 Check = Callable[[Any], None]
 
 
-def anything(value: Any) -> None:
-    """Whatever JSON can say."""
+def that(name: str, fits: Callable[[Any], object]) -> Check:
+    """The check that a value is what `name` says; what cannot even be asked does not fit."""
+
+    def check(value: Any) -> None:
+        with contextlib.suppress(ValueError, TypeError):
+            if fits(value):
+                return
+        raise Wrong(f"takes {name}, not {shown(value)}")
+
+    return check
 
 
 def kind(name: str, *types: type) -> Check:
-    def check(value: Any) -> None:
-        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-            raise Wrong(f"takes {name}, not {shown(value)}")
-
-    return check
-
-
-a_text, a_flag = kind("a text", str), kind("true or false", bool)
-an_object, a_list = kind("an object", dict), kind("a list", list)
+    return that(name, lambda value: type(value) in types)
 
 
 def number(low: float, high: float, *, whole: bool = False) -> Check:
-    name = f"a {'whole ' * whole}number from {low:g} to {high:g}"
+    types = (int,) if whole else (int, float)
+    name = f"a {'whole ' * whole}number from {low:,} to {high:,}"
+    return that(name, lambda value: type(value) in types and low <= value <= high)
+
+
+def just(*values: object) -> Check:
+    kinds = [(type(value), value) for value in values]
+    return that(" or ".join(map(shown, values)), lambda value: (type(value), value) in kinds)
+
+
+def either(name: str, *checks: Check) -> Check:
+    """One of these; what is an object shall be what the last one says, which knows its keys."""
 
     def check(value: Any) -> None:
-        kind(name, int, *(() if whole else (float,)))(value)
-        if not low <= value <= high:
-            raise Wrong(f"takes {name}, not {shown(value)}")
+        if isinstance(value, dict):
+            checks[-1](value)
+            return
+        for one in checks:
+            with contextlib.suppress(Wrong):
+                one(value)
+                return
+        raise Wrong(f"takes {name}, not {shown(value)}")
 
     return check
 
 
-def seconds(value: Any) -> None:
-    """Seconds, or a range of them."""
-    ends = value if isinstance(value, list) and len(value) == 2 else [value]
-    for end in ends:
-        number(0, 1e9)(end)
-    if ends[0] > ends[-1]:
-        raise Wrong(f"takes a range [a, b] with a at most b, not {shown(value)}")
+def optional(check: Check) -> Check:
+    return lambda value: None if value is None else check(value)
 
 
 def keys(checks: Mapping[str, Check], *, needs: str = "", strict: bool = True) -> Check:
@@ -431,13 +471,13 @@ def keys(checks: Mapping[str, Check], *, needs: str = "", strict: bool = True) -
 
     def check(value: Any) -> None:
         an_object(value)
-        if missing := [name for name in needs.split() if name not in value]:
-            raise Wrong(f"needs {missing[0]!r}")
         for key, part in value.items():
             if key in checks:
                 within(key, checks[key], part)
             elif strict:
                 raise Wrong(f"has no {key[:64]!r}{did_you_mean(key, checks)}")
+        if missing := [name for name in needs.split() if name not in value]:
+            raise Wrong(f"needs {missing[0]!r}")
 
     return check
 
@@ -447,47 +487,6 @@ def within(key: str, check: Check, value: Any) -> None:
         check(value)
     except Wrong as wrong:
         raise Wrong(wrong.says, key, *wrong.path) from None
-
-
-def optional(check: Check) -> Check:
-    return lambda value: None if value is None else check(value)
-
-
-def either(says: str, *checks: Check) -> Check:
-    def check(value: Any) -> None:
-        for one in checks:
-            with contextlib.suppress(Wrong):
-                return one(value)
-        raise Wrong(f"takes {says}, not {shown(value)}")
-
-    return check
-
-
-def just(*values: object) -> Check:
-    def check(value: Any) -> None:
-        if not any(value is one or (value == one and isinstance(one, str)) for one in values):
-            raise Wrong(f"takes {' or '.join(map(shown, values))}, not {shown(value)}")
-
-    return check
-
-
-def nothing(value: Any) -> None:
-    if value is not None:
-        raise Wrong(f"takes no argument, not {shown(value)}")
-
-
-def a_line(value: Any) -> None:
-    a_text(value)
-    if LINE_END.search(value) or "\0" in value:
-        raise Wrong(f"takes one line without NUL, not {shown(value)}")
-
-
-def _raw(value: Any) -> None:
-    try:
-        raw_bytes(value)
-    except (ValueError, TypeError, KeyError):
-        form = 'takes a text, {"hex": …} or {"base64": …} that decodes'
-        raise Wrong(f"{form}, not {shown(value)}") from None
 
 
 def raw_bytes(value: Any) -> bytes:
@@ -500,23 +499,31 @@ def raw_bytes(value: Any) -> bytes:
     return bytes.fromhex(text) if code == "hex" else base64.b64decode(text, validate=True)
 
 
-def _failure(value: Any) -> None:
-    if not isinstance(value, str):
-        parts = {"error": a_text, "stage": a_text, "code": a_text, "retryable": a_flag}
-        keys(parts, needs="error")(value)
+def in_order(value: Any) -> bool:
+    """Seconds, or a range of them."""
+    low, high = value if type(value) is list else (value, value)
+    return type(low) in (int, float) and type(high) in (int, float) and 0 <= low <= high <= 1e9
 
 
-def _headers(value: Any) -> None:
+def headers(value: Any) -> None:
     an_object(value)
     for name, text in value.items():
         if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
             raise Wrong("is no name a header can have", name)
-        if name.lower() in ("content-length", "transfer-encoding"):
+        if name.lower() in ("content-length", "transfer-encoding", "date"):
             raise Wrong("is the server's own; 'drop' breaks a body off", name)
-        if text is not None:
-            within(name, a_text, text)
-            if not re.fullmatch(r"[\x21-\x7e]([\x20-\x7e]*[\x21-\x7e])?", text):
-                raise Wrong(f"takes visible ASCII, or null for none, not {shown(text)}", name)
+        within(name, optional(_header_text), text)
+
+
+anything = that("anything", lambda value: True)
+nothing = that("no argument", lambda value: value is None)
+a_text, a_flag = kind("a text", str), kind("true or false", bool)
+an_object, a_list = kind("an object", dict), kind("a list", list)
+a_line = that("one line without NUL", lambda text: not re.search("[\r\n\0]", text))
+seconds = that("a number from 0 to 1,000,000,000, or a range [a, b] with a at most b", in_order)
+_header_text = that(
+    "visible ASCII, or null for none",
+    lambda text: re.fullmatch(r"[\x21-\x7e]([\x20-\x7e]*[\x21-\x7e])?", text))
 
 
 _NEEDED = object()
@@ -539,9 +546,11 @@ DEEPEST = 64  # levels of nesting in JSON from outside: Python's recursion limit
 
 _RUN, _STREAM, _ANSWER = ("run",), ("stream",), ("trigger", "stream")
 _ALL = ("run", "trigger", "stream")
-_above_0, _count = number(1e-3, 1e9), number(1, 1e9, whole=True)
-_event_keys = {"event": a_line, "data": anything, "id": a_line, "retry": number(0, 1e9, whole=True)}
-_head_keys = {"status": number(200, 599, whole=True), "headers": _headers, "body": anything}
+_above_0, _count = number(0.001, 10**9), number(1, 10**9, whole=True)
+_from_0 = number(0, 10**9, whole=True)
+_event_keys = {"event": a_line, "data": anything, "id": a_line, "retry": _from_0}
+_failure_keys = {"error": a_text, "stage": a_text, "code": a_text, "retryable": a_flag}
+_head_keys = {"status": number(200, 599, whole=True), "headers": headers, "body": anything}
 _frame_keys = {"newline": just("\n", "\r\n", "\r"), "id": optional(a_line), "wrap": a_line}
 _beat = keys({"every": _above_0, "event": a_line, "data": anything}, needs="every")
 _until = keys({"until": a_text}, needs="until")
@@ -549,14 +558,16 @@ VERBS = {
     "event": Verb(("run", "stream"), keys(_event_keys, needs="data"),
                   {"pad": number(0, 2**24, whole=True)}),
     "ordinary": Verb(_RUN, just(None, "phase2", "phase3", "generation"), alone=None),
-    "fail": Verb(_RUN, _failure),
+    "fail": Verb(_RUN, either('a text or {"error", "stage", "code", "retryable"}', a_text,
+                              keys(_failure_keys, needs="error"))),
     "crash": Verb(_RUN, a_text),
     "sleep": Verb(_ALL, seconds),
     "wait": Verb(_ALL, a_text, {"within": seconds}),
     "repeat": Verb(_ALL, number(0, MOST_TURNS, whole=True), {"steps": a_list}),
     "hang": Verb(_ALL, nothing, alone=None),
     "open": Verb(_ANSWER, keys(_head_keys), alone={}),
-    "raw": Verb(_ANSWER, _raw),
+    "raw": Verb(_ANSWER, that('a text, {"hex": …} or {"base64": …} that decodes',
+                              lambda value: raw_bytes(value) is not None)),
     "end": Verb(_ANSWER, nothing, alone=None),
     "drop": Verb(_ANSWER, nothing, alone=None),
     "reset": Verb(_ANSWER, nothing, alone=None),
@@ -566,7 +577,7 @@ VERBS = {
                         just(None, "never"), _above_0, _beat), alone=None),
     "relay": Verb(
         _STREAM, either('"all", a number of events or {"until": an event\'s name}',
-                        just("all"), number(0, 1e9, whole=True), _until),
+                        just("all"), _from_0, _until),
         {"every": seconds, "within": seconds, "shared": a_flag}),
     "frame": Verb(_STREAM, keys(_frame_keys), alone={}),
     "chunk": Verb(
@@ -651,8 +662,7 @@ def _take_apart(item: Any, place: str, at: str) -> tuple[str, Any, dict[str, Any
         raise Mistake(at, item, f'a step is a verb or {{"verb": argument}}, not {shown(item)}')
     verbs, first = [key for key in parts if key in VERBS], next(iter(parts))
     if not verbs:
-        here = [name for name, verb in VERBS.items() if place in verb.places]
-        raise Mistake(at, item, f"unknown step {first[:64]!r}{did_you_mean(first, here)}")
+        raise Mistake(at, item, _unknown_step(first, place))
     if len(verbs) > 1:
         raise Mistake(at, item, f"one verb in a step, not {' and '.join(map(repr, verbs))}")
     name, places = verbs[0], VERBS[verbs[0]].places
@@ -665,10 +675,23 @@ def _take_apart(item: Any, place: str, at: str) -> tuple[str, Any, dict[str, Any
     return name, argument, {key: part for key, part in parts.items() if key != name}
 
 
+def _unknown_step(word: str, place: str) -> str:
+    owners = [name for name, verb in VERBS.items() if word in verb.modifiers]
+    if owners:
+        return f"{word!r} stands in one step with its verb: {{{owners[0]!r}: …, {word!r}: …}}"
+    here = [name for name, verb in VERBS.items() if place in verb.places]
+    return f"unknown step {word[:64]!r}{did_you_mean(word, here)}"
+
+
 def _make_event(argument: Any, modifiers: Mapping[str, Any]) -> Event:
     pad = {"pad": "x" * modifiers["pad"]} if "pad" in modifiers else {}
     data = {**argument["data"], **pad} if pad else argument["data"]
-    return Event(argument.get("event", ""), data, argument.get("retry"))
+    return Event(in_one_line(argument.get("event", "")), data, argument.get("retry"))
+
+
+def in_one_line(text: str) -> str:
+    """What a template has made, fit for a name or an id: a line break in it is percent-encoded."""
+    return re.sub("[\r\n\0]", lambda found: quote(found[0]), text)
 
 
 MAKERS: dict[str, Callable[[Any, Mapping[str, Any]], Event | bytes]] = {
@@ -727,13 +750,16 @@ class Player:
 
     _random: random.Random | None = None
 
-    def __init__(self, time: Time, gates: Gates, names: Mapping[str, str], seed: str) -> None:
+    def __init__(self, time: Time, gates: Gates, names: Mapping[str, str], seed: Any) -> None:
         self.time, self._gates, self._names, self._seed = time, gates, names, seed
         self._turn, self._breath = 0, clock.perf_counter()
 
     async def play(self, script: Script) -> None:
         for step in script:
             await getattr(self, step.verb)(step)
+            if clock.perf_counter() - self._breath > 0.001:  # a step is a checkpoint, at most once
+                await trio.lowlevel.checkpoint()  # a millisecond: else every batch is one event
+                self._breath = clock.perf_counter()
 
     async def rest(self, wait: Callable[[], Awaitable[None]]) -> None:
         """Await this; a stream has heartbeats meanwhile, and may begin it anew after one."""
@@ -760,11 +786,8 @@ class Player:
 
     async def repeat(self, step: Step) -> None:
         outer = self._turn
-        for self._turn in range(1, step.argument + 1):
+        for self._turn in range(1, step.argument + 1 if step.steps else 1):
             await self.play(step.steps)
-            if clock.perf_counter() - self._breath > 0.001:  # a turn is a checkpoint, at most
-                await trio.lowlevel.checkpoint()  # once a ms: else every batch is one event
-                self._breath = clock.perf_counter()
         self._turn = outer
 
     def made(self, step: Step) -> Any:
@@ -817,6 +840,8 @@ def parse_attempts(value: Any, place: str) -> Attempts:
         return Attempts((parse_script(value, place),))
     if not isinstance(scripts, list) or not scripts:
         raise Mistake(at, value, f"a cycle is a list of scripts, not {shown(scripts)}")
+    if len(scripts) + sum(_written(one) for one in scripts if isinstance(one, list)) > MOST_STEPS:
+        raise Mistake(at, None, f"has more than {MOST_STEPS:,} steps in all its attempts")
     parsed = (parse_script(one, place, f"{at}[{index}]") for index, one in enumerate(scripts))
     return Attempts(tuple(parsed), cycle)
 
@@ -836,8 +861,8 @@ class Scenario:
         return str(self.source.get("doc", ""))
 
     @property
-    def seed(self) -> str:
-        return str(self.source.get("seed", self.name))
+    def seed(self) -> Any:
+        return self.source.get("seed", self.name)
 
 
 def parse_scenario(value: Any, *, needs: str = "name") -> Scenario:
@@ -1095,7 +1120,7 @@ class Performance(Player):
     """Plays a run script: an analysis made of data."""
 
     def __init__(
-        self, facts: Facts, sending: Sending, gates: Gates, seed: str, own: Analysis | None
+        self, facts: Facts, sending: Sending, gates: Gates, seed: Any, own: Analysis | None
     ) -> None:
         super().__init__(facts.time, gates, facts.names, seed)
         self.facts, self._sending, self._own = facts, sending, own
@@ -1188,7 +1213,7 @@ class Entry:
     test_id: str | None = None
     attempt: int | None = None
     scenario: str | None = None
-    seed: str | None = None
+    seed: Any = None
     http_version: str = "1.1"
     tenant_id: str | None = None
     user_id: str | None = None
@@ -1792,27 +1817,29 @@ class Delivery(Player):
         echo: Mapping[str, str] | None = None, connection: Any = None,
     ) -> None:
         names = entry.names if run is None else run.facts.names
-        super().__init__(hub.time, hub.gates, names, entry.seed or "")
+        super().__init__(hub.time, hub.gates, names, entry.seed)
         self._script, self.entry, self._hub, self._run = script, entry, hub, run
         self._echo, self._connection = echo or {}, connection
         self._cursor = Cursor(entry.resumed_after)
         self._beat_every = self._quiet_since = math.inf
+        self._till_beat: Limit | None = None
         self._resting: trio.CancelScope | None = None
         self._closed = False
 
     async def deliver(self, send: Send, headers: Iterable[tuple[str, str]] = ()) -> None:
         """Play the script to its end; `headers` go out beside its own."""
         self._send, self._headers = send, headers
-        trio.lowlevel.current_task().name = f"delivery {safe(self.entry.run_id)}"
+        name = f"delivery {safe(self.entry.run_id)} (id {self.entry.seq})"
+        trio.lowlevel.current_task().name = name
         with self._hub.playing(self, self._run):
             with contextlib.suppress(Over):
                 for at, step in enumerate(self._script):
                     self.entry.step = at
-                    await getattr(self, step.verb)(step)
+                    await self.play((step,))
             await self.flush()
             if not self.entry.status:
                 await self.open(self.usual or Step("open", {}))
-            self.entry.finish("server", "end", "the script ended")
+            await self.finish("end")
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def open(self, step: Step) -> None:
@@ -1844,9 +1871,22 @@ class Delivery(Player):
         if not self.entry.bytes and self._run:
             name, run_id = self.entry.stream_name, safe(self.entry.run_id)
             log.info("%s: first chunk sent run_id=%s", name, run_id)
-        self.entry.sent(len(data), events, last)
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
         self._quiet_since = self.time.now()
+        if not self.lost:
+            self.entry.sent(len(data), events, last)
+
+    @property
+    def lost(self) -> bool:
+        """The viewer is gone, and soon this will be cancelled."""
+        return self._connection is not None and self._connection.lost
+
+    async def finish(self, how: str) -> None:
+        """Write down that this is the end, before the act; unless the viewer made one already."""
+        if self.lost:
+            await trio.sleep_forever()
+        reason = "the script ended" if how == "end" else f"the script says {how!r}"
+        self.entry.finish("server", how, reason)
 
     def dressed(self, block: bytes, number: int | None = None) -> bytes:
         """A block as this viewer gets it; here as it is, the one that all viewers share."""
@@ -1872,7 +1912,7 @@ class Delivery(Player):
     async def relay(self, step: Step) -> None:
         """Deliver the next events of the log, waiting for them, until its end or the step's own."""
         wanted, modifiers = step.argument, step.modifiers
-        until = wanted["until"] if isinstance(wanted, dict) else None
+        until = self.fill(wanted["until"]) if isinstance(wanted, dict) else None
         left = wanted if isinstance(wanted, int) else math.inf
         within = self.draw(modifiers.get("within", math.inf))
         shared, every = modifiers.get("shared") and self._run, modifiers.get("every")
@@ -1924,16 +1964,17 @@ class Delivery(Player):
         cancel `wait` where that waits, and starts it anew; a write it cannot (`Connection._send`).
         """
         while not self._closed:
-            quiet_since = self._quiet_since
-            due = quiet_since + self._beat_every - self.time.now()
-            with self.time.limit(due, jump=False) as self._resting:
+            quiet_since, now = self._quiet_since, self.time.now()
+            due = min(quiet_since, now) + self._beat_every - now  # before the head: perhaps soon
+            self._till_beat = self.time.limit(due, jump=False)
+            with self._till_beat as self._resting:
                 return await wait()
-            if self._quiet_since == quiet_since and not self._closed:
+            if self._quiet_since == quiet_since < math.inf and not self._closed:
                 beat = self.beat() if self.entry.status not in BODILESS else b""
                 self.entry.heartbeats += bool(beat)
                 self._quiet_since = self.time.now()  # also where nothing can be written
                 await self.write(beat)
-                if self._connection is not None and self._connection.lost:
+                if self.lost:
                     log.warning("Failed to send SSE heartbeat run_id=%s", safe(self.entry.run_id))
         raise Over
 
@@ -1943,6 +1984,7 @@ class Delivery(Player):
 # is the same delivery; its bytes take another way out.
 
 MOST_HELD = 2**20  # bytes that a `buffer` holds back; then it lets go, and the journal says so
+FULL = f"the buffer was full at {MOST_HELD} bytes and let go"
 
 
 class Outlet:
@@ -1962,7 +2004,8 @@ class Outlet:
         """Hold this back, or let it go; whether the buffer had to let go because it was full."""
         self.held += data
         self._taken += len(data)
-        self._marks.append((self._taken, events, last))
+        if events or last is not None:
+            self._marks.append((self._taken, events, last))
         full = self.hold > 0 and len(self.held) > MOST_HELD
         if full or not self.hold:
             self.let_go(len(self.held))
@@ -1971,8 +2014,9 @@ class Outlet:
         return full
 
     def let_go(self, size: int) -> None:
-        self._pieces.append(self._cut(bytes(self.held[:size])))
-        del self.held[:size]
+        if size:
+            self._pieces.append(self._cut(bytes(self.held[:size])))
+            del self.held[:size]
 
     def _cut(self, data: bytes) -> Iterator[bytes]:
         """Its pieces, made one by one: five megabytes in pieces of a byte are too many to keep."""
@@ -1990,6 +2034,11 @@ class Outlet:
             if self._next is None:
                 self._pieces.popleft()
         return self._next
+
+    def rest(self) -> bytes:
+        """All that is to go behind it, in one piece."""
+        pieces, self._pieces = self._pieces, collections.deque()
+        return b"".join(piece for some in pieces for piece in some)
 
     def passed(self, piece: bytes) -> tuple[int, int | None]:
         """It goes now: with it, how many events are out, and the id of the last."""
@@ -2013,24 +2062,30 @@ class Faulty(Delivery):
         if self._outlet is None:
             await super().put(data, events, last)
             return
-        if self._outlet.take(data, events, last):
-            self.entry.notes.append(f"the buffer was full at {MOST_HELD} bytes and let go")
+        if self._outlet.take(data, events, last) and FULL not in self.entry.notes:
+            self.entry.notes.append(FULL)
         self._quiet_since = self.time.now()
         await self._drain(self._outlet)
 
     async def _drain(self, outlet: Outlet) -> None:
-        """Send what is let go. A heartbeat may interrupt the pauses; nothing is lost by it."""
+        """Send what is let go. It is talking, so no heartbeat may come in between."""
+        if self._till_beat is not None:
+            self._till_beat.move(math.inf)
         while (piece := outlet.next_piece()) is not None:
-            if outlet.every is not None and not self._closed:
-                await self.time.sleep(self._due - self.time.now())
-                self._due = self.time.now() + self.draw(outlet.every)
+            if outlet.every is not None:
+                await self._pause(outlet)
+            if self._closed:  # an operator waits for the end
+                piece += outlet.rest()
             await super().put(piece, *outlet.passed(piece))
             await trio.lowlevel.checkpoint()
+        if self._till_beat is not None:
+            self._till_beat.move(self._quiet_since + self._beat_every)
 
-    async def _follow(self, portion: Portion) -> None:
-        if self._outlet is not None:
-            await self._drain(self._outlet)  # what a heartbeat came in between
-        await super()._follow(portion)
+    async def _pause(self, outlet: Outlet) -> None:
+        outer = self._resting
+        with self.time.limit(0 if self._closed else self._due - self.time.now()) as self._resting:
+            await trio.sleep_forever()
+        self._resting, self._due = outer, self.time.now() + self.draw(outlet.every)
 
     async def chunk(self, step: Step) -> None:
         self._outlet, self.batch = self._outlet or Outlet(), 1
@@ -2048,13 +2103,15 @@ class Faulty(Delivery):
     async def event(self, step: Step) -> None:
         """An event of this viewer's own, truth or not."""
         block, text = self.made(step).block, self.fill(step.argument.get("id"))
+        text = None if text is None else in_one_line(text)
         number = int(text) if text and re.fullmatch("[0-9]{1,18}", text) else None
         block = block if text is None else to_bytes(f"id: {text}\n") + block
         await self.write(self.dressed(block, number), events=1, last=number)
 
     async def frame(self, step: Step) -> None:
         """How later events, comments and beats are written; at its default, as the log has them."""
-        self._frame, self.batch = {"newline": "\n", "wrap": "", **step.argument}, 1
+        wrap = in_one_line(self.fill(step.argument.get("wrap", "")))
+        self._frame, self.batch = {"newline": "\n", **step.argument, "wrap": wrap}, 1
         if self._frame == {"newline": "\n", "wrap": ""}:
             self._frame = None
 
@@ -2062,9 +2119,9 @@ class Faulty(Delivery):
         if (frame := self._frame) is None:
             return block
         lines = block.decode().rstrip("\n").split("\n")
-        if "id" in frame and number is not None:
-            outer, self._turn = self._turn, number
-            own = [] if frame["id"] is None else [f"id: {self.fill(frame['id'])}"]
+        if "id" in frame and (number is not None or frame["id"] is None):
+            outer, self._turn = self._turn, number or 0
+            own = [] if frame["id"] is None else [f"id: {in_one_line(self.fill(frame['id']))}"]
             lines = own + [line for line in lines if not line.startswith("id: ")]
             self._turn = outer
         lines = [line if line.startswith(":") else frame["wrap"] + line for line in lines]
@@ -2076,12 +2133,10 @@ class Faulty(Delivery):
         await super().heartbeat(dataclasses.replace(step, argument=every))
 
     def beat(self) -> bytes:
-        if self._outlet is not None and self._outlet.next_piece() is not None:
-            return b""  # it is still talking
         if self._beat is None or not self._beat.keys() & {"event", "data"}:
             return super().beat()
-        data = self.fill(self._beat.get("data", {}))
-        return self.dressed(Event(self._beat.get("event", ""), data).block)
+        said = self.fill({"event": "", "data": {}, **self._beat})
+        return self.dressed(Event(in_one_line(said["event"]), said["data"]).block)
 
     async def hang(self, step: Step) -> None:
         """Silent until the other side leaves, heartbeats included."""
@@ -2111,11 +2166,11 @@ class Faulty(Delivery):
         end."""
         if self._connection is None:
             raise RuntimeError(f"{how!r} needs a socket, and this application runs without one")
-        if self.entry.http_version == "1.0":
+        if self.entry.http_version == "1.0" and self.entry.status and how == "drop":
             self.entry.notes.append("to an HTTP/1.0 client a lost connection looks like an end")
         if how == "reset" and not sys.platform.startswith("linux"):
             self.entry.notes.append("a reset is sure on Linux only; elsewhere it may be a drop")
-        self.entry.finish("server", how, f"the script says {how!r}")
+        await self.finish(how)
         self._connection.cut(reset=how == "reset")
         await trio.sleep_forever()
 
@@ -2233,11 +2288,14 @@ class Desk:
     def usual(self, phase: str) -> Scenario:
         """What happens where nobody has chosen."""
         name = PHASES[phase].scenario
-        return dataclasses.replace(self.catalogue.get(name) or Scenario(name), run=None)
+        found = self.catalogue.get(name) or Scenario(name)
+        plain = all(step.verb == "ordinary" for step in found.run or ())
+        return dataclasses.replace(found, run=None) if plain and found.run else found
 
     def asked(self, headers: Any, query: Any, body: Any = None) -> Scenario | None:
         """What the request itself chooses: a name, or a whole scenario."""
-        wanted = headers.get("X-Aura-Scenario") or query.get("scenario") or body
+        text = headers.get("X-Aura-Scenario", "").encode("latin-1", "replace")  # as h11 has read it
+        wanted = text.decode("utf-8", "replace") or query.get("scenario") or body
         if isinstance(wanted, str) and wanted.startswith("{"):
             wanted = checked_body(wanted, an_object)
         if wanted is None or isinstance(wanted, str):
@@ -2267,12 +2325,16 @@ class Desk:
             raise Refusal(409, {"error": error})
         self._bindings.append(binding)
 
-    def attempt(self, *what: str) -> int:
-        """Which attempt at this it is."""
-        count = self._counts[what] = self._counts.pop(what, 0) + 1
+    def attempts(self, *what: str) -> int:
+        """How many there have been at this."""
+        return self._counts.get(what, 0)
+
+    def count(self, *what: str) -> int:
+        """One attempt more; which it is."""
+        number = self._counts[what] = self._counts.pop(what, 0) + 1
         if len(self._counts) > self.remembered:
             del self._counts[next(iter(self._counts))]
-        return count
+        return number
 
 
 def uses(script: Script, verb: str) -> list[Step]:
@@ -2482,7 +2544,8 @@ def admission(  # noqa: C901  # ruff adds the routes up; a test looks at each fo
     @app.errorhandler(Refusal)
     async def refuse(refusal: Refusal) -> Response:
         if entry().kind == "stream":
-            return Streamed(Delivery(refusal.script, entry(), hub))
+            below = connection_of(request.scope)
+            return Streamed(Faulty(refusal.script, entry(), hub, connection=below))
         return answer(refusal.body, refusal.status, refusal.headers)
 
     @app.errorhandler(Mistake)
@@ -2494,9 +2557,9 @@ def admission(  # noqa: C901  # ruff adds the routes up; a test looks at each fo
     async def explain(error: HTTPException) -> Response:
         allowed = {name: value for name, value in error.get_headers() if name == "Allow"}
         body = {"error": f"{error.name}: {error.description}", "path": request.path}
-        rules = [rule.rule for rule in app.url_map.iter_rules()]
         if error.code == 404:
-            body["hint"] = "no such path" + did_you_mean(request.path, rules)
+            rules = [rule.rule for rule in app.url_map.iter_rules()]
+            body["error"] = "there is no such path" + did_you_mean(request.path, rules)
         return await refuse(Refusal(error.code or 500, body, allowed))
 
 
@@ -2524,10 +2587,13 @@ def client_routes(  # noqa: C901  # likewise
         if run and asked and asked.source != run.scenario.source:
             error = f"this run goes with scenario {run.scenario.name!r}; take another runId"
             raise Refusal(409, {"error": error, "runId": run_id})
+        if run is None and (refused := hub.refusal) is not None:
+            raise Refusal(503, {"error": refused}, {"Retry-After": "5"})
         ids = (run_id, case_id)
         scenario = run.scenario if run else asked or desk.meant(ids, now.test_id, lambda _: True)
         scenario, how = scenario or desk.usual(phase), "known" if run else "started"
-        attempt = desk.attempt("trigger", scenario.name, run_id if given else case_id)
+        whose = f"run {run_id}" if given else f"case {case_id}"
+        attempt = desk.count("trigger", scenario.name, whose)
         now.scenario, now.seed, now.attempt = scenario.name, scenario.seed, attempt
         script = scenario.trigger.of(attempt) if scenario.trigger else None
         if run is None and not (script and refuses(script)):
@@ -2535,8 +2601,6 @@ def client_routes(  # noqa: C901  # likewise
         return run, how, script
 
     def start(ids: tuple[str, str], scenario: Scenario, phase: str, body: Any) -> Run:
-        if (refused := hub.refusal) is not None:
-            raise Refusal(503, {"error": refused}, {"Retry-After": "5"})
         failing = (request.headers.get("X-Aura-Test-Fail"), request.args.get("test_fail_query"))
         fail = next((stage for stage in failing if stage in ("rag", "llm")), None)
         delay, test_id = settings.event_delay, entry().test_id
@@ -2616,8 +2680,9 @@ def client_routes(  # noqa: C901  # likewise
             raise unknown(run_id)
         scenario = asked or desk.meant((run_id, now.case_id), now.test_id, needs_no_run)
         if scenario and scenario.stream:
-            attempt = desk.attempt("stream", scenario.name, run_id)
+            attempt = desk.attempts("stream", scenario.name, run_id) + 1
             if not uses(script := scenario.stream.of(attempt), "relay"):
+                desk.count("stream", scenario.name, run_id)
                 now.scenario, now.seed, now.attempt = scenario.name, scenario.seed, attempt
                 return played(script, None)
         now.says("runId not found or already completed")
@@ -2681,9 +2746,9 @@ def client_routes(  # noqa: C901  # likewise
     @app.post("/__aura/emit")
     async def emit() -> Response:
         body = checked_body(await request.get_data(), EMIT)
-        run = seen(body["runId"])
+        run = seen(str(body["runId"]))
         try:
-            if run.settled:
+            if run.last_word is not None:
                 raise trio.ClosedResourceError
             with run.sending.clone() as sending:
                 await sending.send(Event(body["event"], body["data"]))
@@ -2736,7 +2801,7 @@ def control_routes(  # noqa: C901  # likewise
 
     @app.post("/__aura/check")
     async def check_scenario() -> Response:
-        parse_scenario(await told(an_object))
+        parse_scenario(await told(anything))
         return answer({"ok": True})
 
     @app.post("/__aura/next")
@@ -2752,14 +2817,15 @@ def control_routes(  # noqa: C901  # likewise
     @app.post("/__aura/signal")
     async def signal_gate() -> Response:
         body = await told(SIGNAL)
-        if not hub.gates.signal(body["gate"], body.get("runId")):
+        run_id = None if body.get("runId") is None else str(body["runId"])
+        if not hub.gates.signal(body["gate"], run_id):
             error = f"{hub.gates.most} gates are open already; POST /__aura/reset closes them"
             raise Refusal(409, {"error": error})
-        return answer({"open": body["gate"], "runId": body.get("runId")})
+        return answer({"open": body["gate"], "runId": run_id})
 
     @app.post("/__aura/clock")
     async def move_clock() -> Response:
-        hub.time.advance((await told(CLOCK))["advance"])
+        await hub.time.advance((await told(CLOCK))["advance"])
         return answer({"now": round(hub.time.now() - began, 3)})
 
     @app.get("/__aura/runs")
@@ -2813,7 +2879,7 @@ def control_routes(  # noqa: C901  # likewise
 
     @app.post("/__aura/reset")
     async def reset() -> Response:
-        test_id = query({"testId": a_text}).get("testId")
+        test_id = query({"testId": _an_id}).get("testId")
         why = Failure("the control API forgot the run", stage="cancelled", retryable=False)
         hub.reset(why, test_id)
         journal.forget(test_id)
@@ -2830,19 +2896,20 @@ def control_routes(  # noqa: C901  # likewise
         return answer({"status": "stopping"}, 202)
 
 
-_where = {"runId": a_text, "testId": a_text, "kind": just("stream", "trigger", "request")}
+_an_id = that("a text that is not empty", lambda text: bool(text))
+_where = {"runId": _an_id, "testId": _an_id, "kind": just("stream", "trigger", "request")}
 JOURNAL = {
-    **_where, "since": number(0, 1e15, whole=True), "count": number(1, Journal.most, whole=True),
+    **_where, "since": number(0, 10**15, whole=True), "count": number(1, Journal.most, whole=True),
     "within": number(0, 3600), "view": just("calls"),
 }
 NEXT = keys({
     "scenario": either("a name or a scenario", a_text, an_object),
-    "times": optional(number(1, 1e9, whole=True)),
+    "times": optional(number(1, 10**9, whole=True)),
     "caseId": optional(_run_id), "testId": _maybe_text,
 }, needs="scenario")
-SIGNAL = keys({"gate": a_text, "runId": _maybe_text}, needs="gate")
-CLOCK = keys({"advance": number(0, 1e9)}, needs="advance")
-EMIT = keys({"runId": a_text, "event": a_line, "data": anything}, needs="runId event data")
+SIGNAL = keys({"gate": a_text, "runId": optional(_run_id)}, needs="gate")
+CLOCK = keys({"advance": number(0, 10**9)}, needs="advance")
+EMIT = keys({"runId": _run_id, "event": a_line, "data": anything}, needs="runId event data")
 
 
 def query(checks: Mapping[str, Check]) -> dict[str, Any]:
@@ -2861,21 +2928,24 @@ def query(checks: Mapping[str, Check]) -> dict[str, Any]:
 
 
 def task_tree() -> str:
-    """Trio's own tree: nurseries, in them tasks, each with the place where it waits."""
-    lines: list[str] = []
+    """Trio's own tree, as far as it is ours: nurseries, in them tasks, and where each waits."""
+    root, lines = trio.lowlevel.current_root_task(), list[str]()
+    if root is not None:
+        _draw(root, 0, lines)
+    return "\n".join([*lines, ""])
 
-    def draw(task: trio.lowlevel.Task, depth: int) -> None:
-        frames = list(frames_of(task))
-        lines.append(f"{'   ' * depth}{task.name}  <- {place_in(frames)}")
-        for nursery in task.child_nurseries:
-            names = [name for frame in frames for name in known_as(nursery, frame)]
-            lines.append(f"{'   ' * depth}   nursery {names[0] if names else ''}".rstrip())
-            for child in sorted(nursery.child_tasks, key=lambda one: one.name):
-                draw(child, depth + 2)
 
-    if (root := trio.lowlevel.current_root_task()) is not None:
-        draw(root, 0)
-    return "\n".join(lines) + "\n"
+def _draw(task: trio.lowlevel.Task, depth: int, lines: list[str]) -> None:
+    ours = [frame for frame in frames_of(task) if frame.f_code.co_filename == __file__]
+    if ours or "." not in task.name.partition(" ")[0].lstrip("<"):
+        place = ours[-1].f_code.co_qualname.replace(".<locals>", "") if ours else ""
+        lines.append(f"{'   ' * depth}{task.name}{'  <- ' * bool(place)}{place}")
+        depth += 1
+    for nursery in task.child_nurseries:
+        names = [k for frame in ours for k, value in frame.f_locals.items() if value is nursery]
+        lines += [f"{'   ' * depth}nursery {name}" for name in names[:1]]
+        for child in sorted(nursery.child_tasks, key=lambda one: one.name):
+            _draw(child, depth + len(names[:1]), lines)
 
 
 def frames_of(task: trio.lowlevel.Task) -> Iterator[types.FrameType]:
@@ -2884,17 +2954,6 @@ def frames_of(task: trio.lowlevel.Task) -> Iterator[types.FrameType]:
     while (frame := getattr(step, "cr_frame", None)) is not None:
         yield frame
         step = step.cr_await
-
-
-def place_in(frames: list[types.FrameType]) -> str:
-    """The innermost function of this file, or else of anybody's."""
-    ours = [frame for frame in frames if frame.f_code.co_filename == __file__]
-    return (ours or frames)[-1].f_code.co_qualname.replace(".<locals>", "") if frames else "(new)"
-
-
-def known_as(nursery: trio.Nursery, frame: types.FrameType) -> list[str]:
-    """What a function calls this nursery."""
-    return [name for name, value in frame.f_locals.items() if value is nursery]
 
 
 def phase2_accepted(run_id: str, case_id: str) -> dict[str, Any]:
@@ -3444,14 +3503,18 @@ class Aura:
     url: str
     port: int
     stop: Callable[[], None] = field(repr=False)
+    token: trio.lowlevel.TrioToken | None = field(default=None, repr=False)
 
     def trigger(
-        self, case: str, *, run_id: str | None = None, scenario: Any = None, **body: Any
+        self, case: str | int, *, run_id: str | None = None, scenario: Any = None, **body: Any
     ) -> str:
         """Start a run of this case; its id."""
         chosen = {"runId": run_id, "scenario": scenario}
         wanted = {**body, **{name: value for name, value in chosen.items() if value is not None}}
-        return str(self._ask("POST", f"/aura/cases/{encoded(case)}/analysis-runs", wanted).run_id)
+        path = f"/aura/cases/{encoded(str(case))}/analysis-runs"
+        if not hasattr(reply := self._ask("POST", path, wanted), "run_id"):
+            raise RuntimeError(f"POST {path} was answered without a runId: {reply}")
+        return str(reply.run_id)
 
     def journal(
         self, run_id: str | None = None, *, kind: str | None = "stream", count: int | None = None,
@@ -3490,6 +3553,8 @@ class Aura:
         return {one.name: one.doc for one in listed}
 
     def _ask(self, method: str, path: str, body: Any = None, *, patience: float = 0) -> Any:
+        if trio.lowlevel.in_trio_run() and self.token is trio.lowlevel.current_trio_token():
+            raise RuntimeError("this would hold up the server: await trio.to_thread.run_sync(…)")
         headers = {"Authorization": "Bearer aura", "Content-Type": "application/json"}
         content = None if body is None else to_json(body).encode()
         host = urlsplit(self.url).hostname or ""
@@ -3498,9 +3563,18 @@ class Aura:
             wire.request(method, path, content, headers)
             reply = wire.getresponse()
             said = reply.read().decode()
+        found = json.loads(said, object_hook=attributes) if said.startswith("{") else said
         if reply.status not in (200, 202):
-            raise RuntimeError(f"{method} {path} was answered {reply.status}: {said}")
-        return json.loads(said, object_hook=attributes)
+            raise RuntimeError(f"{method} {path} was answered {reply.status}: {in_short(found)}")
+        return found
+
+
+def in_short(found: Any) -> str:
+    """What an answer in the negative says, without the rest of it."""
+    parts = [str(getattr(found, "error", found))]
+    for name in ("scenario", "hint", "did_you_mean"):
+        parts += [f"{name}: {getattr(found, name)}"] if hasattr(found, name) else []
+    return "; ".join([*parts, *(one.said for one in getattr(found, "entries", []))])[:1000]
 
 
 def attributes(said: Mapping[str, Any]) -> types.SimpleNamespace:
@@ -3551,7 +3625,8 @@ async def serve(
             accept.start_soon(take, name="accept")
             if hub.time.rate == math.inf:
                 accept.start_soon(hub.time.jump, name="clock")
-            task_status.started(Aura(url, port, stopping.set))
+            token = trio.lowlevel.current_trio_token()
+            task_status.started(Aura(url, port, stopping.set, token))
             await stopping.wait()
             accept.cancel_scope.cancel(reason="the server is stopping")
         hub.stop(Failure("the server was stopped", stage="shutdown"))
@@ -3603,28 +3678,30 @@ def running(
     """
     fields |= {} if scenario is None else {"scenario": scenario}
     fields |= {} if speed is None else {"speed": str(speed).replace("inf", "max")}
-    settings = dataclasses.replace(settings or Settings(port=0), **fields)
-    started: Future[tuple[Aura, trio.lowlevel.TrioToken]] = Future()
-    ended: Future[None] = Future()
+    settings = settings or Settings()
+    port = 0 if settings.port == Settings.port else settings.port  # the usual one may be taken
+    settings = dataclasses.replace(settings, **{"port": port, **fields})
+    started, ended = Future[Aura](), Future[None]()
 
     class Status:
         def started(self, aura: Any = None) -> None:
-            started.set_result((aura, trio.lowlevel.current_trio_token()))
+            started.set_result(aura)
 
     def thread() -> None:
         try:
             trio.run(partial(serve, settings, analysis=analysis, task_status=Status()))
             ended.set_result(None)
         except BaseException as error:  # noqa: BLE001  # handed over to the thread that waits
-            (ended if started.done() else started).set_exception(error)
+            (ended if started.done() else started).set_exception(innermost(error))
 
     worker = threading.Thread(target=thread, name="aura-stream", daemon=True)
     worker.start()
-    aura, token = started.result()
+    aura = started.result()
 
     def stop() -> None:
         with contextlib.suppress(trio.RunFinishedError):
-            token.run_sync_soon(aura.stop)
+            if aura.token is not None:
+                aura.token.run_sync_soon(aura.stop)
 
     try:
         yield dataclasses.replace(aura, stop=stop)
@@ -3634,7 +3711,10 @@ def running(
         if worker.is_alive():
             late = f"no stop within {settings.grace + 5:g} s"
             raise RuntimeError(f"{late}: an analysis does not heed its cancellation")
-        ended.result()
+        if (crash := ended.exception()) and (failing := sys.exception()):
+            failing.add_note(f"and the server had crashed: {crash!r}")
+        elif crash:
+            raise crash
 
 
 # ═══ 14  Command line ═════════════════════════════════════════════════════════════════════════════
@@ -3667,18 +3747,23 @@ def parser() -> argparse.ArgumentParser:
         says += f" ({'none' if one.default == '' else one.default}; {variable(one)})"
         alone = "?" if isinstance(one.default, bool) else None
         const = None if alone is None else "true"
+        kinds = {bool: "true|false", int: "N", float: "N"}
+        form = "|".join(one.metadata["choices"]) or kinds.get(type(one.default), "TEXT")
         settings.add_argument(
-            flag(one), dest=one.name, metavar="X", nargs=alone, const=const, help=says)
+            flag(one), dest=one.name, metavar=form, nargs=alone, const=const, help=says)
     return about
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Serve until a signal; the exit status. What goes wrong at the start is one sentence."""
-    flags, complaint = vars(parser().parse_args(arguments)), None
+    given, complaint = sys.argv[1:] if arguments is None else arguments, None
     shape = "%(asctime)s - %(name)s - %(levelname)s - %(message)s"
     try:
+        refuse_unknown_flags(given)
+        flags = vars(parser().parse_args(given))
         settings = Settings.read(flags, os.environ)
         if flags["command"] == "scenarios":
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
             print(listed(known_scenarios(settings), flags["name"]))
             return 0
         logging.basicConfig(stream=sys.stderr, level=settings.log_level, format=shape)
@@ -3694,6 +3779,16 @@ def main(arguments: list[str] | None = None) -> int:
     if complaint:
         print(f"aura-stream: {complaint}", file=sys.stderr)
     return 2 if complaint else 0
+
+
+def refuse_unknown_flags(given: list[str]) -> None:
+    """argparse would complain of the word behind it."""
+    known = ["--help", "--version", *map(flag, dataclasses.fields(Settings))]
+    for word in (word.partition("=")[0] for word in given if word.startswith("--")):
+        close = difflib.get_close_matches(word, known, n=1)
+        if word not in known:
+            advice = f"did you mean {close[0]}?" if close else "--help lists them all"
+            raise ValueError(f"there is no {word}; {advice}")
 
 
 def listed(known: Mapping[str, Scenario], name: str | None) -> str:
