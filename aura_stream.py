@@ -1994,55 +1994,38 @@ class Outlet:
         self.chunk: Any = None
         self.every: Any = None
         self.hold: float = 0
-        self.held = bytearray()
-        self._pieces: collections.deque[Iterator[bytes]] = collections.deque()  # let go, not out
-        self._next: bytes | None = None
+        self.overflowed = False
+        self._held = bytearray()
         self._marks: collections.deque[tuple[int, int, int | None]] = collections.deque()
         self._taken = self._out = 0
 
-    def take(self, data: bytes, events: int, last: int | None) -> bool:
-        """Hold this back, or let it go; whether the buffer had to let go because it was full."""
-        self.held += data
+    def take(self, data: bytes, events: int, last: int | None) -> Iterator[bytes]:
+        """Hold this back, or give out what may go now, in its pieces."""
+        self._held += data
         self._taken += len(data)
         if events or last is not None:
             self._marks.append((self._taken, events, last))
-        full = self.hold > 0 and len(self.held) > MOST_HELD
-        if full or not self.hold:
-            self.let_go(len(self.held))
-        elif self.hold < math.inf:
-            self.let_go(len(self.held) - len(self.held) % int(self.hold))
-        return full
+        size = len(self._held)
+        if self.hold and size > MOST_HELD:
+            self.overflowed = True
+        elif self.hold:
+            size -= size if self.hold == math.inf else size % int(self.hold)
+        return self.give(size)
 
-    def let_go(self, size: int) -> None:
-        if size:
-            self._pieces.append(self._cut(bytes(self.held[:size])))
-            del self.held[:size]
-
-    def _cut(self, data: bytes) -> Iterator[bytes]:
-        """Its pieces, made one by one: five megabytes in pieces of a byte are too many to keep."""
+    def give(self, size: int | None = None) -> Iterator[bytes]:
+        """So much of it, or all; piece by piece: five megabytes of single bytes are too many."""
+        data = bytes(self._held[:size])
+        del self._held[:size]
         if self.chunk == "line":
             return (one[0] for one in re.finditer(rb"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+", data))
         if self.chunk == "utf8":  # inside every character of more than one byte: after its first
             return (one[0] for one in re.finditer(rb"[^\xc0-\xff]*[\xc0-\xff]|[^\xc0-\xff]+", data))
-        size = self.chunk or (int(self.hold) if 0 < self.hold < math.inf else len(data))
-        return (data[at : at + size] for at in range(0, len(data), size))
-
-    def next_piece(self) -> bytes | None:
-        """What is to go next, if anything is."""
-        while self._next is None and self._pieces:
-            self._next = next(self._pieces[0], None)
-            if self._next is None:
-                self._pieces.popleft()
-        return self._next
-
-    def rest(self) -> bytes:
-        """All that is to go behind it, in one piece."""
-        pieces, self._pieces = self._pieces, collections.deque()
-        return b"".join(piece for some in pieces for piece in some)
+        step = self.chunk or (int(self.hold) if 0 < self.hold < math.inf else len(data) or 1)
+        return (data[at : at + step] for at in range(0, len(data), step))
 
     def passed(self, piece: bytes) -> tuple[int, int | None]:
         """It goes now: with it, how many events are out, and the id of the last."""
-        self._next, self._out = None, self._out + len(piece)
+        self._out += len(piece)
         count, last = 0, None
         while self._marks and self._marks[0][0] <= self._out:
             _, events, named = self._marks.popleft()
@@ -2062,30 +2045,28 @@ class Faulty(Delivery):
         if self._outlet is None:
             await super().put(data, events, last)
             return
-        if self._outlet.take(data, events, last) and FULL not in self.entry.notes:
+        self._quiet_since = self.time.now()  # also what is held back was said
+        await self._drain(self._outlet, self._outlet.take(data, events, last))
+        if self._outlet.overflowed and FULL not in self.entry.notes:
             self.entry.notes.append(FULL)
-        self._quiet_since = self.time.now()
-        await self._drain(self._outlet)
 
-    async def _drain(self, outlet: Outlet) -> None:
-        """Send what is let go. It is talking, so no heartbeat may come in between."""
+    async def _drain(self, outlet: Outlet, pieces: Iterator[bytes]) -> None:
+        """Send them. Meanwhile it is talking: no heartbeat comes in between, and an operator's end
+        not before the last of them."""
+        outer, self._resting = self._resting, None
         if self._till_beat is not None:
             self._till_beat.move(math.inf)
-        while (piece := outlet.next_piece()) is not None:
-            if outlet.every is not None:
-                await self._pause(outlet)
-            if self._closed:  # an operator waits for the end
-                piece += outlet.rest()
+        for piece in pieces:
+            if outlet.every is not None and not self._closed:
+                with self.time.limit(self._due - self.time.now()) as self._resting:
+                    await trio.sleep_forever()
+                self._resting, self._due = None, self.time.now() + self.draw(outlet.every)
+            piece += b"".join(pieces) if self._closed else b""
             await super().put(piece, *outlet.passed(piece))
             await trio.lowlevel.checkpoint()
+        self._resting = outer
         if self._till_beat is not None:
             self._till_beat.move(self._quiet_since + self._beat_every)
-
-    async def _pause(self, outlet: Outlet) -> None:
-        outer = self._resting
-        with self.time.limit(0 if self._closed else self._due - self.time.now()) as self._resting:
-            await trio.sleep_forever()
-        self._resting, self._due = outer, self.time.now() + self.draw(outlet.every)
 
     async def chunk(self, step: Step) -> None:
         self._outlet, self.batch = self._outlet or Outlet(), 1
@@ -2097,8 +2078,7 @@ class Faulty(Delivery):
 
     async def flush(self, step: Step | None = None) -> None:
         if self._outlet is not None:
-            self._outlet.let_go(len(self._outlet.held))
-            await self._drain(self._outlet)
+            await self._drain(self._outlet, self._outlet.give())
 
     async def event(self, step: Step) -> None:
         """An event of this viewer's own, truth or not."""
@@ -2937,7 +2917,7 @@ def task_tree() -> str:
 
 def _draw(task: trio.lowlevel.Task, depth: int, lines: list[str]) -> None:
     ours = [frame for frame in frames_of(task) if frame.f_code.co_filename == __file__]
-    if ours or "." not in task.name.partition(" ")[0].lstrip("<"):
+    if ours or re.match(r"[a-z]+\b(?!\.)", task.name):  # a name of ours has no dots
         place = ours[-1].f_code.co_qualname.replace(".<locals>", "") if ours else ""
         lines.append(f"{'   ' * depth}{task.name}{'  <- ' * bool(place)}{place}")
         depth += 1
@@ -3820,7 +3800,7 @@ async def serve_until_signalled(settings: Settings) -> None:
 
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async with trio.open_nursery() as nursery:
-            aura = await nursery.start(to_its_end)
+            aura = await nursery.start(to_its_end, name="serve")
             print(f"Aura stream ready on {aura.url}", flush=True)
             if settings.exit_with_stdin:
                 nursery.start_soon(stop_with_stdin, aura)
