@@ -1809,17 +1809,18 @@ class Over(Exception):
 class Delivery(Player):
     """Plays a stream script to one viewer, against a run's log if there is one."""
 
-    usual: Step | None = None  # the head of an answer that its script does not mention
     batch: float = math.inf  # events in one write
 
     def __init__(
         self, script: Script, entry: Entry, hub: Hub, run: Run | None = None,
-        echo: Mapping[str, str] | None = None, connection: Any = None,
+        headers: Mapping[str, str] | None = None, connection: Any = None,
+        usual: Step | None = None,
     ) -> None:
         names = entry.names if run is None else run.facts.names
         super().__init__(hub.time, hub.gates, names, entry.seed)
         self._script, self.entry, self._hub, self._run = script, entry, hub, run
-        self._echo, self._connection = echo or {}, connection
+        self._named, self._connection = headers or {}, connection
+        self._usual = usual or Step("open", {})  # the head where its script mentions none
         self._cursor = Cursor(entry.resumed_after)
         self._beat_every = self._quiet_since = math.inf
         self._till_beat: Limit | None = None
@@ -1838,7 +1839,7 @@ class Delivery(Player):
                     await self.play((step,))
             await self.flush()
             if not self.entry.status:
-                await self.open(self.usual or Step("open", {}))
+                await self.open(self._usual)
             await self.finish("end")
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
@@ -1848,7 +1849,7 @@ class Delivery(Player):
         status, body = head.get("status", 200), head.get("body")
         usual = TEXT_HEAD if isinstance(body, str) else JSON_HEAD
         usual = STREAM_HEAD if stream and body is None else usual
-        pairs = {**({} if status == 204 else usual), **self._echo}
+        pairs = {**({} if status == 204 else usual), **self._named}
         pairs |= {name.lower(): value for name, value in self._headers}
         pairs |= {name.lower(): value for name, value in head.get("headers", {}).items()}
         lines = [(name.encode(), one_line(value)) for name, value in pairs.items() if value]
@@ -2483,11 +2484,11 @@ def create_app(
     analysis: Analysis | None = None, url: str = "", stop: Callable[[], None] | None = None,
 ) -> QuartTrio:
     """The application: Aura's contract over the runs of this hub, and the control of both."""
-    app, journal, desk = QuartTrio("aura_stream", static_folder=None), Journal(), None
+    app, journal = QuartTrio("aura_stream", static_folder=None), Journal()
+    desk = Desk(settings, catalogue or {})
     app.url_map.merge_slashes = False  # an empty runId is a 400, not a redirect
     app.config.update(MAX_CONTENT_LENGTH=settings.max_body, BODY_TIMEOUT=settings.body_timeout)
     app.asgi_http_class = partial(Exchange, journal)  # type: ignore[assignment]
-    desk = Desk(settings, catalogue or {})
     instance = settings.instance or f"{settings.host}:{os.getpid()}"
     about = {"version": __version__, "instance": instance}
     admission(app, settings, hub)
@@ -2590,12 +2591,11 @@ def client_routes(  # noqa: C901  # likewise
     async def accepted(case_id: str, phase: str) -> Response:
         run, how, script = await trigger(case_id, phase)
         body = ACCEPTED[phase](entry().run_id or "", run.facts.case_id if run else case_id)
-        headers = {"x-aura-run": how, **echo()} if run else echo()
+        headers = {**echo(), **({"x-aura-run": how} if run else {})}
         if script is None:
             return answer(body, 202, headers)
-        played = Faulty(script, entry(), hub, None, headers, connection_of(request.scope))
-        played.usual = Step("open", literal({"status": 202, "body": body}))
-        return Streamed(played)
+        usual = Step("open", literal({"status": 202, "body": body}))
+        return played(script, headers=headers, usual=usual)
 
     @app.post("/aura/cases/<case_id>/analysis-runs")
     async def phase2_trigger(case_id: str) -> Response:
@@ -2609,7 +2609,7 @@ def client_routes(  # noqa: C901  # likewise
     async def trigger_stream(case_id: str) -> Response:
         run, _, script = await trigger(case_id, "phase2")
         if run is None or (script and refuses(script)):
-            return played(script or (), None)
+            return played(script or ())
         return stream(run.facts.run_id)
 
     @app.get("/aura/cases/<case_id>/analysis/stream")
@@ -2664,12 +2664,13 @@ def client_routes(  # noqa: C901  # likewise
             if not uses(script := scenario.stream.of(attempt), "relay"):
                 desk.count("stream", scenario.name, run_id)
                 now.scenario, now.seed, now.attempt = scenario.name, scenario.seed, attempt
-                return played(script, None)
+                return played(script)
         now.says("runId not found or already completed")
         raise unknown(run_id)
 
-    def played(script: Script, run: Run | None) -> Response:
-        return Streamed(Faulty(script, entry(), hub, run, echo(), connection_of(request.scope)))
+    def played(script: Script, run: Run | None = None, **more: Any) -> Response:
+        below, headers = connection_of(request.scope), more.pop("headers", None) or echo()
+        return Streamed(Faulty(script, entry(), hub, run, headers, below, **more))
 
     def echo() -> dict[str, str]:
         now = entry()
