@@ -1810,6 +1810,7 @@ class Delivery(Player):
     """Plays a stream script to one viewer, against a run's log if there is one."""
 
     batch: float = math.inf  # events in one write
+    outlet: Any = None  # where output is held back
 
     def __init__(
         self, script: Script, entry: Entry, hub: Hub, run: Run | None = None,
@@ -1865,7 +1866,7 @@ class Delivery(Player):
         if not self.entry.status:
             await self.open(Step("open", {}))
         if data and self.entry.status not in BODILESS:  # whatever the script says
-            await self.put(data, events, last)
+            await (self.put if self.outlet is None else self.hold)(data, events, last)
 
     async def put(self, data: bytes, events: int, last: int | None) -> None:
         """They go out whole, or the connection is lost."""
@@ -1874,8 +1875,11 @@ class Delivery(Player):
             log.info("%s: first chunk sent run_id=%s", name, run_id)
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
         self._quiet_since = self.time.now()
-        if not self.lost:
+        if self._connection is None or not self._connection.lost:
             self.entry.sent(len(data), events, last)
+
+    async def hold(self, data: bytes, events: int, last: int | None) -> None:
+        """Put them into the outlet instead; an ordinary delivery has none."""
 
     @property
     def lost(self) -> bool:
@@ -1937,14 +1941,14 @@ class Delivery(Player):
                 await self._pass_on(piece, last, portion, log)
                 if last < log.last:
                     await trio.lowlevel.checkpoint()  # a write that fits the socket has none
-            elif log.ended or not await self._news(log, portion):
+            elif log.ended:
+                return
+            elif portion.within is math.inf:
+                await log.news()
+            elif not await self._news_in_time(log, portion):
                 return
 
-    async def _news(self, log: Log, portion: Portion) -> bool:
-        """Wait until the log says more; False if it is silent for longer than the step bears."""
-        if portion.within is math.inf:
-            await log.news()
-            return True
+    async def _news_in_time(self, log: Log, portion: Portion) -> bool:
         with self.time.limit(portion.quiet - self.time.now()) as silence:
             await log.news()
         return not silence.cancelled_caught
@@ -1954,7 +1958,8 @@ class Delivery(Player):
         found = portion.until is not None and log.name_of(last) == portion.until
         portion.left = 0 if found else portion.left - count
         await self.write(self.dressed(piece, last), events=count, last=last)
-        portion.quiet = self.time.now() + portion.within
+        if portion.within is not math.inf:
+            portion.quiet = self.time.now() + portion.within
         if portion.every is not None:
             portion.due = self.time.now() + self.draw(portion.every)
 
@@ -2037,24 +2042,20 @@ class Outlet:
 class Faulty(Delivery):
     """A delivery that knows every verb."""
 
-    _outlet: Outlet | None = None
     _frame: Mapping[str, Any] | None = None
     _beat: Mapping[str, Any] | None = None
     _due = 0.0  # script time before which the next piece may not go
 
-    async def put(self, data: bytes, events: int, last: int | None) -> None:
-        if self._outlet is None:
-            await super().put(data, events, last)
-            return
+    async def hold(self, data: bytes, events: int, last: int | None) -> None:
         self._quiet_since = self.time.now()  # also what is held back was said
-        await self._drain(self._outlet, self._outlet.take(data, events, last))
-        if self._outlet.overflowed and FULL not in self.entry.notes:
+        await self._drain(self.outlet.take(data, events, last))
+        if self.outlet.overflowed and FULL not in self.entry.notes:
             self.entry.notes.append(FULL)
 
-    async def _drain(self, outlet: Outlet, pieces: Iterator[bytes]) -> None:
+    async def _drain(self, pieces: Iterator[bytes]) -> None:
         """Send them. Meanwhile it is talking: no heartbeat comes in between, and an operator's end
         not before the last of them."""
-        outer, self._resting = self._resting, None
+        outlet, outer, self._resting = self.outlet, self._resting, None
         if self._till_beat is not None:
             self._till_beat.move(math.inf)
         for piece in pieces:
@@ -2063,23 +2064,23 @@ class Faulty(Delivery):
                     await trio.sleep_forever()
                 self._resting, self._due = None, self.time.now() + self.draw(outlet.every)
             piece += b"".join(pieces) if self._closed else b""
-            await super().put(piece, *outlet.passed(piece))
+            await self.put(piece, *outlet.passed(piece))
             await trio.lowlevel.checkpoint()
         self._resting = outer
         if self._till_beat is not None:
             self._till_beat.move(self._quiet_since + self._beat_every)
 
     async def chunk(self, step: Step) -> None:
-        self._outlet, self.batch = self._outlet or Outlet(), 1
-        self._outlet.chunk, self._outlet.every = step.argument, step.modifiers.get("every")
+        self.outlet, self.batch = self.outlet or Outlet(), 1
+        self.outlet.chunk, self.outlet.every = step.argument, step.modifiers.get("every")
 
     async def buffer(self, step: Step) -> None:
-        self._outlet, self.batch = self._outlet or Outlet(), 1
-        self._outlet.hold = math.inf if step.argument == "all" else step.argument
+        self.outlet, self.batch = self.outlet or Outlet(), 1
+        self.outlet.hold = math.inf if step.argument == "all" else step.argument
 
     async def flush(self, step: Step | None = None) -> None:
-        if self._outlet is not None:
-            await self._drain(self._outlet, self._outlet.give())
+        if self.outlet is not None:
+            await self._drain(self.outlet.give())
 
     async def event(self, step: Step) -> None:
         """An event of this viewer's own, truth or not."""

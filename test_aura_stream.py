@@ -3750,7 +3750,7 @@ def test_the_task_tree_shows_who_is_inside_whom():
     for names in order:
         depths = [depth[name] for name in names]
         assert depths == sorted(set(depths)), tree
-    assert re.search(r"delivery r1 \(id \d+\)  <- Delivery._news\n", tree) and "analysis r1  <- Gates.wait\n" in tree and "run r1  <- transcribe\n" in tree
+    assert re.search(r"delivery r1 \(id \d+\)  <- Delivery._follow\n", tree) and "analysis r1  <- Gates.wait\n" in tree and "run r1  <- transcribe\n" in tree
 
 
 def test_it_starts_and_stops_quickly():
