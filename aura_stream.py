@@ -2048,9 +2048,10 @@ class Faulty(Delivery):
 
     async def hold(self, data: bytes, events: int, last: int | None) -> None:
         self._quiet_since = self.time.now()  # also what is held back was said
-        await self._drain(self.outlet.take(data, events, last))
+        pieces = self.outlet.take(data, events, last)
         if self.outlet.overflowed and FULL not in self.entry.notes:
             self.entry.notes.append(FULL)
+        await self._drain(pieces)
 
     async def _drain(self, pieces: Iterator[bytes]) -> None:
         """Send them. Meanwhile it is talking: no heartbeat comes in between, and an operator's end
