@@ -78,7 +78,7 @@ import threading
 import time as clock
 import types
 import uuid
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -272,7 +272,7 @@ def read_events(text: str) -> Iterator[tuple[str, str, str]]:
     them."""
     last_id = name = ""
     data: list[str] = []
-    for line in LINE_END.split(text.removeprefix("\ufeff")):
+    for line in LINE_END.split(text.removeprefix("\ufeff"))[:-1]:  # behind the last, no line ends
         key, _, value = line.partition(":")
         value = value.removeprefix(" ")
         if not line:
@@ -300,7 +300,7 @@ class Time:
     def __init__(self, rate: float = 1.0) -> None:
         self.rate, self._pace, self._ahead = rate, 1.0 if rate == math.inf else rate, 0.0
         self._waiting: set[Limit] = set()
-        self._wanted = trio.Event()
+        self._wanted, self._moving = trio.Event(), trio.Lock()
 
     def now(self) -> float:
         return trio.current_time() * self._pace + self._ahead
@@ -320,14 +320,25 @@ class Time:
 
     async def advance(self, seconds: float) -> None:
         """Move script time ahead, from one deadline to the next, so that each comes in its turn;
-        after so many of them, at once."""
-        target = self.now() + seconds
-        for _ in range(1000):
-            if (due := self._next_due()) >= target:
-                break
-            self._go_to(due)
+        beyond a thousand, or five seconds of it, not so finely. One moves it at a time."""
+        async with self._moving:
+            target = self.now() + seconds
+            try:
+                with trio.move_on_after(5):
+                    await self._step_by_step(target, seconds / 1000)
+            finally:
+                self._go_to(target)
+            with trio.move_on_after(1):
+                await all_wait()  # whoever is next shall find what this has woken
+
+    async def _step_by_step(self, target: float, coarse: float) -> None:
+        for step in range(2000):
+            now = self.now()
+            due = max(self._next_due(now), now + coarse * (step >= 1000))
+            if due >= target:
+                return
+            self._go_to(due, far=False)
             await all_wait()
-        self._go_to(target)
 
     async def jump(self) -> None:
         """Whenever nobody can go on but by waiting, go to the next deadline; for ever."""
@@ -335,20 +346,20 @@ class Time:
             await all_wait(0.02)
             now = self.now()
             if any(one.jump and now < one.deadline < math.inf for one in self._waiting):
-                self._go_to(self._next_due())
+                self._go_to(self._next_due(now))
             else:
                 self._wanted = trio.Event()
                 await self._wanted.wait()
 
-    def _next_due(self) -> float:
-        now = self.now()
+    def _next_due(self, now: float) -> float:
         return min((one.deadline for one in self._waiting if one.deadline > now), default=math.inf)
 
-    def _go_to(self, moment: float) -> None:
-        """Whatever is due then wakes now."""
+    def _go_to(self, moment: float, *, far: bool = True) -> None:
+        """Whatever is due then wakes now; what is not yet learns of it too, if `far`."""
         self._ahead += max(0.0, moment - self.now())
         for limit in self._waiting:
-            limit.scope.deadline = self.wall(limit.deadline)
+            if far or limit.deadline <= moment:
+                limit.scope.deadline = self.wall(limit.deadline)
 
 
 async def all_wait(seconds: float = 0.0) -> None:
@@ -1190,6 +1201,19 @@ class Ending(NamedTuple):
     step: int | None = None
 
 
+class Cargo(NamedTuple):
+    """What some bytes carry: so many events, the id of the last of them, heartbeats."""
+
+    events: int = 0
+    last: int | None = None
+    beats: int = 0
+
+    def and_then(self, more: Cargo) -> Cargo:
+        last = self.last if more.last is None else more.last
+        return Cargo(self.events + more.events, last, self.beats + more.beats)
+
+
+NOTHING = Cargo()
 LEFT = Ending("client", "disconnect", "closed the connection")
 SHOWN = (b"accept", b"authorization", b"upgrade", b"user-agent", b"origin", b"cache-control",
          b"x-dwp-source", b"x-dwp-caller-type", b"x-trace-id")  # of a request's headers
@@ -1242,13 +1266,14 @@ class Entry:
         if self.end is None:
             self.end = Ending(by, how, reason, self.step if step is None else step)
 
-    def sent(self, size: int, events: int, last: int | None) -> None:
-        """So much went out: in these bytes so many events, the last of this id."""
+    def sent(self, size: int, cargo: Cargo) -> None:
+        """So many bytes went out, and what they carried."""
         self.first_byte = self.first_byte or clock.perf_counter()
         self.chunks += 1
         self.bytes += size
-        self.events += events
-        self.last_id_sent = self.last_id_sent if last is None else last
+        self.events += cargo.events
+        self.heartbeats += cargo.beats
+        self.last_id_sent = self.last_id_sent if cargo.last is None else cargo.last
 
     def says(self, text: str) -> None:
         """An INFO line that begins with the route and names the ids this route knows."""
@@ -1859,16 +1884,16 @@ class Delivery(Player):
         if body is not None:
             await self.write(to_bytes(body if isinstance(body, str) else to_json(body)))
 
-    async def write(self, data: bytes, *, events: int = 0, last: int | None = None) -> None:
-        """Bytes for this viewer: so many events, the last of this id."""
+    async def write(self, data: bytes, cargo: Cargo = NOTHING) -> None:
+        """Bytes for this viewer, and what they carry."""
         if self._closed:
             raise Over
         if not self.entry.status:
             await self.open(Step("open", {}))
         if data and self.entry.status not in BODILESS:  # whatever the script says
-            await (self.put if self.outlet is None else self.hold)(data, events, last)
+            await (self.put if self.outlet is None else self.hold)(data, cargo)
 
-    async def put(self, data: bytes, events: int, last: int | None) -> None:
+    async def put(self, data: bytes, cargo: Cargo) -> None:
         """They go out whole, or the connection is lost."""
         if not self.entry.bytes and self._run:
             name, run_id = self.entry.stream_name, safe(self.entry.run_id)
@@ -1876,9 +1901,9 @@ class Delivery(Player):
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
         self._quiet_since = self.time.now()
         if self._connection is None or not self._connection.lost:
-            self.entry.sent(len(data), events, last)
+            self.entry.sent(len(data), cargo)
 
-    async def hold(self, data: bytes, events: int, last: int | None) -> None:
+    async def hold(self, data: bytes, cargo: Cargo) -> None:
         """Put them into the outlet instead; an ordinary delivery has none."""
 
     @property
@@ -1934,7 +1959,7 @@ class Delivery(Player):
             log, cursor = self._run.log, portion.cursor
             if gap := log.gap(cursor.place):
                 cursor.place = log.first - 1
-                await self.write(self.dressed(gap, cursor.place), last=cursor.place)
+                await self.write(self.dressed(gap, cursor.place), Cargo(last=cursor.place))
             most = min(portion.left, portion.most)
             piece, last = log.read(cursor.place, most=most, until=portion.until)
             if piece:
@@ -1957,7 +1982,7 @@ class Delivery(Player):
         count, portion.cursor.place = last - portion.cursor.place, last
         found = portion.until is not None and log.name_of(last) == portion.until
         portion.left = 0 if found else portion.left - count
-        await self.write(self.dressed(piece, last), events=count, last=last)
+        await self.write(self.dressed(piece, last), Cargo(count, last))
         if portion.within is not math.inf:
             portion.quiet = self.time.now() + portion.within
         if portion.every is not None:
@@ -1976,10 +2001,8 @@ class Delivery(Player):
             with self._till_beat as self._resting:
                 return await wait()
             if self._quiet_since == quiet_since < math.inf and not self._closed:
-                beat = self.beat() if self.entry.status not in BODILESS else b""
-                self.entry.heartbeats += bool(beat)
                 self._quiet_since = self.time.now()  # also where nothing can be written
-                await self.write(beat)
+                await self.write(self.beat(), Cargo(beats=1))
                 if self.lost:
                     log.warning("Failed to send SSE heartbeat run_id=%s", safe(self.entry.run_id))
         raise Over
@@ -2002,15 +2025,15 @@ class Outlet:
         self.hold: float = 0
         self.overflowed = False
         self._held = bytearray()
-        self._marks: collections.deque[tuple[int, int, int | None]] = collections.deque()
+        self._marks: collections.deque[tuple[int, Cargo]] = collections.deque()
         self._taken = self._out = 0
 
-    def take(self, data: bytes, events: int, last: int | None) -> Iterator[bytes]:
+    def take(self, data: bytes, cargo: Cargo) -> Iterator[bytes]:
         """Hold this back, or give out what may go now, in its pieces."""
         self._held += data
         self._taken += len(data)
-        if events or last is not None:
-            self._marks.append((self._taken, events, last))
+        if cargo != NOTHING:
+            self._marks.append((self._taken, cargo))
         size = len(self._held)
         if self.hold and size > MOST_HELD:
             self.overflowed = True
@@ -2029,14 +2052,12 @@ class Outlet:
         step = self.chunk or (int(self.hold) if 0 < self.hold < math.inf else len(data) or 1)
         return (data[at : at + step] for at in range(0, len(data), step))
 
-    def passed(self, piece: bytes) -> tuple[int, int | None]:
-        """It goes now: with it, how many events are out, and the id of the last."""
-        self._out += len(piece)
-        count, last = 0, None
+    def passed(self, piece: bytes) -> Cargo:
+        """It goes now: with it goes what ends in it."""
+        self._out, cargo = self._out + len(piece), NOTHING
         while self._marks and self._marks[0][0] <= self._out:
-            _, events, named = self._marks.popleft()
-            count, last = count + events, last if named is None else named
-        return count, last
+            cargo = cargo.and_then(self._marks.popleft()[1])
+        return cargo
 
 
 class Faulty(Delivery):
@@ -2046,9 +2067,9 @@ class Faulty(Delivery):
     _beat: Mapping[str, Any] | None = None
     _due = 0.0  # script time before which the next piece may not go
 
-    async def hold(self, data: bytes, events: int, last: int | None) -> None:
+    async def hold(self, data: bytes, cargo: Cargo) -> None:
         self._quiet_since = self.time.now()  # also what is held back was said
-        pieces = self.outlet.take(data, events, last)
+        pieces = self.outlet.take(data, cargo)
         if self.outlet.overflowed and FULL not in self.entry.notes:
             self.entry.notes.append(FULL)
         await self._drain(pieces)
@@ -2065,7 +2086,7 @@ class Faulty(Delivery):
                     await trio.sleep_forever()
                 self._resting, self._due = None, self.time.now() + self.draw(outlet.every)
             piece += b"".join(pieces) if self._closed else b""
-            await self.put(piece, *outlet.passed(piece))
+            await self.put(piece, outlet.passed(piece))
             await trio.lowlevel.checkpoint()
         self._resting = outer
         if self._till_beat is not None:
@@ -2089,7 +2110,7 @@ class Faulty(Delivery):
         text = None if text is None else in_one_line(text)
         number = int(text) if text and re.fullmatch("[0-9]{1,18}", text) else None
         block = block if text is None else to_bytes(f"id: {text}\n") + block
-        await self.write(self.dressed(block, number), events=1, last=number)
+        await self.write(self.dressed(block, number), Cargo(1, number))
 
     async def frame(self, step: Step) -> None:
         """How later events, comments and beats are written; at its default, as the log has them."""
@@ -2239,15 +2260,16 @@ class Desk:
         self.settings, self.catalogue = settings, catalogue
         self._default = self._from_start("scenario", settings.scenario)
         self._bindings: list[Binding] = []
-        self._counts: dict[tuple[str, ...], int] = {}
+        self._counts: dict[tuple[str, ...], tuple[int, str | None]] = {}  # and whose test it was
         self.reset()
 
     def reset(self, test_id: str | None = None) -> None:
         """Forget the bindings of one test; or everything, but what was said at the start."""
         self._bindings = [one for one in self._bindings if test_id and one.test_id != test_id]
+        kept = self._counts.items() if test_id else ()
+        self._counts = {what: count for what, count in kept if count[1] != test_id}
         if test_id is not None:
             return
-        self._counts.clear()
         for pair in filter(None, self.settings.case.split(",")):
             case_id, _, name = pair.partition("=")
             if (scenario := self._from_start("case", name)) is None:
@@ -2310,11 +2332,13 @@ class Desk:
 
     def attempts(self, *what: str) -> int:
         """How many there have been at this."""
-        return self._counts.get(what, 0)
+        return self._counts.get(what, (0, None))[0]
 
-    def count(self, *what: str) -> int:
+    def count(self, *what: str, test_id: str | None) -> int:
         """One attempt more; which it is."""
-        number = self._counts[what] = self._counts.pop(what, 0) + 1
+        number = self.attempts(*what) + 1
+        self._counts.pop(what, None)  # the latest stand last
+        self._counts[what] = number, test_id
         if len(self._counts) > self.remembered:
             del self._counts[next(iter(self._counts))]
         return number
@@ -2576,7 +2600,7 @@ def client_routes(  # noqa: C901  # likewise
         scenario = run.scenario if run else asked or desk.meant(ids, now.test_id, lambda _: True)
         scenario, how = scenario or desk.usual(phase), "known" if run else "started"
         whose = f"run {run_id}" if given else f"case {case_id}"
-        attempt = desk.count("trigger", scenario.name, whose)
+        attempt = desk.count("trigger", scenario.name, whose, test_id=now.test_id)
         now.scenario, now.seed, now.attempt = scenario.name, scenario.seed, attempt
         script = scenario.trigger.of(attempt) if scenario.trigger else None
         if run is None and not (script and refuses(script)):
@@ -2664,7 +2688,7 @@ def client_routes(  # noqa: C901  # likewise
         if scenario and scenario.stream:
             attempt = desk.attempts("stream", scenario.name, run_id) + 1
             if not uses(script := scenario.stream.of(attempt), "relay"):
-                desk.count("stream", scenario.name, run_id)
+                desk.count("stream", scenario.name, run_id, test_id=now.test_id)
                 now.scenario, now.seed, now.attempt = scenario.name, scenario.seed, attempt
                 return played(script)
         now.says("runId not found or already completed")
@@ -3107,7 +3131,7 @@ class Connection(TCPServer):
         self._patience = trio.CancelScope(deadline=trio.current_time() + settings.keep_alive)
         self._sending = trio.CancelScope()
         self._leave_by = math.inf
-        self._idle, self._closing = True, False
+        self._idle, self._closing, self._severed = True, False, False
         self._answered = trio.Event()
 
     async def run(self) -> None:
@@ -3153,9 +3177,13 @@ class Connection(TCPServer):
             await self.protocol._send_error_response(408)
         await self._give_up()
 
+    @property
+    def _over(self) -> bool:
+        return self._closing or self.lost or self._severed
+
     async def _catch_up(self) -> None:
         """A client far ahead of its answers is not read on: it shall wait, as it makes us wait."""
-        while len(self.protocol.connection.trailing_data[0]) > AHEAD and not self._closing:
+        while len(self.protocol.connection.trailing_data[0]) > AHEAD and not self._over:
             self._answered = trio.Event()
             await self._answered.wait()
 
@@ -3222,6 +3250,7 @@ class Connection(TCPServer):
     async def _give_up(self) -> None:
         """Nobody is there: tell the protocol, which tells the request, whose nursery ends."""
         self.lost = True
+        self._answered.set()
         await self.protocol.handle(Closed())
 
     async def _close_gently(self) -> None:
@@ -3248,7 +3277,8 @@ class Connection(TCPServer):
     def cut(self, *, reset: bool = False) -> None:
         """Close the socket at once: no last chunk, no goodbye. The reader notices and ends the
         connection's tasks."""
-        raw = self.stream.socket
+        raw, self._severed = self.stream.socket, True
+        self._answered.set()
         with contextlib.suppress(OSError):
             if reset:
                 raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -3597,7 +3627,10 @@ async def serve(
     listeners = await listen(settings)
     port = listeners[0].socket.getsockname()[1]
     stopping, context, open_ones = trio.Event(), WorkerContext(None), set[Connection]()
-    async with trio.open_nursery() as connections, trio.open_nursery() as runs:
+    async with (
+        trio.open_nursery() as clocks, ending(clocks),
+        trio.open_nursery() as connections, trio.open_nursery() as runs,
+    ):
         hub, url = Hub(settings, runs), url_of(settings.host, port)
         app = ASGIWrapper(create_app(
             settings, hub, known, analysis=analysis, url=url, stop=stopping.set))
@@ -3607,7 +3640,7 @@ async def serve(
             take = partial(trio.serve_listeners, attend, listeners, handler_nursery=connections)
             accept.start_soon(take, name="accept")
             if hub.time.rate == math.inf:
-                accept.start_soon(hub.time.jump, name="clock")
+                clocks.start_soon(hub.time.jump, name="clock")
             token = trio.lowlevel.current_trio_token()
             task_status.started(Aura(url, port, stopping.set, token))
             await stopping.wait()
@@ -3617,6 +3650,13 @@ async def serve(
         connections.cancel_scope.deadline = trio.current_time() + settings.grace
         for connection in list(open_ones):
             connection.leave(by=connections.cancel_scope.deadline)
+
+
+@contextlib.asynccontextmanager
+async def ending(nursery: trio.Nursery) -> AsyncIterator[None]:
+    """Cancel the nursery's tasks at the end: they never end by themselves."""
+    yield
+    nursery.cancel_scope.cancel(reason="nobody needs them any more")
 
 
 async def listen(settings: Settings) -> list[trio.SocketListener]:
@@ -3686,15 +3726,19 @@ def running(
             if aura.token is not None:
                 aura.token.run_sync_soon(aura.stop)
 
+    failing: BaseException | None = None
     try:
         yield dataclasses.replace(aura, stop=stop)
+    except BaseException as error:
+        failing = error
+        raise
     finally:
         stop()
         worker.join(settings.grace + 5)
         if worker.is_alive():
             late = f"no stop within {settings.grace + 5:g} s"
             raise RuntimeError(f"{late}: an analysis does not heed its cancellation")
-        if (crash := ended.exception()) and (failing := sys.exception()):
+        if (crash := ended.exception()) and failing:
             failing.add_note(f"and the server had crashed: {crash!r}")
         elif crash:
             raise crash

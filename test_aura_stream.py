@@ -197,8 +197,8 @@ def test_the_module_stays_small_enough_to_be_read():
     starts = [(title, line) for _, title, line in chapters()] + [("end", len(SOURCE.splitlines()) + 1)]
     sizes = {title: code_lines(line, starts[i + 1][1] - 1) for i, (title, line) in enumerate(starts[:-1])}
     lesson = sum(sizes[title] for title in ("Events", "Time", "Runs", "Deliveries"))
-    assert lesson <= 545, f"the lesson has {lesson} lines of code"
-    assert sum(size for title, size in sizes.items() if title != "Catalogue") <= 2610, sizes
+    assert lesson <= 555, f"the lesson has {lesson} lines of code"
+    assert sum(size for title, size in sizes.items() if title != "Catalogue") <= 2640, sizes
 
 
 def test_the_module_has_no_state_and_configures_nothing():
@@ -537,6 +537,11 @@ def test_text_arrives_line_by_line(text):
     assert heard_text == ["\n".join(lines).encode("utf-8", "backslashreplace").decode()]
 
 
+def test_an_event_without_its_blank_line_is_none():
+    assert list(aura_stream.read_events("id: 1\ndata: a\n\nid: 2\ndata: {}\n")) == [("1", "message", "a")]
+    assert list(aura_stream.read_events("data: a")) == []
+
+
 # ═══ 3  Time ════════════════════════════════════════════════════════════════════════════════════
 
 
@@ -566,6 +571,60 @@ async def test_a_limit_is_a_deadline_in_script_time(autojump_clock):
         await trio.sleep_forever()
     assert scope.cancelled_caught
     assert script_time._waiting == set()
+
+
+async def test_what_is_due_comes_in_its_turn_whoever_moves_the_time(mock_clock):
+    script_time, woken = Time(), []
+
+    async def every_second():
+        for _ in range(100):
+            await script_time.sleep(1)
+            woken.append(round(script_time.now() - began))
+
+    began = script_time.now()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(every_second)
+        await trio.testing.wait_all_tasks_blocked()
+        async with trio.open_nursery() as movers:
+            for _ in range(4):
+                movers.start_soon(script_time.advance, 20)
+        assert woken == list(range(1, 81)) and round(script_time.now() - began) == 80
+        nursery.cancel_scope.cancel()
+
+
+async def test_moving_the_time_far_has_an_end(mock_clock):
+    """Past a million deadlines: not each in its turn, but soon."""
+    script_time = Time()
+
+    async def restless():
+        while True:
+            await script_time.sleep(0.001)
+
+    began, clock = script_time.now(), time.monotonic()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(restless)
+        await trio.testing.wait_all_tasks_blocked()
+        await script_time.advance(100_000)
+        assert script_time.now() - began == pytest.approx(100_000) and time.monotonic() - clock < 5
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_deadline_that_passes_meanwhile_is_no_jump_to_the_end_of_time(autojump_clock):
+    class Drifting(Time):
+        drift = 0.0
+
+        def now(self):
+            self.drift += 0.01
+            return super().now() + self.drift
+
+    script_time = Drifting(float("inf"))
+    with trio.move_on_after(1):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(script_time.jump)
+            for number in range(300):
+                await script_time.sleep(0.005 * number)
+            nursery.cancel_scope.cancel()
+    assert script_time.now() < 10_000
 
 
 async def test_script_time_may_be_faster_than_real(autojump_clock):
@@ -1664,6 +1723,15 @@ async def test_events_are_counted_when_their_last_byte_is_out(autojump_clock):
     assert entry.end[:2] == ("server", "drop")
 
 
+async def test_a_beat_that_is_lost_with_the_buffer_was_none(autojump_clock):
+    cut = types.SimpleNamespace(lost=False, cut=lambda reset: scope.cancel())
+    entry = Entry("GET", "/", "test:1", "id", kind="stream")
+    script = parse_script(["open", {"buffer": "all"}, {"heartbeat": 1}, {"sleep": 10.5}, "drop"], "stream")
+    with trio.CancelScope() as scope:
+        await Faulty(script, entry, Hub(Settings(), None), connection=cut).deliver(lambda message: trio.lowlevel.checkpoint())
+    assert (entry.heartbeats, entry.bytes) == (0, 0)
+
+
 async def test_a_full_buffer_lets_go_and_the_journal_says_so(autojump_clock):
     steps = [{"buffer": "all"}, {"repeat": 3, "steps": [{"raw": "x" * 600_000}]}]
     found, entry = await pieces(steps)
@@ -1675,7 +1743,7 @@ def test_five_megabytes_in_pieces_of_one_byte_are_made_one_by_one():
     outlet = aura_stream.Outlet()
     outlet.chunk = 1
     began = time.perf_counter()
-    assert next(outlet.take(b"x" * 5_000_000, 1, 1)) == b"x" and time.perf_counter() - began < 0.25
+    assert next(outlet.take(b"x" * 5_000_000, aura_stream.Cargo(1, 1))) == b"x" and time.perf_counter() - began < 0.25
 
 
 @pytest.mark.parametrize(("frame", "expected"), [
@@ -2031,6 +2099,18 @@ async def test_trigger_attempts_count_per_run_or_else_per_case(autojump_clock):
         assert await statuses("1", "a", "b", "a", "b") == [503, 503, 202, 202]
         assert await statuses("2", None) == [503]
         assert hub.live == 4, "who was refused started nothing"
+
+
+async def test_a_reset_of_one_test_forgets_its_attempts_and_no_other_s(autojump_clock):
+    twice = {"name": "twice", "trigger": [[{"open": {"status": 503, "body": "later"}}], []]}
+    async with in_memory() as (client, hub, _, _):
+        async def post(test_id):
+            headers, body = {**BEARER, "X-Test-Id": test_id}, {"runId": f"r-{test_id}", "scenario": twice}
+            return (await client.post("/aura/cases/1/analysis-runs", headers=headers, json=body)).status_code
+
+        assert [await post("a"), await post("b"), await post("a")] == [503, 503, 202]
+        await client.post("/__aura/reset?testId=a")
+        assert [await post("a"), await post("b")] == [503, 202]
 
 
 async def test_post_sse_counts_as_an_attempt_and_is_refused_like_a_trigger(autojump_clock):
@@ -3691,6 +3771,31 @@ def test_an_operator_s_end_is_heeded_between_slow_pieces():
         assert dechunked(data.partition(b"\r\n\r\n")[2]) == ([b"d", b"ata: hello\n\n"], True), "what was held comes first"
 
 
+@pytest.mark.parametrize("leaves", [False, True])
+def test_who_is_far_ahead_and_loses_its_connection_leaves_nothing_behind(leaves):
+    """A leaving that hides behind unread bytes shows at the next write, here a heartbeat."""
+    lost = {"name": "lost", "stream": ["open", {"heartbeat": 0.3}, {"sleep": 1000 if leaves else 0.2}, "drop"]}
+    with running() as aura:
+        before, run_id = descriptors(), aura.trigger("1", scenario=lost)
+        with connect(aura, get(f"/aura/analysis-runs/{run_id}/stream")) as wire:
+            wire.settimeout(0.5)
+            with contextlib.suppress(OSError):
+                wire.sendall(get("/health") * 4000)
+        eventually(lambda: aura._ask("GET", "/__aura/connections").connections == [])
+        eventually(lambda: descriptors() <= before)
+
+
+def test_under_jumping_time_the_streams_end_by_themselves_at_the_stop():
+    with running(speed="max", event_delay=0) as aura:
+        run_id = aura.trigger("1", scenario={"name": "slow", "stream": [{"relay": "all", "every": 100}, {"raw": DONE.decode()}]})
+        wire = connect(aura, get(f"/aura/analysis-runs/{run_id}/stream"))
+        read_until(wire, b"id: 1\n")
+        began = time.monotonic()
+    assert time.monotonic() - began < 4, "a grace of 5 s and it did not need it"
+    with wire:
+        assert dechunked(read_until(wire, None))[1]
+
+
 def test_an_operator_may_close_everything_while_a_refusal_is_stuck():
     with running(grace=0.3) as aura, socket.socket() as wire:
         wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -3879,6 +3984,11 @@ def test_a_crash_of_the_server_does_not_hide_what_the_test_found():
 
     with pytest.raises(KeyboardInterrupt, match="now"):
         crashed(lambda: None)
+    with pytest.raises(KeyboardInterrupt, match="now"):
+        try:
+            raise ValueError("of somebody else")
+        except ValueError:
+            crashed(lambda: None)
     with pytest.raises(AssertionError, match="found") as error:
         crashed(found)
     assert "the server had crashed: KeyboardInterrupt('now')" in error.value.__notes__[0]
