@@ -1218,7 +1218,7 @@ LEFT = Ending("client", "disconnect", "closed the connection")
 SHOWN = (b"accept", b"authorization", b"upgrade", b"user-agent", b"origin", b"cache-control",
          b"x-dwp-source", b"x-dwp-caller-type", b"x-trace-id")  # of a request's headers
 OTHERS = (b"x-request-id", b"x-tenant-id", b"x-user-id", b"x-agent-id", b"x-test-id")
-RECORDED = frozenset((*SHOWN, *OTHERS))
+RECORDED = (*SHOWN, *OTHERS)
 
 
 @dataclass(slots=True)
@@ -2297,10 +2297,9 @@ class Desk:
         plain = all(step.verb == "ordinary" for step in found.run or ())
         return dataclasses.replace(found, run=None) if plain and found.run else found
 
-    def asked(self, headers: Any, query: Any, body: Any = None) -> Scenario | None:
+    def asked(self, header: str, query: Any, body: Any = None) -> Scenario | None:
         """What the request itself chooses: a name, or a whole scenario."""
-        text = headers.get("X-Aura-Scenario", "").encode("latin-1", "replace")  # as h11 has read it
-        wanted = text.decode("utf-8", "replace") or query.get("scenario") or body
+        wanted = header or query.get("scenario") or body
         if isinstance(wanted, str) and wanted.startswith("{"):
             wanted = checked_body(wanted, an_object)
         if wanted is None or isinstance(wanted, str):
@@ -2424,6 +2423,7 @@ def header_value(value: str) -> str:
 
 STREAM_ROUTES = ("case_analysis_stream", "analysis_run_stream", "trigger_stream")
 TRIGGER_ROUTES = ("phase2_trigger", "phase3_trigger")
+ASKED = b"x-aura-scenario"
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -2434,15 +2434,16 @@ class Exchange(TrioASGIHTTPConnection):
     def __init__(self, journal: Journal, app: QuartTrio, scope: Any) -> None:
         super().__init__(app, scope)
         host, port = scope.get("client") or ("<local>", 0)
-        given = {n: v.decode("latin-1")[:200] for n, v in scope["headers"] if n in RECORDED}
-        known_as, tenant = given.get(b"x-request-id", ""), given.get(b"x-tenant-id", "").strip()
+        given = scope["aura.headers"] = dict(scope["headers"])
+        told = {name: as_text(given[name])[:200] for name in RECORDED if name in given}
+        known_as, tenant = told.get(b"x-request-id", ""), told.get(b"x-tenant-id", "").strip()
         request_id = known_as if REQUEST_ID.fullmatch(known_as) else uuid.uuid4().hex
-        entry = Entry(scope["method"], scope["path"], f"{host}:{port}", request_id, headers=given)
+        entry = Entry(scope["method"], scope["path"], f"{host}:{port}", request_id, headers=told)
         entry.http_version, entry.tenant_id = scope.get("http_version", "1.1"), tenant or None
-        entry.user_id, entry.agent_id = given.get(b"x-user-id"), given.get(b"x-agent-id")
-        entry.test_id, scope["aura.entry"] = given.get(b"x-test-id"), entry
-        if b"authorization" in given:
-            given[b"authorization"] = "present"
+        entry.user_id, entry.agent_id = told.get(b"x-user-id"), told.get(b"x-agent-id")
+        entry.test_id, scope["aura.entry"] = told.get(b"x-test-id"), entry
+        if b"authorization" in told:
+            told[b"authorization"] = "present"
         self._journal, self._entry = journal, entry
         if entry.method != "OPTIONS" and not entry.path.startswith("/__aura/"):
             journal.record(entry)
@@ -2467,6 +2468,16 @@ class Exchange(TrioASGIHTTPConnection):
             entry.bytes = 0 if entry.method == "HEAD" else response.content_length or 0
             entry.finish("server", "end", "answered")
             await super()._send_response(send, response)
+
+
+def as_text(value: bytes) -> str:
+    return value.decode("utf-8", "replace")
+
+
+def header(name: bytes) -> str:
+    """A header of the request at hand, or nothing. (Werkzeug makes an exception of each it has
+    not.)"""
+    return as_text(request.scope["aura.headers"].get(name, b""))  # type: ignore[typeddict-item]
 
 
 def connection_of(scope: Any) -> Any:
@@ -2583,7 +2594,7 @@ def client_routes(  # noqa: C901  # likewise
         body, now = checked_body(await request.get_data(), TRIGGER_BODY[phase]), entry()
         given = body.get("runId") not in (None, "")
         run_id = now.run_id = str(body["runId"] if given else uuid.uuid4())
-        asked = desk.asked(request.headers, request.args, body.get("scenario"))
+        asked = desk.asked(header(ASKED), request.args, body.get("scenario"))
         run = hub.find(run_id)
         if run and not may_see(g.tenant, run.facts.tenant_id):
             raise unknown(run_id)
@@ -2608,7 +2619,7 @@ def client_routes(  # noqa: C901  # likewise
         return run, how, script
 
     def start(ids: tuple[str, str], scenario: Scenario, phase: str, body: Any) -> Run:
-        failing = (request.headers.get("X-Aura-Test-Fail"), request.args.get("test_fail_query"))
+        failing = (header(b"x-aura-test-fail"), request.args.get("test_fail_query"))
         fail = next((stage for stage in failing if stage in ("rag", "llm")), None)
         delay, test_id = settings.event_delay, entry().test_id
         facts = Facts(*ids, g.tenant, phase, body, hub.time, delay, fail, test_id)
@@ -2655,12 +2666,12 @@ def client_routes(  # noqa: C901  # likewise
         if not run_id:
             raise Refusal(400, {"error": "runId is required", "runId": None})
         now, query = entry(), request.args if request.query_string else {}
-        asked = desk.asked(request.headers, query) if request.method != "POST" else None
+        asked = desk.asked(header(ASKED), query) if request.method != "POST" else None
         run = hub.find(run_id, tenant=g.tenant)
         if run is None:
             return without_a_run(run_id, asked)
         given = query.get("lastEventId") or query.get("last-event-id")
-        now.last_event_id = request.headers.get("Last-Event-ID") or given
+        now.last_event_id = header(b"last-event-id") or given
         now.resumed_after = resume_point(now.last_event_id, run.log.last)
         now.case_id = now.case_id or run.facts.case_id
         if run.ended and 0 < now.resumed_after == run.log.last:
@@ -2814,7 +2825,7 @@ def control_routes(  # noqa: C901  # likewise
     @app.post("/__aura/next")
     async def bind_next() -> Response:
         body = await told(NEXT)
-        scenario, times = desk.asked({}, {}, body["scenario"]), body.get("times", 1)
+        scenario, times = desk.asked("", {}, body["scenario"]), body.get("times", 1)
         case_id = None if body.get("caseId") is None else str(body["caseId"])
         if scenario is not None:
             left = math.inf if times is None else times
