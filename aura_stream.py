@@ -28,17 +28,19 @@ so nothing has to be taken on trust. Ten minutes? Read Runs, Deliveries and Serv
     13  Serving                the nurseries, and the order in which they end
     14  Command line
 
-The task tree: who is inside whom is who ends with whom.
+The task tree: who is inside whom is who ends with whom. (`curl localhost:9000/__aura/tasks` draws
+it as it is.)
 
     serve
-    └─ connections                   a nursery: one task per socket
-       ├─ connection 127.0.0.1:…
-       │  └─ request                 Quart's nursery, cancelled when the client leaves
-       │     └─ delivery             log -> this viewer, and nobody else
-       └─ runs                       a nursery: every run belongs to the server
-          ├─ run test-run-001        conduct: channel -> log, wakes the viewers
-          │  └─ analysis             perform: sends events into the channel
-          └─ accept                  a nursery: takes new connections, ends first
+    └─ clocks                        a nursery: script time that jumps (--speed max), to the last
+       └─ connections                a nursery: one task per socket
+          ├─ connection
+          │  └─ request              Quart's nursery, cancelled when the client leaves
+          │     └─ delivery          log -> this viewer, and nobody else
+          └─ runs                    a nursery: every run belongs to the server
+             ├─ run test-run-001     conduct: channel -> log, wakes the viewers
+             │  └─ analysis          perform: sends events into the channel
+             └─ accept               a nursery: takes new connections, ends first
 
 The journey of one event:
 
