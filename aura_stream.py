@@ -3806,6 +3806,8 @@ def main(arguments: list[str] | None = None) -> int:
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
             print(listed(known_scenarios(settings), flags["name"]))
             return 0
+        if flags["name"]:
+            raise ValueError(f"'serve' takes no name; did you mean --scenario {flags['name']}?")
         logging.basicConfig(stream=sys.stderr, level=settings.log_level, format=shape)
         prepare_process()
         trio.run(serve_until_signalled, settings)

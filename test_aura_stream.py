@@ -4185,6 +4185,7 @@ def test_the_scenarios_are_listed_and_printed_ready_to_change(capsys, tmp_path):
     (["--scenario", "dorp"], "--scenario: there is no scenario 'dorp'; did you mean 'drop'?"),
     (["--case", "1=dorp"], "--case: there is no scenario 'dorp'; did you mean 'drop'?"),
     (["--case", "85117"], "--case takes CASE=SCENARIO, not '85117'"), (["--speed", "fast"], "--speed must be a number above 0 or max"),
+    (["serve", "drop"], "'serve' takes no name; did you mean --scenario drop?"),
     (["--speeed", "3"], "there is no --speeed; did you mean --speed?"),
     (["--scenarios", "/nowhere.json"], "--scenarios /nowhere.json: "),
 ])  # fmt: skip
