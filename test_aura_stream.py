@@ -1062,6 +1062,8 @@ FAILED2 = {"stage": "pipeline", "code": "ANALYSIS_PIPELINE", "retryable": True}
 @pytest.mark.parametrize(("phase", "data"), [
     ("phase2", {"error": "no luck", **FAILED2}),
     ("phase3", {"runId": "r1", "status": "failed", "error": {"message": "no luck", "stage": "pipeline"}, "retryable": True}),
+    ("generation", {"type": "failed", "jobId": "r1",
+                    "error": {"code": "ANALYSIS_PIPELINE", "message": "no luck", "retryable": True}}),
 ])  # fmt: skip
 async def test_a_failure_is_the_last_event_in_the_shape_of_its_phase(phase, data, heard):
     async with hub_for() as hub:
