@@ -1144,8 +1144,6 @@ class Performance(Player):
             self._sending.send_nowait(event)
         except trio.WouldBlock:
             await self._sending.send(event)
-        if len(event.block) > 2**16:  # a big one goes alone: 256 of them are no batch but a flood
-            await trio.lowlevel.checkpoint()
 
     async def wait(self, step: Step) -> None:
         await self._sending.send(AtGate(True))
