@@ -702,6 +702,13 @@ def _make_event(argument: Any, modifiers: Mapping[str, Any]) -> Event:
     return Event(in_one_line(argument.get("event", "")), data, argument.get("retry"))
 
 
+def one_line(value: str) -> bytes:
+    """A header's value on the wire: a template may have put anything into it."""
+    if value.isascii() and value.isprintable():
+        return value.encode()
+    return re.sub(r"[^ -~]", lambda found: quote(found[0], errors="replace"), value).encode()
+
+
 def in_one_line(text: str) -> str:
     """What a template has made, fit for a name or an id: a line break in it is percent-encoded."""
     return re.sub("[\r\n\0]", lambda found: quote(found[0]), text)
@@ -1434,18 +1441,6 @@ class Log:
     def name_of(self, number: int) -> str:
         return self._names[number - self.first]
 
-    def said(self, name: str, *, last: int) -> list[Any]:
-        """The data of the last events of this name, read back from the bytes that viewers get; only
-        objects: text is not a result."""
-        places = [at for at, one in enumerate(self._names) if one == name][-last:]
-        found = []
-        for place in places:
-            block = self.read(self.first + place - 1, most=1)[0]
-            text = next(read_events(block.decode()))[2]
-            with contextlib.suppress(ValueError):
-                found.append(json.loads(text))
-        return [data for data in found if isinstance(data, dict)]
-
     def gap(self, after: int) -> bytes:
         """What a viewer who has seen `after` is told if the next events are gone: which, and as its
         id the last one missing, so that a resume goes on behind them. Nothing if they are here."""
@@ -1565,13 +1560,6 @@ class Run:
     def settled(self) -> bool:
         """Nothing can change any more how it ends."""
         return self.last_word is not None or self.log.last_name in TERMINAL
-
-    @property
-    def state(self) -> dict[str, Any]:
-        """The run as its state endpoint shows it."""
-        ids = {"runId": self.facts.run_id, "caseId": self.facts.case_id, "phase": self.facts.phase}
-        counts = {"status": self.status, "events": self.log.last, "viewers": self.viewers}
-        return {**ids, **counts, "startedAt": self.started_at, "endedAt": self.ended_at}
 
     def cancel(self, why: Failure) -> None:
         """End the analysis. The log's last word will be `why`, unless it has ended already."""
@@ -1804,13 +1792,6 @@ BODILESS = (204, 304)
 JSON_HEAD = {"content-type": "application/json"}
 TEXT_HEAD = {"content-type": "text/plain; charset=utf-8"}
 Send = Callable[[Any], Awaitable[None]]
-
-
-def one_line(value: str) -> bytes:
-    """A header's value on the wire: a template may have put anything into it."""
-    if value.isascii() and value.isprintable():
-        return value.encode()
-    return re.sub(r"[^ -~]", lambda found: quote(found[0], errors="replace"), value).encode()
 
 
 @dataclass(slots=True)
@@ -2739,7 +2720,7 @@ def client_routes(  # noqa: C901  # likewise
     @app.get("/__aura/runs/<run_id>")
     @app.get("/aura/cases/<case_id>/analysis-runs/<run_id>")
     async def run_state(run_id: str, case_id: str = "") -> Response:
-        return answer(seen(run_id).state)
+        return answer(state_of(seen(run_id)))
 
     @app.delete("/aura/cases/<case_id>/analysis-runs/<run_id>")
     async def cancel_run(case_id: str, run_id: str) -> Response:
@@ -2848,7 +2829,7 @@ def control_routes(  # noqa: C901  # likewise
 
     @app.get("/__aura/runs")
     async def list_runs() -> Response:
-        return answer({"runs": [run.state for run in hub.seen_by(None)]})
+        return answer({"runs": [state_of(run) for run in hub.seen_by(None)]})
 
     @app.get("/__aura/connections")
     async def list_connections() -> Response:
@@ -2993,11 +2974,29 @@ def disabled(run_id: str, phase: str) -> Refusal:
     return Refusal(200, {**off, "message": "Analysis disabled (DEMO_OFF)"})
 
 
+def state_of(run: Run) -> dict[str, Any]:
+    ids = {"runId": run.facts.run_id, "caseId": run.facts.case_id, "phase": run.facts.phase}
+    counts = {"status": run.status, "events": run.log.last, "viewers": run.viewers}
+    return {**ids, **counts, "startedAt": run.started_at, "endedAt": run.ended_at}
+
+
+def said_last(log: Log, name: str, count: int) -> list[Any]:
+    """The data of the last events of this name, read back from the bytes that viewers get; only
+    objects: text is not a result."""
+    places = [at for at in range(log.first, log.last + 1) if log.name_of(at) == name]
+    found = []
+    for place in places[-count:]:
+        text = next(read_events(log.read(place - 1, most=1)[0].decode()))[2]
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(text))
+    return [data for data in found if isinstance(data, dict)]
+
+
 def result_of(run: Run) -> dict[str, Any]:
     """The last result of a case, read from the log: what was streamed is what was found."""
-    last = (run.log.said("completed", last=1) or [{}])[0]
-    breakdown = (run.log.said("confidence", last=1) or [None])[0]
-    found = {"proposals": run.log.said("proposal", last=100) or None}
+    last = (said_last(run.log, "completed", 1) or [{}])[0]
+    breakdown = (said_last(run.log, "confidence", 1) or [None])[0]
+    found = {"proposals": said_last(run.log, "proposal", 100) or None}
     score = {"score": last.get("score"), "severity": last.get("severity")}
     text = {"caseId": run.facts.case_id, "reasonText": last.get("summary"), **found}
     return {**text, "confidenceBreakdown": breakdown, "ragRefs": [], "similarCases": [], **score}
