@@ -2049,6 +2049,8 @@ async def test_a_script_without_a_log_plays_for_an_unknown_run_too(autojump_cloc
         answer, body = await read(client, "nobody~unknown-run")
         assert (answer.status_code, json.loads(body)["runId"]) == (200, "nobody~unknown-run")
         assert (await read(client, "nobody~drop-resume"))[0].status_code == 404, "there is nothing to relay"
+        attempts = [(await read(client, "other~unavailable"))[0] for _ in range(2)]
+        assert [(one.status_code, one.headers.get("X-Aura-Attempt")) for one in attempts] == [(503, "1"), (404, None)]
         await client.post("/__aura/next", json={"scenario": "rate-limited"})
         assert [(await read(client, "nobody"))[0].status_code for _ in range(2)] == [429, 404], "a binding is used up"
         await client.post("/__aura/next", json={"scenario": "drop"})
