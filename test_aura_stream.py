@@ -1842,7 +1842,13 @@ async def test_a_shared_cursor_is_the_old_queue(autojump_clock):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(view, "one")
             nursery.start_soon(view, "two")
-    assert sorted(taken["one"] + taken["two"]) == list("123456")
+        assert sorted(taken["one"] + taken["two"]) == list("123456")
+        run.cursor.place = 0
+        async with trio.open_nursery() as nursery:  # and with all there already: one at a time, in turns
+            nursery.start_soon(view, "one")
+            nursery.start_soon(view, "two")
+        assert sorted(taken["one"] + taken["two"]) == list("123456")
+        assert taken["one"] and taken["two"]
 
 
 @given(st.lists(st.sampled_from([1, 2, 3, 7, 64, "utf8", "line"]), min_size=1, max_size=3), st.sampled_from([None, 5, 100, "all"]))
@@ -3787,6 +3793,20 @@ def test_who_is_far_ahead_and_loses_its_connection_leaves_nothing_behind(leaves)
                 wire.sendall(get("/health") * 4000)
         eventually(lambda: aura._ask("GET", "/__aura/connections").connections == [])
         eventually(lambda: descriptors() <= before)
+
+
+def test_who_left_unseen_before_the_last_write_closed_first():
+    """Far ahead of its answers, a client's leaving shows at a write only; here it is the last one."""
+    with running() as aura:
+        run_id = aura.trigger("1", scenario={"name": "last", "stream": ["open", {"wait": "go"}, {"raw": "bye"}]})
+        with connect(aura, get(f"/aura/analysis-runs/{run_id}/stream")) as wire:
+            wire.settimeout(0.3)
+            with contextlib.suppress(OSError):
+                wire.sendall(get("/health") * 4000)
+            wire.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        aura.signal("go", run_id)
+        (entry,) = aura.journal(run_id, count=1, within=WAIT)
+    assert (entry.end.by, entry.end.how, entry.bytes) == ("client", "disconnect", 0)
 
 
 def test_under_jumping_time_the_streams_end_by_themselves_at_the_stop():
