@@ -3788,6 +3788,7 @@ def test_who_is_far_ahead_and_loses_its_connection_leaves_nothing_behind(leaves)
     with running() as aura:
         before, run_id = descriptors(), aura.trigger("1", scenario=lost)
         with connect(aura, get(f"/aura/analysis-runs/{run_id}/stream")) as wire:
+            read_until(wire, b"\r\n\r\n")
             wire.settimeout(0.5)
             with contextlib.suppress(OSError):
                 wire.sendall(get("/health") * 4000)
@@ -3800,6 +3801,7 @@ def test_who_left_unseen_before_the_last_write_closed_first():
     with running() as aura:
         run_id = aura.trigger("1", scenario={"name": "last", "stream": ["open", {"wait": "go"}, {"raw": "bye"}]})
         with connect(aura, get(f"/aura/analysis-runs/{run_id}/stream")) as wire:
+            read_until(wire, b"\r\n\r\n")
             wire.settimeout(0.3)
             with contextlib.suppress(OSError):
                 wire.sendall(get("/health") * 4000)
