@@ -1267,11 +1267,15 @@ class Entry:
     closed: float | None = None
     end: Ending | None = None
 
-    def finish(self, by: str, how: str, reason: str, step: int | None = None) -> None:
+    def finish(self, by: str, how: str, reason: str) -> None:
         """Write the ending down, before the act. The first one counts: afterwards everybody seems
         to have hung up."""
         if self.end is None:
-            self.end = Ending(by, how, reason, self.step if step is None else step)
+            self.end = Ending(by, how, reason, self.step)
+
+    def plays(self, scenario: Scenario, attempt: int) -> None:
+        """Which scenario answers this request, and which attempt at it this is."""
+        self.scenario, self.seed, self.attempt = scenario.name, scenario.seed, attempt
 
     def sent(self, size: int, cargo: Cargo) -> None:
         """So many bytes went out, and what they carried."""
@@ -1498,9 +1502,6 @@ class Log:
         del self._ends[:count], self._names[:count]
         self.first += count
         return True
-
-
-Receiving = trio.MemoryReceiveChannel[Any]
 
 
 @dataclass(eq=False)
@@ -1881,11 +1882,12 @@ class Delivery(Player):
             log.info("%s: first chunk sent run_id=%s", name, run_id)
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
         self._quiet_since = self.time.now()
-        if self._connection is None or not self._connection.lost:
+        if not self.lost:
             self.entry.sent(len(data), cargo)
 
     async def hold(self, data: bytes, cargo: Cargo) -> None:
-        """Put them into the outlet instead; an ordinary delivery has none."""
+        """The way through an outlet; an ordinary delivery has none, so this is no other."""
+        await self.put(data, cargo)
 
     @property
     def lost(self) -> bool:
@@ -2161,7 +2163,8 @@ class Faulty(Delivery):
 
 
 # ═══ 9  Contract ══════════════════════════════════════════════════════════════════════════════════
-# Who may ask for what, what a request must look like, and how we say no: status, cause, next step.
+# Who may ask for what, what a request must look like, how we say no (status, cause, next step),
+# and how a test chooses what shall go wrong.
 
 
 class Refusal(Exception):
@@ -2281,19 +2284,21 @@ class Desk:
     def asked(self, header: str, query: Any, body: Any = None) -> Scenario | None:
         """What the request itself chooses: a name, or a whole scenario."""
         wanted = header or query.get("scenario") or body
+        return None if wanted is None else self.chosen(wanted)
+
+    def chosen(self, wanted: Any) -> Scenario:
+        """The scenario of this name, or that this is."""
         if isinstance(wanted, str) and wanted.startswith("{"):
             wanted = checked_body(wanted, an_object)
-        if wanted is None or isinstance(wanted, str):
-            return None if wanted is None else self.named(wanted)
-        return parse_scenario(wanted)
+        return self.named(wanted) if isinstance(wanted, str) else parse_scenario(wanted)
 
     def meant(
-        self, ids: Iterable[str | None], test_id: str | None, able: Callable[[Scenario], bool]
+        self, ids: tuple[str, str | None], test_id: str | None, able: Callable[[Scenario], bool]
     ) -> Scenario | None:
         """What was chosen beforehand and is able: in the run's or the case's id, by a binding
         (which this uses up), by default."""
-        run_id, case_id = ids
-        for text in (run_id or "", case_id or ""):
+        _, case_id = ids
+        for text in filter(None, ids):
             if "~" in text and not self.settings.no_magic:
                 return self.named(text.rpartition("~")[2])
         fits = [one for one in self._bindings if one.fit(case_id, test_id) and able(one.scenario)]
@@ -2593,7 +2598,7 @@ def client_routes(  # noqa: C901  # likewise
         scenario, how = scenario or desk.usual(phase), "known" if run else "started"
         whose = f"run {run_id}" if given else f"case {case_id}"
         attempt = desk.count("trigger", scenario.name, whose, test_id=now.test_id)
-        now.scenario, now.seed, now.attempt = scenario.name, scenario.seed, attempt
+        now.plays(scenario, attempt)
         script = scenario.trigger.of(attempt) if scenario.trigger else None
         if run is None and not (script and refuses(script)):
             run = start(ids, scenario, phase, body)
@@ -2658,18 +2663,21 @@ def client_routes(  # noqa: C901  # likewise
         if run.ended and 0 < now.resumed_after == run.log.last:
             raise Refusal(204)  # finished and fully seen: this stops a native EventSource
         scenario = asked or run.scenario
-        now.attempt = run.attempts.get(scenario.name, 0) + (request.method != "HEAD")
-        now.scenario, now.seed = scenario.name, scenario.seed
+        before = run.attempts.get(scenario.name, 0)
         if request.method == "HEAD":
+            now.plays(scenario, before)
             return head_only({**STREAM_HEAD, **echo()})
-        run.attempts[scenario.name] = now.attempt
+        now.plays(scenario, before + 1)
+        run.attempts[scenario.name] = before + 1
+        if len(run.attempts) > 1000:  # names of inline scenarios, which anybody can make up
+            del run.attempts[next(iter(run.attempts))]
         now.says("start consuming")
         if now.last_event_id:
             text = "SSE connection established (client reconnected) run_id=%s last_event_id=%s"
             log.info(text, safe(run_id), safe(now.last_event_id))
             if not now.resumed_after and now.last_event_id != "0":
                 now.notes.append("its Last-Event-ID is no event of this run: from the start")
-        return played((scenario.stream or ordinary).of(now.attempt), run)
+        return played((scenario.stream or ordinary).of(before + 1), run)
 
     def without_a_run(run_id: str, asked: Scenario | None) -> Response:
         """A script that needs no log plays for an unknown run too."""
@@ -2681,7 +2689,7 @@ def client_routes(  # noqa: C901  # likewise
             attempt = desk.attempts("stream", scenario.name, run_id) + 1
             if not uses(script := scenario.stream.of(attempt), "relay"):
                 desk.count("stream", scenario.name, run_id, test_id=now.test_id)
-                now.scenario, now.seed, now.attempt = scenario.name, scenario.seed, attempt
+                now.plays(scenario, attempt)
                 return played(script)
         now.says("runId not found or already completed")
         raise unknown(run_id)
@@ -2806,12 +2814,11 @@ def control_routes(  # noqa: C901  # likewise
     @app.post("/__aura/next")
     async def bind_next() -> Response:
         body = await told(NEXT)
-        scenario, times = desk.asked("", {}, body["scenario"]), body.get("times", 1)
+        scenario, times = desk.chosen(body["scenario"]), body.get("times", 1)
         case_id = None if body.get("caseId") is None else str(body["caseId"])
-        if scenario is not None:
-            left = math.inf if times is None else times
-            desk.bind(Binding(scenario, left, case_id, body.get("testId")))
-        return answer({"scenario": scenario and scenario.name, "times": times, "caseId": case_id})
+        left = math.inf if times is None else times
+        desk.bind(Binding(scenario, left, case_id, body.get("testId")))
+        return answer({"scenario": scenario.name, "times": times, "caseId": case_id})
 
     @app.post("/__aura/signal")
     async def signal_gate() -> Response:
@@ -3618,7 +3625,7 @@ def known_scenarios(settings: Settings) -> dict[str, Scenario]:
             known[one.name] = one
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{where}: {error}") from None
-    Desk(settings, known)
+    Desk(settings, known)  # says no to a name in --scenario or --case that is not there
     return known
 
 
