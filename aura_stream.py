@@ -61,11 +61,14 @@ import base64
 import bisect
 import collections
 import contextlib
+import copy
 import dataclasses
 import difflib
 import errno
 import gc
+import hmac
 import http.client
+import itertools
 import json
 import logging
 import math
@@ -119,9 +122,12 @@ log = logging.getLogger("aura_stream")
 # Every limit has its number here, once. README and --help are readings of this table.
 
 
-def knob(default: Any, says: str, variable: str = "", choices: tuple[str, ...] = ()) -> Any:
+def knob(
+    default: Any, says: str, variable: str = "", choices: tuple[str, ...] = (), repr: bool = True
+) -> Any:
     """A setting: default, one sentence, environment variable if not AURA_<NAME>, allowed values."""
-    return field(default=default, metadata={"says": says, "env": variable, "choices": choices})
+    metadata = {"says": says, "env": variable, "choices": choices}
+    return field(default=default, repr=repr, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +139,11 @@ class Settings:
     port: int = knob(9000, "port to listen on; 0 takes a free one")
     instance: str = knob("", "name of this instance in answers and hints; empty: host:pid")
     auth: str = knob("on", "`on`: `/aura/**` needs any Bearer token", choices=("on", "off"))
+    admin_token: str = knob("", "token for `/__aura` and `/api/admin`; empty: local callers only",
+                            "ADMIN_TOKEN", repr=False)
+    allow_host: str = knob("", "names beside its own that it answers to: `a.test,b.test`")
+    cors_origin: str = knob("localhost:*,127.0.0.1:*",
+                            "origins whose pages may read it; `:*` is any port, `*` anybody")
     unknown_run: str = knob("404", "status of an unknown run's stream", choices=("404", "200"))
     demo_off: bool = knob(False, "answer triggers with `disabled`, start nothing", "DEMO_OFF")
     scenario: str = knob("", "the scenario where nobody chooses; empty: the ordinary one")
@@ -147,11 +158,14 @@ class Settings:
     idle_timeout: float = knob(300.0, "seconds a run may say nothing before it fails")
     retrigger_window: float = knob(10.0, "seconds after its end a runId is still the same run")
     retention: float = knob(3600.0, "seconds an ended run stays readable")
+    max_sse_connections: int = knob(1000, "streams open at once; one more is 503",
+                                    "MAX_SSE_CONNECTIONS")
     max_live_runs: int = knob(5000, "runs alive at once; one more is 503")
     max_ended_runs: int = knob(1000, "ended runs kept; the first to end is forgotten first")
     max_run_events: int = knob(100_000, "events kept of a run; the oldest go, viewers get `gap`")
     max_run_bytes: int = knob(16 * 2**20, "bytes kept of a run, likewise")
     max_log_bytes: int = knob(256 * 2**20, "bytes kept of all runs together")
+    max_write: int = knob(64 * 2**10, "bytes of one write, or one event if that is more")
     send_timeout: float = knob(5.0, "seconds a viewer may refuse to read; then its stream ends")
     send_buffer: int = knob(64 * 2**10, "SO_SNDBUF, what the kernel hides of a stalled viewer")
     keep_alive: float = knob(5.0, "seconds an idle connection is kept")
@@ -159,6 +173,11 @@ class Settings:
     max_head: int = knob(16 * 2**10, "bytes of a request's head, then 431")
     body_timeout: float = knob(30.0, "seconds for a request's body, then 408")
     max_body: int = knob(2**20, "bytes of a request's body, then 413")
+    linger: float = knob(2.0, "seconds in which a refused client's rest is read and thrown away")
+    max_linger: int = knob(16 * 2**20, "bytes of it; then the client meets a reset")
+    max_journal: int = knob(1000, "entries of the journal; the oldest go")
+    max_bindings: int = knob(1000, "bound scenarios that wait; one more is 409")
+    max_gates: int = knob(1000, "open gates; one more is 409")
     grace: float = knob(5.0, "seconds open streams get at the stop, then they are cut")
     exit_with_stdin: bool = knob(False, "stop when standard input closes, as a killed test's does")
     redis_url: str = knob("", "not in this version: runs are kept in memory only", "REDIS_URL")
@@ -740,11 +759,11 @@ def literal(value: Any) -> Any:
 
 
 class Gates:
-    """What scripts wait at: opened by a signal, for one run or for all, and for good."""
+    """What scripts wait at: opened by a signal, for one run or for all, and for good; at most so
+    many, then somebody has forgotten to reset."""
 
-    most = 1000  # open at a time; then somebody has forgotten to reset
-
-    def __init__(self) -> None:
+    def __init__(self, most: int) -> None:
+        self.most = most
         self._open: set[tuple[str, str | None]] = set()
         self._news = trio.Event()
 
@@ -968,9 +987,24 @@ class Facts:
 
 def ordinary_stream(settings: Settings) -> Script:
     """How a stream is served when nobody asked for trouble."""
+    return _stream(settings, "heartbeat")
+
+
+JOB_BEAT = {"event": "heartbeat", "data": {
+    "type": "heartbeat", "timestamp": "{now}", "server_time": "{now}", "jobId": "{runId}"}}
+
+
+def job_stream(settings: Settings) -> Script:
+    """How a generation job is: its ids have its name in front, its heartbeats are events."""
+    frame = [{"frame": {"id": "{runId}_{n}"}}] if settings.event_ids else []
+    beat = {"every": settings.heartbeat, **JOB_BEAT} if settings.heartbeat else "never"
+    return _stream(settings, {"heartbeat": beat}, *frame)
+
+
+def _stream(settings: Settings, beat: Any, *first: Any) -> Script:
     retry = [{"raw": f"retry: {settings.retry_ms}\n\n"}] if settings.retry_ms else []
     hello, bye = {"comment": "connected"}, {"raw": DONE.decode()}
-    return parse_script([hello, *retry, "heartbeat", {"relay": "all"}, bye], "stream")
+    return parse_script([*first, hello, *retry, beat, {"relay": "all"}, bye], "stream")
 
 
 def _say(name: str, **data: Any) -> dict[str, Any]:
@@ -1081,7 +1115,8 @@ def phase3(facts: Facts) -> list[dict[str, Any]]:
 
 def generation(facts: Facts) -> list[dict[str, Any]]:
     """The ordinary generation job: 2 s a step, where the events of a run are 0.15 s apart."""
-    job, text = {"jobId": "{runId}"}, "# {caseId}"
+    title, about = (literal(facts.body.get(part)) for part in ("title", "description"))
+    job, text = {"jobId": "{runId}"}, f"# {title or '{runId}'}\n\n{about or ''}"
     script: list[dict[str, Any]] = []
     for value in (10, 25, 40, 60, 75, 90, 100):
         now = {"value": value, "currentStep": f"step {value}", "estimatedTime": (100 - value) // 5}
@@ -1111,17 +1146,19 @@ def _failed_job(facts: Facts, failure: Failure) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Phase:
-    """What differs between kinds of analysis: the ordinary scenario, its script, its last word."""
+    """What differs between kinds of analysis: the ordinary scenario, its scripts, its last
+    word."""
 
     scenario: str
     script: Callable[[Facts], list[dict[str, Any]]]
     failed: Callable[[Facts, Failure], dict[str, Any]]
+    stream: Callable[[Settings], Script] = ordinary_stream
 
 
 PHASES = {
     "phase2": Phase("ok", phase2, _failed2),
     "phase3": Phase("phase3", phase3, _failed3),
-    "generation": Phase("generation", generation, _failed_job),
+    "generation": Phase("generation", generation, _failed_job, job_stream),
 }
 
 Sending = trio.MemorySendChannel[Any]  # of Events; besides, of AtGates, and at last of a LastWord
@@ -1209,15 +1246,15 @@ class Ending(NamedTuple):
 
 
 class Cargo(NamedTuple):
-    """What some bytes carry: so many events, the id of the last of them, heartbeats."""
+    """What some bytes carry: events of these names, the id of the last of them, heartbeats."""
 
-    events: int = 0
+    events: list[str] | tuple[str, ...] = ()
     last: int | None = None
     beats: int = 0
 
     def and_then(self, more: Cargo) -> Cargo:
         last = self.last if more.last is None else more.last
-        return Cargo(self.events + more.events, last, self.beats + more.beats)
+        return Cargo([*self.events, *more.events], last, self.beats + more.beats)
 
 
 NOTHING = Cargo()
@@ -1261,6 +1298,11 @@ class Entry:
     wall: str = field(default_factory=now_iso)
     notes: list[str] = field(default_factory=list)  # what else a reader should know
     route: str = ""
+    pattern: str = "other"  # of the route's path
+    trace_id: str | None = None  # of a request to the gateway's face
+    names: collections.Counter[str] = field(default_factory=collections.Counter)  # of events sent
+    due: int = 0  # events of the log that this stream should have brought, once it has ended
+    first_event: float | None = None
     step: int | None = None  # of the script, where it is now
     opened: float = field(default_factory=clock.perf_counter)
     first_byte: float | None = None
@@ -1282,8 +1324,11 @@ class Entry:
         self.first_byte = self.first_byte or clock.perf_counter()
         self.chunks += 1
         self.bytes += size
-        self.events += cargo.events
         self.heartbeats += cargo.beats
+        if cargo.events:
+            self.first_event = self.first_event or clock.perf_counter()
+            self.events += len(cargo.events)
+            self.names.update(cargo.events)
         self.last_id_sent = self.last_id_sent if cargo.last is None else cargo.last
 
     def says(self, text: str) -> None:
@@ -1293,7 +1338,12 @@ class Entry:
         log.info("%s: %s run_id=%s%s", self.stream_name, text, safe(self.run_id), case)
 
     @property
-    def names(self) -> dict[str, str]:
+    def streams(self) -> bool:
+        """Whether this is a stream for which a script plays; our own refusals are none."""
+        return self.kind == "stream" and self.attempt is not None
+
+    @property
+    def ids(self) -> dict[str, str]:
         """What templates may name where there is no run."""
         ids = {"runId": self.run_id, "caseId": self.case_id, "tenantId": self.tenant_id}
         return {name: one or "" for name, one in ids.items()}
@@ -1336,26 +1386,90 @@ def camel(name: str) -> str:
     return first + "".join(word.title() for word in rest)
 
 
-class Journal:
-    """What happened to every request: the last thousand, and a way to wait for the next."""
+class Histogram:
+    """How many values were at most each of these bounds, and their sum."""
 
-    most = 1000
+    def __init__(self, *bounds: float) -> None:
+        self.bounds, self.counts, self.sum = bounds, [0] * (len(bounds) + 1), 0.0
+
+    def add(self, value: float) -> None:
+        self.counts[bisect.bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+    def buckets(self) -> list[tuple[str, float]]:
+        """Each bound with the number of values up to it."""
+        sums = itertools.accumulate(self.counts)
+        return list(zip([*(str(float(one)) for one in self.bounds), "+Inf"], sums, strict=True))
+
+
+METHODS = ("GET", "POST", "PUT", "DELETE", "PATCH", "HEAD", "OPTIONS")
+
+
+class Figures:
+    """Entries, added up: what `/metrics` shows of them."""
 
     def __init__(self) -> None:
-        self.began = clock.perf_counter()
+        self.streams = self.reconnects = self.bytes = self.heartbeats = self.written = self.due = 0
+        self.names = collections.Counter[str]()  # of events, counted as they are sent
+        self.ended = collections.Counter[tuple[str, str]]()
+        self.requests = collections.Counter[tuple[str, str, str]]()
+        self.durations = Histogram(0.1, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600, 1800, 3600)
+        self.first_events = Histogram(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+
+    def add(self, entry: Entry) -> None:
+        if entry.closed is not None:
+            method = entry.method if entry.method in METHODS else "other"
+            self.requests[method, entry.pattern, str(entry.status)] += 1
+        if not entry.streams:
+            return
+        self.streams += 1
+        self.reconnects += entry.last_event_id is not None
+        self.bytes += entry.bytes
+        self.heartbeats += entry.heartbeats
+        if entry.first_event is not None:
+            self.first_events.add(entry.first_event - entry.opened)
+        if entry.closed is not None:
+            self.ended[(entry.end or LEFT)[:2]] += 1
+            self.durations.add(entry.closed - entry.opened)
+            self.due += entry.due
+            self.written += min(entry.events, entry.due)
+
+
+class Journal:
+    """What happened to every request: the latest, a way to wait for the next, and the sum of all
+    there ever were."""
+
+    def __init__(self, most: int = 1000) -> None:
+        self.most, self.began = most, clock.perf_counter()
         self._entries: dict[int, Entry] = {}
         self._seq, self._news = 0, trio.Event()
+        self._open: dict[int, Entry] = {}
+        self._figures = Figures()
 
-    def record(self, entry: Entry) -> None:
-        """Keep the entry; it fills while its request lasts."""
+    def open(self, entry: Entry, *, kept: bool = True) -> None:
+        """A request has begun; its entry fills while it lasts, and is kept, or only counted."""
+        self._open[id(entry)], entry.names = entry, self._figures.names
+        if not kept:
+            return
         self._seq = entry.seq = self._seq + 1
         self._entries[entry.seq] = entry
         if len(self._entries) > self.most:
             del self._entries[next(iter(self._entries))]
+            if self._seq == self.most + 1:
+                log.info("the journal is full at %d entries: the oldest go", self.most)
+
+    def figures(self) -> Figures:
+        """The sum of all requests, those that are still open as far as they are."""
+        total = copy.deepcopy(self._figures)
+        for entry in self._open.values():
+            total.add(entry)
+        return total
 
     def close(self, entry: Entry) -> None:
-        """The last word on a request: its log lines, and news for who waits."""
+        """The last word on a request: its log lines, its part of the sum, news for who waits."""
         entry.closed = clock.perf_counter()
+        self._open.pop(id(entry), None)
+        self._figures.add(entry)
         duration, end = entry.closed - entry.opened, entry.end or LEFT
         if entry.kind == "stream":
             log.info(
@@ -1398,8 +1512,8 @@ class Journal:
         """The entry as JSON; times are seconds since the server's start."""
         moments = {"open": entry.opened, "first_byte": entry.first_byte, "end": entry.closed}
         times = {name: at and round(at - self.began, 3) for name, at in moments.items()}
-        hidden = (*moments, "opened", "closed", "request_id", "route", "step", "notes")
-        names = [one.name for one in dataclasses.fields(Entry) if one.name not in hidden]
+        fields = [one.name for one in dataclasses.fields(Entry)]
+        names = [name for name in fields[: fields.index("notes")] if name != "request_id"]
         told = {camel(name): getattr(entry, name) for name in names}
         told["headers"] = {name.decode(): entry.headers.get(name) for name in SHOWN}
         latency = round((entry.closed or clock.perf_counter()) - entry.opened, 3)
@@ -1412,18 +1526,17 @@ class Journal:
 # log. The run belongs to the server: no viewer, by coming, leaving or stalling, has any part in it.
 
 CHANNEL = 256  # events on their way: back-pressure on the analysis, and the largest batch
-WRITE = 64 * 2**10  # bytes of one write: a late viewer of a long log must not make one giant piece
 
 
 class Log:
     """What a run said: one buffer of bytes, and the places in it where events end. An event's id
     counts from 1."""
 
-    def __init__(self, *, ids: bool) -> None:
+    def __init__(self, *, ids: bool = True, write: int = 64 * 2**10) -> None:
         self.first = 1  # the id of the oldest event still here
         self.ended = False
         self._news = trio.Event()
-        self._ids = ids
+        self._ids, self._write = ids, write
         self._bytes = bytearray()
         self._ends: list[int] = []  # counted from the first byte ever: forgetting moves nothing
         self._names: list[str] = []
@@ -1442,8 +1555,9 @@ class Log:
     def last_name(self) -> str:
         return self._names[-1] if self._names else ""
 
-    def name_of(self, number: int) -> str:
-        return self._names[number - self.first]
+    def names(self, after: int, last: int) -> list[str]:
+        """Of the events after this id, up to that one."""
+        return self._names[after + 1 - self.first : last + 1 - self.first]
 
     def gap(self, after: int) -> bytes:
         """What a viewer who has seen `after` is told if the next events are gone: which, and as its
@@ -1475,13 +1589,13 @@ class Log:
     def read(
         self, after: int, *, most: float = math.inf, until: str | None = None
     ) -> tuple[bytes, int]:
-        """The events after id `after` in one piece, at most 64 KiB or one event, and the id of the
-        last of them."""
+        """The events after id `after` in one piece, no bigger than one write or one event, and the
+        id of the last of them: a late viewer of a long log must not make one giant piece."""
         start = after + 1 - self.first
         if start >= len(self._ends):
             return b"", after
         begin = self._ends[start - 1] if start else self._forgotten
-        stop = max(start + 1, bisect.bisect_right(self._ends, begin + WRITE, start))
+        stop = max(start + 1, bisect.bisect_right(self._ends, begin + self._write, start))
         stop = int(min(stop, start + most))
         if until is not None and until in self._names[start:stop]:
             stop = self._names.index(until, start, stop) + 1
@@ -1527,7 +1641,7 @@ class Run:
 
     def __init__(self, facts: Facts, scenario: Scenario, settings: Settings) -> None:
         self.facts, self.scenario, self.settings = facts, scenario, settings
-        self.log = Log(ids=settings.event_ids)
+        self.log = Log(ids=settings.event_ids, write=settings.max_write)
         self.sending, self.receiving = trio.open_memory_channel[Any](CHANNEL)
         self.scope = trio.CancelScope()  # around the analysis, and only around it
         self.failure: Failure | None = None
@@ -1538,10 +1652,9 @@ class Run:
         self.counted = 0  # bytes of its log in the hub's account
         self.viewers, self.attempts = 0, dict[str, int]()  # streams opened, by scenario
         self.cursor = Cursor()  # of all viewers together, where a scenario wants the old queue
-        self.started_at, self.ended_at = now_iso(), None
+        self.started_at, self.started_clock = now_iso(), trio.current_time()
+        self.ended_at: str | None = None
         self.ended_clock = math.inf
-
-    ended_at: str | None
 
     @property
     def ended(self) -> bool:
@@ -1654,21 +1767,19 @@ class Hub:
         self, settings: Settings, nursery: trio.Nursery, time: Time | None = None
     ) -> None:
         self.settings, self._nursery = settings, nursery
-        self.time, self.gates = time or Time(settings.rate), Gates()
+        self.time, self.gates = time or Time(settings.rate), Gates(settings.max_gates)
         self._runs: dict[str, Run] = {}
         self._ended: dict[str, Run] = {}  # in the order of their ends
         self._forgotten: dict[str, str | None] = {}  # the last thousand ids, and their tenants
         self._held = 0  # bytes of all logs
         self.deliveries: dict[Any, None] = {}  # open ones, oldest first
+        self.streams = 0  # of them, those that play a script to a viewer
+        self.durations = Histogram(0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600, 1800, 3600)  # of runs
         self._stopping = False
 
     @property
     def live(self) -> int:
         return len(self._runs) - len(self._ended)
-
-    @property
-    def viewers(self) -> int:
-        return sum(delivery.entry.kind == "stream" for delivery in self.deliveries)
 
     @property
     def refusal(self) -> str | None:
@@ -1693,14 +1804,17 @@ class Hub:
     def playing(self, delivery: Any, run: Run | None) -> Iterator[None]:
         """While a delivery plays, an operator can find it, and its run has a viewer."""
         self.deliveries[delivery] = None
+        self.streams += delivery.entry.streams
         if run:
             run.viewers += 1
         try:
             yield
         finally:
             del self.deliveries[delivery]
+            self.streams -= delivery.entry.streams
             if run:
                 run.viewers -= 1
+                delivery.entry.due = max(0, run.log.last - delivery.entry.resumed_after)
 
     def find(self, run_id: str, *, tenant: str | None = None) -> Run | None:
         """The run of this id, if this tenant may see it."""
@@ -1735,6 +1849,8 @@ class Hub:
         """A run said something, or ended: keep its log, and all logs together, within the
         limits."""
         limits = self.settings
+        if run.ended:
+            self.durations.add(run.ended_clock - run.started_clock)
         if run.ended and self._runs.get(run.facts.run_id) is run:
             self._ended[run.facts.run_id] = run
         trimmed = run.log.trim(limits.max_run_events, limits.max_run_bytes)
@@ -1824,7 +1940,7 @@ class Delivery(Player):
         headers: Mapping[str, str] | None = None, connection: Any = None,
         usual: Step | None = None,
     ) -> None:
-        names = entry.names if run is None else run.facts.names
+        names = entry.ids if run is None else run.facts.names
         super().__init__(hub.time, hub.gates, names, entry.seed)
         self._script, self.entry, self._hub, self._run = script, entry, hub, run
         self._named, self._connection = headers or {}, connection
@@ -1963,9 +2079,10 @@ class Delivery(Player):
 
     async def _pass_on(self, piece: bytes, last: int, portion: Portion, log: Log) -> None:
         count, portion.cursor.place = last - portion.cursor.place, last
-        found = portion.until is not None and log.name_of(last) == portion.until
+        names = log.names(last - count, last)
+        found = portion.until is not None and names[-1] == portion.until
         portion.left = 0 if found else portion.left - count
-        await self.write(self.dressed(piece, last), Cargo(count, last))
+        await self.write(self.dressed(piece, last), Cargo(names, last))
         if portion.within is not math.inf:
             portion.quiet = self.time.now() + portion.within
         if portion.every is not None:
@@ -2049,6 +2166,7 @@ class Faulty(Delivery):
     _frame: Mapping[str, Any] | None = None
     _beat: Mapping[str, Any] | None = None
     _due = 0.0  # script time before which the next piece may not go
+    _farewell = b""
 
     async def hold(self, data: bytes, cargo: Cargo) -> None:
         self._quiet_since = self.time.now()  # also what is held back was said
@@ -2089,11 +2207,11 @@ class Faulty(Delivery):
 
     async def event(self, step: Step) -> None:
         """An event of this viewer's own, truth or not."""
-        block, text = self.made(step).block, self.fill(step.argument.get("id"))
+        event, text = self.made(step), self.fill(step.argument.get("id"))
         text = None if text is None else in_one_line(text)
         number = int(text) if text and re.fullmatch("[0-9]{1,18}", text) else None
-        block = block if text is None else to_bytes(f"id: {text}\n") + block
-        await self.write(self.dressed(block, number), Cargo(1, number))
+        block = event.block if text is None else to_bytes(f"id: {text}\n") + event.block
+        await self.write(self.dressed(block, number), Cargo((event.name,), number))
 
     async def frame(self, step: Step) -> None:
         """How later events, comments and beats are written; at its default, as the log has them."""
@@ -2139,14 +2257,21 @@ class Faulty(Delivery):
     async def reset(self, step: Step) -> None:
         await self._cut("reset")
 
-    def close(self, how: str) -> None:
-        """End this delivery from outside: properly, or by cutting its connection."""
-        self.entry.finish("admin", how, "closed through the control API")
+    async def finish(self, how: str) -> None:
+        if self._farewell and self.entry.status == 200:
+            await self.put(self._farewell, NOTHING)
+        await super().finish(how)
+
+    def close(self, how: str, farewell: bytes = b"") -> None:
+        """End this delivery from outside: properly, with a last word to a stream's viewer, or by
+        cutting its connection."""
+        self.entry.finish("admin", how, "closed by an operator")
         self._closed = True
+        self._farewell = farewell if self.entry.streams else b""
         if how != "end" and self._connection is not None:
             self._connection.cut(reset=how == "reset")
         elif self._resting is not None:
-            self._resting.cancel(reason="closed through the control API")
+            self._resting.cancel(reason="closed by an operator")
 
     async def _cut(self, how: str) -> None:
         """Close the connection without an end, and wait to be cancelled: returning would be an
@@ -2162,6 +2287,16 @@ class Faulty(Delivery):
         await trio.sleep_forever()
 
 
+def close_all(
+    hub: Hub, how: str, *, only: int | None = None, farewell: Callable[[], bytes] = bytes
+) -> int:
+    """What an operator can do to open deliveries: close all, or one; how many that were."""
+    chosen = [one for one in hub.deliveries if only in (None, one.entry.seq)]
+    for delivery in chosen:
+        delivery.close(how, farewell())
+    return len(chosen)
+
+
 # ═══ 9  Contract ══════════════════════════════════════════════════════════════════════════════════
 # Who may ask for what, what a request must look like, how we say no (status, cause, next step),
 # and how a test chooses what shall go wrong.
@@ -2171,16 +2306,13 @@ class Refusal(Exception):
     """A request that is not granted: the status and the body of its answer."""
 
     def __init__(
-        self, status: int, body: Any = None, headers: Mapping[str, str] | None = None
+        self, status: int, body: Any = None, headers: Mapping[str, str] | None = None,
+        script: Script = (),
     ) -> None:
         super().__init__(status, body)
         self.status, self.body, self.headers = status, body, dict(headers or {})
-
-    @property
-    def script(self) -> Script:
-        """On a stream route a refusal is a stream script like any other."""
-        head = {"status": self.status, "headers": self.headers, "body": self.body}
-        return (Step("open", literal(head)),)
+        head = {"status": status, "headers": self.headers, "body": "" if body is None else body}
+        self.script = script or (Step("open", literal(head)),)  # for a stream route
 
 
 def invalid(says: str, *loc: str) -> Refusal:
@@ -2188,19 +2320,84 @@ def invalid(says: str, *loc: str) -> Refusal:
     return Refusal(422, {"detail": [{"loc": list(loc), "msg": says, "type": "value_error"}]})
 
 
-def identify(headers: Any, query: Any) -> None:
+OPEN = re.compile(
+    r"/|/(health|metrics|__aura/health|api/(generation|v1/generations)(/.*)?)", re.DOTALL)
+CONTROL = re.compile(r"/(__aura|api/admin)(/.*)?", re.DOTALL)
+GATEWAY = re.compile(
+    r"/api(?:(/aura(?:/.*)?)|/synapse(?:(/analysis-runs/[^/]*/stream)|/.*))", re.DOTALL)
+LOCAL = ("localhost", "127.0.0.1", "::1")
+CHALLENGE = {"WWW-Authenticate": "Bearer"}
+
+
+def as_text(value: bytes) -> str:
+    return value.decode("utf-8", "replace")
+
+
+def name_in(authority: str) -> str:
+    """The host's name, without port and brackets."""
+    return re.sub(r":\d*$", "", authority).strip("[]").lower()
+
+
+def known_host(authority: str, settings: Settings) -> None:
+    """A page on a name of its own, made to lead here, must not read a server on this machine."""
+    names = (*LOCAL, *(one.strip() for one in settings.allow_host.split(",")), settings.host)
+    anywhere = settings.host in ("0.0.0.0", "::")
+    if not anywhere and authority and name_in(authority) not in [name.lower() for name in names]:
+        error = f"this server does not answer to the name {name_in(authority)[:200]!r}"
+        raise Refusal(421, {"error": error, "hint": "start it with --allow-host NAME if it should"})
+
+
+def origins(text: str) -> re.Pattern[str]:
+    """The origins in a list like `localhost:*,https://app.test`, as one pattern."""
+    found = []
+    for one in filter(None, (part.strip() for part in text.split(","))):
+        scheme, _, name = one.rpartition("://")
+        port = r"(:\d{1,5})?" if name.endswith(":*") else ""
+        known = (re.escape(scheme) or "https?") + "://" + re.escape(name.removesuffix(":*")) + port
+        found.append(".+" if one == "*" else known)
+    return re.compile("|".join(found) or "(?!)", re.IGNORECASE)
+
+
+def numbered_tenant(tenant: str | None) -> None:
+    """The gateway's own rule."""
+    if tenant is None:
+        raise Refusal(400)
+    if not re.fullmatch("[0-9]{1,19}", tenant):
+        raise Refusal(400, {"error": "X-Tenant-ID must be numeric (e.g. 1) for Aura API."})
+
+
+def operate(headers: Mapping[bytes, bytes], peer: str, settings: Settings) -> None:
+    """Let in who may control the server: who knows the token; without one, who is on this machine,
+    and neither a proxy nor another site's page."""
+    if token := settings.admin_token:
+        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+        if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), token.encode()):
+            needs = "this needs 'Authorization: Bearer <the server's ADMIN_TOKEN>'"
+            raise Refusal(401, {"detail": needs}, CHALLENGE)
+        return
+    origin, why = as_text(headers.get(b"origin", b"://localhost")), ""
+    if not peer.startswith("127.") and peer not in ("::1", "<local>"):
+        why = "this is for callers on the server's own machine"
+    elif headers.keys() & {b"forwarded", b"x-forwarded-for", b"via"}:
+        why = "this came through a proxy, and is for direct callers on the server's own machine"
+    elif name_in(origin.partition("://")[2]) not in LOCAL:
+        why = "this is not for pages of another site"
+    if why:
+        raise Refusal(403, {"error": f"{why}; with ADMIN_TOKEN set, the token lets anybody in"})
+
+
+def identify(headers: Mapping[bytes, bytes], query: Any) -> None:
     """Let everybody in who brings a token, any token, or raise the 401."""
-    given = headers.get("Authorization")
+    given = as_text(headers.get(b"authorization", b""))
     if not given and query.get("access_token"):  # a native EventSource cannot send headers
         return
-    challenge = {"WWW-Authenticate": "Bearer"}
     if not given:
         hint = "send the header 'Authorization: Bearer <any token>'; an EventSource, which cannot,"
         hint += " adds ?access_token=<any token> to the URL"
-        raise Refusal(401, {"detail": "Missing authorization header", "hint": hint}, challenge)
+        raise Refusal(401, {"detail": "Missing authorization header", "hint": hint}, CHALLENGE)
     scheme, _, token = given.partition(" ")
     if scheme.lower() != "bearer" or not token.strip():
-        raise Refusal(401, {"detail": "Invalid authorization header format"}, challenge)
+        raise Refusal(401, {"detail": "Invalid authorization header format"}, CHALLENGE)
 
 
 def resume_point(text: str | None, last: int) -> int:
@@ -2216,6 +2413,14 @@ def _run_id(value: Any) -> None:
     text = str(value)
     if len(text) > 200 or not text.isprintable() or "/" in text or text in (".", ".."):
         raise Wrong(f"takes 1 to 200 printable characters, no '/', not {shown(value)}")
+
+
+def checked_id(run_id: str) -> None:
+    """An id from a path that is about to become a run's."""
+    try:
+        _run_id(run_id)
+    except Wrong as wrong:
+        raise invalid(wrong.says, "path", "jobId") from None
 
 
 @dataclass
@@ -2237,7 +2442,6 @@ class Binding:
 class Desk:
     """How a test chooses what happens to it, and which attempt it is at."""
 
-    most = 1000  # bindings that wait
     remembered = 10_000  # attempts counted, the latest: more than there can be runs
 
     def __init__(self, settings: Settings, catalogue: Mapping[str, Scenario]) -> None:
@@ -2275,11 +2479,12 @@ class Desk:
         raise Refusal(400, {"error": "unknown scenario", **about})
 
     def usual(self, phase: str) -> Scenario:
-        """What happens where nobody has chosen."""
-        name = PHASES[phase].scenario
+        """What happens where nobody has chosen. What is ordinary in it follows the settings."""
+        name, ordinary = PHASES[phase].scenario, Attempts((PHASES[phase].stream(Settings()),))
         found = self.catalogue.get(name) or Scenario(name)
-        plain = all(step.verb == "ordinary" for step in found.run or ())
-        return dataclasses.replace(found, run=None) if plain and found.run else found
+        run = None if all(step.verb == "ordinary" for step in found.run or ()) else found.run
+        stream = None if found.stream == ordinary else found.stream
+        return dataclasses.replace(found, run=run, stream=stream)
 
     def asked(self, header: str, query: Any, body: Any = None) -> Scenario | None:
         """What the request itself chooses: a name, or a whole scenario."""
@@ -2310,8 +2515,8 @@ class Desk:
         return best.scenario
 
     def bind(self, binding: Binding) -> None:
-        if len(self._bindings) >= self.most:
-            error = f"{self.most} bindings are waiting already; POST /__aura/reset forgets them"
+        if len(self._bindings) >= (most := self.settings.max_bindings):
+            error = f"{most} bindings are waiting already; POST /__aura/reset forgets them"
             raise Refusal(409, {"error": error})
         self._bindings.append(binding)
 
@@ -2353,9 +2558,11 @@ _PHASE3_OPTIONS = {
 _COMMON = {"runId": optional(_run_id), "requestedBy": _maybe_text}
 _PHASE2 = {"evidence": _maybe_object, "mode": _maybe_text, "options": _maybe_object}
 _PHASE3 = {"artifacts": _maybe_object, "options": optional(keys(_PHASE3_OPTIONS, strict=False))}
+_GENERATION = {"projectId": optional(_run_id), "title": _maybe_text, "description": _maybe_text}
 TRIGGER_BODY = {
     "phase2": keys({**_COMMON, **_PHASE2}, strict=False),
     "phase3": keys({**_COMMON, **_PHASE3}, strict=False),
+    "generation": keys(_GENERATION, strict=False),
 }
 
 
@@ -2407,10 +2614,12 @@ def header_value(value: str) -> str:
 # The routes, in the order of a client's life. A handler decides; what takes time is a run or a
 # delivery.
 
-STREAM_ROUTES = ("case_analysis_stream", "analysis_run_stream", "trigger_stream")
-TRIGGER_ROUTES = ("phase2_trigger", "phase3_trigger")
+STREAM_ROUTES = ("case_analysis_stream", "analysis_run_stream", "trigger_stream", "job_stream",
+                 "job_events")
+TRIGGER_ROUTES = ("phase2_trigger", "phase3_trigger", "generate")
 ASKED = b"x-aura-scenario"
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+GATEWAY_SAYS = {b"x-dwp-source": "FRONTEND", b"x-dwp-caller-type": "USER"}  # where nobody does
 
 
 class Exchange(TrioASGIHTTPConnection):
@@ -2418,24 +2627,31 @@ class Exchange(TrioASGIHTTPConnection):
     and here a delivery gets ASGI's `send`, to write by itself."""
 
     def __init__(self, journal: Journal, app: QuartTrio, scope: Any) -> None:
+        asked, inner = scope["path"], GATEWAY.fullmatch(scope["path"])
+        if inner and (inner[1] or inner[2]):
+            scope = {**scope, "path": inner[1] or f"/aura{inner[2]}"}
         super().__init__(app, scope)
         host, port = scope.get("client") or ("<local>", 0)
         given = scope["aura.headers"] = dict(scope["headers"])
         told = {name: as_text(given[name])[:200] for name in RECORDED if name in given}
         known_as, tenant = told.get(b"x-request-id", ""), told.get(b"x-tenant-id", "").strip()
         request_id = known_as if REQUEST_ID.fullmatch(known_as) else uuid.uuid4().hex
-        entry = Entry(scope["method"], scope["path"], f"{host}:{port}", request_id, headers=told)
+        entry = Entry(scope["method"], asked, f"{host}:{port}", request_id, headers=told)
         entry.http_version, entry.tenant_id = scope.get("http_version", "1.1"), tenant or None
         entry.user_id, entry.agent_id = told.get(b"x-user-id"), told.get(b"x-agent-id")
         entry.test_id, scope["aura.entry"] = told.get(b"x-test-id"), entry
         if b"authorization" in told:
             told[b"authorization"] = "present"
+        if inner:
+            trace = told.get(b"x-trace-id", "")
+            entry.trace_id = trace if REQUEST_ID.fullmatch(trace) else uuid.uuid4().hex
+            told |= {**GATEWAY_SAYS, **told, b"x-trace-id": entry.trace_id}
         self._journal, self._entry = journal, entry
-        if entry.method != "OPTIONS" and not entry.path.startswith("/__aura/"):
-            journal.record(entry)
 
     async def __call__(self, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
         trio.lowlevel.current_task().name = "request"
+        ours = self._entry.method == "OPTIONS" or self._entry.path.startswith("/__aura/")
+        self._journal.open(self._entry, kept=not ours)
         try:
             await super().__call__(receive, send)
         finally:
@@ -2448,6 +2664,7 @@ class Exchange(TrioASGIHTTPConnection):
     async def _send_response(self, send: ASGISendCallable, response: Any) -> None:
         entry = self._entry
         if isinstance(response, Streamed):
+            send = partial(assured, send) if entry.trace_id else send
             await response.delivery.deliver(send, response.headers.items())
         else:
             entry.status = response.status_code
@@ -2456,14 +2673,20 @@ class Exchange(TrioASGIHTTPConnection):
             await super()._send_response(send, response)
 
 
-def as_text(value: bytes) -> str:
-    return value.decode("utf-8", "replace")
-
-
 def header(name: bytes) -> str:
     """A header of the request at hand, or nothing. (Werkzeug makes an exception of each it has
     not.)"""
     return as_text(request.scope["aura.headers"].get(name, b""))  # type: ignore[typeddict-item]
+
+
+async def assured(send: Send, message: Any) -> None:
+    """The gateway's own headers on every stream, whatever the script has left of them."""
+    if message["type"] == "http.response.start":
+        named = dict(message["headers"])
+        if named.get(b"content-type", b"").startswith(b"text/event-stream"):
+            named |= {name.encode(): value.encode() for name, value in STREAM_HEAD.items()}
+        message = {**message, "headers": list(named.items())}
+    await send(message)
 
 
 def connection_of(scope: Any) -> Any:
@@ -2507,17 +2730,19 @@ def create_app(
     analysis: Analysis | None = None, url: str = "", stop: Callable[[], None] | None = None,
 ) -> QuartTrio:
     """The application: Aura's contract over the runs of this hub, and the control of both."""
-    app, journal = QuartTrio("aura_stream", static_folder=None), Journal()
-    desk = Desk(settings, catalogue or {})
+    app, journal = QuartTrio("aura_stream", static_folder=None), Journal(settings.max_journal)
     app.url_map.merge_slashes = False  # an empty runId is a 400, not a redirect
     app.config.update(MAX_CONTENT_LENGTH=settings.max_body, BODY_TIMEOUT=settings.body_timeout)
     app.asgi_http_class = partial(Exchange, journal)  # type: ignore[assignment]
     instance = settings.instance or f"{settings.host}:{os.getpid()}"
     about = {"version": __version__, "instance": instance}
+    reception = Reception(hub, Desk(settings, catalogue or {}), instance, analysis)
     admission(app, settings, hub)
-    client_routes(app, hub, desk, instance, analysis)
-    operation_routes(app, hub, about)
-    control_routes(app, hub, desk, journal, {**about, "pid": os.getpid(), "url": url}, stop)
+    client_routes(app, reception)
+    job_routes(app, reception)
+    operation_routes(app, hub, journal, about)
+    told = {**about, "pid": os.getpid(), "url": url}
+    control_routes(app, reception, journal, told, stop)
     return app
 
 
@@ -2525,24 +2750,48 @@ def admission(  # noqa: C901  # ruff adds the routes up; a test looks at each fo
     app: QuartTrio, settings: Settings, hub: Hub
 ) -> None:
     """What comes before every route, and after; and how a refusal leaves, wherever it was made."""
+    readers = origins(settings.cors_origin)
 
     @app.before_request
-    async def admit() -> None:
-        now, named = entry(), request.view_args or {}
+    async def admit() -> Response | None:
+        note(entry())
+        now, path, given = entry(), request.path, request.scope["aura.headers"]  # type: ignore[typeddict-item]
+        known_host(header(b"host"), settings)
+        if request.method == "OPTIONS":
+            asks = b"access-control-request-method" in given
+            return Response(b"", 204, PREFLIGHT) if asks else None
+        if now.trace_id is not None:
+            numbered_tenant(now.tenant_id)
+        if OPEN.fullmatch(path):
+            return None
+        if CONTROL.fullmatch(path):
+            operate(given, request.headers["Remote-Addr"], settings)
+            g.tenant = None
+        elif settings.auth == "on" and (request.url_rule or path.startswith("/aura/")):
+            identify(given, request.args)
+        return None
+
+    def note(now: Entry) -> None:
+        """Which route this is, and whose run."""
+        named, rule = request.view_args or {}, request.url_rule
         if request.endpoint in STREAM_ROUTES and request.method in ("GET", "POST"):
             now.kind = "stream"
         elif request.endpoint in TRIGGER_ROUTES and request.method == "POST":
             now.kind = "trigger"
-        now.route = request.endpoint or ""
-        now.case_id, now.run_id = named.get("case_id"), named.get("run_id")
-        g.tenant = None if request.path.startswith("/__aura/") else now.tenant_id
-        open_to_all = settings.auth == "off" or request.method == "OPTIONS"
-        if request.path.startswith("/aura/") and not open_to_all:
-            identify(request.headers, request.args)
+        now.route, now.pattern = request.endpoint or "", rule.rule if rule else "other"
+        now.case_id, now.run_id = named.get("case_id"), named.get("run_id", named.get("job_id"))
+        g.tenant = now.tenant_id
 
     @app.after_request
     async def sign(response: Response) -> Response:
-        response.headers["X-Request-ID"] = entry().request_id
+        now, headers, origin = entry(), response.headers, header(b"origin")
+        headers["X-Request-ID"] = now.request_id
+        if now.trace_id is not None:
+            headers |= {"X-Trace-Id": now.trace_id, "X-Gateway-Request-Id": now.request_id}
+        if origin:
+            headers["Vary"] = "Origin"
+        if origin and readers.fullmatch(origin):
+            headers |= {"Access-Control-Allow-Origin": origin, **CORS}
         return response
 
     @app.errorhandler(Refusal)
@@ -2560,102 +2809,114 @@ def admission(  # noqa: C901  # ruff adds the routes up; a test looks at each fo
     @app.errorhandler(HTTPException)
     async def explain(error: HTTPException) -> Response:
         allowed = {name: value for name, value in error.get_headers() if name == "Allow"}
-        body = {"error": f"{error.name}: {error.description}", "path": request.path}
+        body = {"error": f"{error.name}: {error.description}", "path": entry().path}
         if error.code == 404:
             rules = [rule.rule for rule in app.url_map.iter_rules()]
             body["error"] = "there is no such path" + did_you_mean(request.path, rules)
         return await refuse(Refusal(error.code or 500, body, allowed))
 
 
-def client_routes(  # noqa: C901  # likewise
-    app: QuartTrio, hub: Hub, desk: Desk, instance: str, analysis: Analysis | None
-) -> None:
-    """A client's life: trigger, stream, state, cancel, result."""
-    settings, ordinary = hub.settings, Attempts((ordinary_stream(hub.settings),))
-    shown_instance = header_value(instance)
+CORS = {
+    "Access-Control-Allow-Credentials": "true",
+    "Access-Control-Expose-Headers": "Last-Event-ID, X-Request-ID, X-Aura-Run, X-Aura-Run-ID, "
+    "X-Aura-Scenario, X-Aura-Attempt, Retry-After",
+}
+PREFLIGHT = {
+    "Access-Control-Allow-Methods": "GET, POST, PUT, DELETE, PATCH, OPTIONS",
+    "Access-Control-Allow-Headers": "Authorization, X-Tenant-ID, X-User-ID, X-Agent-ID, "
+    "X-DWP-Source, X-DWP-Caller-Type, X-Aura-Scenario, X-Aura-Test-Fail, X-Test-Id, X-Trace-ID, "
+    "X-Request-ID, Content-Type, Accept, Accept-Language, Last-Event-ID, Cache-Control",
+    "Access-Control-Max-Age": "3600",
+}
 
-    async def trigger(case_id: str, phase: str) -> tuple[Run | None, str, Script | None]:
+
+@dataclass(frozen=True)
+class Order:
+    """What a trigger asks for; the runId was given, or has been minted."""
+
+    run_id: str
+    case_id: str
+    phase: str
+    body: Mapping[str, Any]
+    given: bool = True
+
+
+class Reception:
+    """What the routes of a client's life share: a run is started, found, streamed."""
+
+    def __init__(
+        self, hub: Hub, desk: Desk, instance: str, analysis: Analysis | None = None
+    ) -> None:
+        self.hub, self.desk, self.settings = hub, desk, hub.settings
+        self._instance, self._analysis = instance, analysis
+        self._shown_instance = header_value(instance)
+        self._ordinary = {
+            name: Attempts((phase.stream(hub.settings),)) for name, phase in PHASES.items()
+        }
+
+    def trigger(self, order: Order) -> tuple[Run | None, str, Script | None]:
         """The run a trigger asks for, if it may start; whether it was `started` or `known`; and
         how the scenario answers, if it does."""
-        body, now = checked_body(await request.get_data(), TRIGGER_BODY[phase]), entry()
-        given = body.get("runId") not in (None, "")
-        run_id = now.run_id = str(body["runId"] if given else uuid.uuid4())
-        asked = desk.asked(header(ASKED), request.args, body.get("scenario"))
+        now, hub, desk = entry(), self.hub, self.desk
+        run_id = now.run_id = order.run_id
+        asked = desk.asked(header(ASKED), request.args, order.body.get("scenario"))
         run = hub.find(run_id)
         if run and not may_see(g.tenant, run.facts.tenant_id):
-            raise unknown(run_id)
-        if settings.demo_off:
-            raise disabled(run_id, phase)
-        if run and trio.current_time() - run.ended_clock >= settings.retrigger_window:
+            raise self.unknown(run_id)
+        if now.kind == "stream":
+            self.make_room()
+        if self.settings.demo_off:
+            raise disabled(run_id, order.phase)
+        if run and trio.current_time() - run.ended_clock >= self.settings.retrigger_window:
             run = None
         if run and asked and asked.source != run.scenario.source:
             error = f"this run goes with scenario {run.scenario.name!r}; take another runId"
             raise Refusal(409, {"error": error, "runId": run_id})
         if run is None and (refused := hub.refusal) is not None:
             raise Refusal(503, {"error": refused}, {"Retry-After": "5"})
-        ids = (run_id, case_id)
-        scenario = run.scenario if run else asked or desk.meant(ids, now.test_id, lambda _: True)
-        scenario, how = scenario or desk.usual(phase), "known" if run else "started"
-        whose = f"run {run_id}" if given else f"case {case_id}"
+        scenario = run.scenario if run else asked
+        scenario = scenario or desk.meant((run_id, order.case_id), now.test_id, lambda _: True)
+        scenario, how = scenario or desk.usual(order.phase), "known" if run else "started"
+        whose = f"run {run_id}" if order.given else f"case {order.case_id}"
         attempt = desk.count("trigger", scenario.name, whose, test_id=now.test_id)
         now.plays(scenario, attempt)
         script = scenario.trigger.of(attempt) if scenario.trigger else None
         if run is None and not (script and refuses(script)):
-            run = start(ids, scenario, phase, body)
+            run = self._start(order, scenario)
         return run, how, script
 
-    def start(ids: tuple[str, str], scenario: Scenario, phase: str, body: Any) -> Run:
+    def _start(self, order: Order, scenario: Scenario) -> Run:
         failing = (header(b"x-aura-test-fail"), request.args.get("test_fail_query"))
         fail = next((stage for stage in failing if stage in ("rag", "llm")), None)
-        delay, test_id = settings.event_delay, entry().test_id
-        facts = Facts(*ids, g.tenant, phase, body, hub.time, delay, fail, test_id)
-        return hub.start(facts, scenario, scripted(scenario, hub.gates, analysis))
+        ids, more = (order.run_id, order.case_id, g.tenant), (order.phase, order.body)
+        delay, test_id = self.settings.event_delay, entry().test_id
+        facts = Facts(*ids, *more, self.hub.time, delay, fail, test_id)
+        return self.hub.start(facts, scenario, scripted(scenario, self.hub.gates, self._analysis))
 
-    async def accepted(case_id: str, phase: str) -> Response:
-        run, how, script = await trigger(case_id, phase)
-        body = ACCEPTED[phase](entry().run_id or "", run.facts.case_id if run else case_id)
-        headers = {**echo(), **({"x-aura-run": how} if run else {})}
+    def accepted(self, order: Order) -> Response:
+        """The answer to a trigger."""
+        run, how, script = self.trigger(order)
+        status, says = ACCEPTED[order.phase]
+        told = says(order.run_id, run.facts.case_id if run else order.case_id, order.body)
+        headers = {**self._echo(), **({"x-aura-run": how} if run else {})}
         if script is None:
-            return answer(body, 202, headers)
-        usual = Step("open", literal({"status": 202, "body": body}))
-        return played(script, headers=headers, usual=usual)
+            return answer(told, status, headers)
+        usual = Step("open", literal({"status": status, "body": told}))
+        return self.played(script, headers=headers, usual=usual)
 
-    @app.post("/aura/cases/<case_id>/analysis-runs")
-    async def phase2_trigger(case_id: str) -> Response:
-        return await accepted(case_id, "phase2")
-
-    @app.post("/aura/internal/cases/<case_id>/analysis-runs")
-    async def phase3_trigger(case_id: str) -> Response:
-        return await accepted(case_id, "phase3")
-
-    @app.post("/aura/cases/<case_id>/analysis/trigger")
-    async def trigger_stream(case_id: str) -> Response:
-        run, _, script = await trigger(case_id, "phase2")
-        if run is None or (script and refuses(script)):
-            return played(script or ())
-        return stream(run.facts.run_id)
-
-    @app.get("/aura/cases/<case_id>/analysis/stream")
-    async def case_analysis_stream(case_id: str) -> Response:
-        run_id = entry().run_id = request.args.get("runId")
-        if run_id is None:
-            raise invalid("the query needs runId=…", "query", "runId")
-        return stream(run_id)
-
-    @app.get("/aura/analysis-runs/<run_id>/stream")
-    @app.get("/aura/analysis-runs//stream", defaults={"run_id": ""})
-    async def analysis_run_stream(run_id: str) -> Response:
-        return stream(run_id)
-
-    def stream(run_id: str) -> Response:
+    def stream(self, run_id: str) -> Response:
         """One viewer's stream of this run: which script, from where."""
         if not run_id:
             raise Refusal(400, {"error": "runId is required", "runId": None})
         now, query = entry(), request.args if request.query_string else {}
-        asked = desk.asked(header(ASKED), query) if request.method != "POST" else None
-        run = hub.find(run_id, tenant=g.tenant)
+        asked = self.desk.asked(header(ASKED), query) if request.method != "POST" else None
+        run = self.hub.find(run_id)
+        if run and not may_see(g.tenant, run.facts.tenant_id):
+            raise self.unknown(run_id)
+        if request.method != "HEAD":
+            self.make_room()
         if run is None:
-            return without_a_run(run_id, asked)
+            return self._without_a_run(run_id, asked)
         given = query.get("lastEventId") or query.get("last-event-id")
         now.last_event_id = header(b"last-event-id") or given
         now.resumed_after = resume_point(now.last_event_id, run.log.last)
@@ -2666,7 +2927,7 @@ def client_routes(  # noqa: C901  # likewise
         before = run.attempts.get(scenario.name, 0)
         if request.method == "HEAD":
             now.plays(scenario, before)
-            return head_only({**STREAM_HEAD, **echo()})
+            return head_only({**STREAM_HEAD, **self._echo()})
         now.plays(scenario, before + 1)
         run.attempts[scenario.name] = before + 1
         if len(run.attempts) > 1000:  # names of inline scenarios, which anybody can make up
@@ -2677,62 +2938,116 @@ def client_routes(  # noqa: C901  # likewise
             log.info(text, safe(run_id), safe(now.last_event_id))
             if not now.resumed_after and now.last_event_id != "0":
                 now.notes.append("its Last-Event-ID is no event of this run: from the start")
-        return played((scenario.stream or ordinary).of(before + 1), run)
+        return self.played((scenario.stream or self._ordinary[run.facts.phase]).of(before + 1), run)
 
-    def without_a_run(run_id: str, asked: Scenario | None) -> Response:
+    def make_room(self) -> None:
+        """Refuse a viewer too many. (What is decided here has opened its delivery before anybody
+        else is asked: there is no checkpoint in between.) A native EventSource would never come
+        back after a 503; so it gets a short stream, and the time at which to come again."""
+        limit, wait = self.settings.max_sse_connections, random.randint(1000, 10_000)
+        if self.hub.streams < limit:
+            return
+        why = f"too many open streams, the limit is {limit}"
+        log.warning(why)
+        entry().notes.append(why)
+        native = "text/event-stream" in header(b"accept") and header(b"sec-fetch-mode")
+        if native and not header(b"authorization"):
+            soft = [{"raw": f"retry: {wait}\n\n"}, {"comment": why}]
+            raise Refusal(200, script=parse_script(soft, "stream"))
+        error = {"error": "too many open streams", "limit": limit}
+        raise Refusal(503, error, {"Retry-After": str(wait // 1000)})
+
+    def _without_a_run(self, run_id: str, asked: Scenario | None) -> Response:
         """A script that needs no log plays for an unknown run too."""
-        now = entry()
+        now, desk = entry(), self.desk
         if request.method == "HEAD":
-            raise unknown(run_id)
+            raise self.unknown(run_id)
         scenario = asked or desk.meant((run_id, now.case_id), now.test_id, needs_no_run)
         if scenario and scenario.stream:
             attempt = desk.attempts("stream", scenario.name, run_id) + 1
             if not uses(script := scenario.stream.of(attempt), "relay"):
                 desk.count("stream", scenario.name, run_id, test_id=now.test_id)
                 now.plays(scenario, attempt)
-                return played(script)
+                return self.played(script)
         now.says("runId not found or already completed")
-        raise unknown(run_id)
+        raise self.unknown(run_id)
 
-    def played(script: Script, run: Run | None = None, **more: Any) -> Response:
-        below, headers = connection_of(request.scope), more.pop("headers", None) or echo()
-        return Streamed(Faulty(script, entry(), hub, run, headers, below, **more))
+    def played(self, script: Script, run: Run | None = None, **more: Any) -> Response:
+        below, headers = connection_of(request.scope), more.pop("headers", None) or self._echo()
+        return Streamed(Faulty(script, entry(), self.hub, run, headers, below, **more))
 
-    def echo() -> dict[str, str]:
+    def _echo(self) -> dict[str, str]:
         now = entry()
         return {
             "x-aura-run-id": header_value(now.run_id or ""),
-            "x-aura-instance": shown_instance,
+            "x-aura-instance": self._shown_instance,
             "x-aura-scenario": now.scenario or "",
             "x-aura-attempt": str(now.attempt),
         }
 
-    def seen(run_id: str) -> Run:
+    def seen(self, run_id: str) -> Run:
         """The run, or the 404 that helps."""
-        run = hub.find(run_id, tenant=g.tenant)
+        run = self.hub.find(run_id, tenant=g.tenant)
         if run is None:
-            raise unknown(run_id)
+            raise self.unknown(run_id)
         return run
 
-    def unknown(run_id: str) -> Refusal:
-        live = [run.facts.run_id for run in hub.seen_by(g.tenant) if not run.ended]
+    def unknown(self, run_id: str) -> Refusal:
+        live = [run.facts.run_id for run in self.hub.seen_by(g.tenant) if not run.ended]
         close = difflib.get_close_matches(run_id[:200], live[-500:], n=1)
-        hint = f"no such run on instance {instance}, where {len(live)} live"
+        hint = f"no such run on instance {self._instance}, where {len(live)} live"
         hint += f"; did you mean {close[0]!r}?" if close else ""
-        if hub.was_here(run_id, tenant=g.tenant):
-            hint = f"it has ended and was forgotten by instance {instance}; trigger it again"
-        status = int(settings.unknown_run) if entry().kind == "stream" else 404
+        if self.hub.was_here(run_id, tenant=g.tenant):
+            hint = f"it has ended and was forgotten by instance {self._instance}; trigger it again"
+        status = int(self.settings.unknown_run) if entry().kind == "stream" else 404
         error = "runId not found or already completed"
         return Refusal(status, {"error": error, "runId": run_id, "hint": hint})
 
-    @app.get("/__aura/runs/<run_id>")
+
+def client_routes(  # noqa: C901  # likewise
+    app: QuartTrio, reception: Reception
+) -> None:
+    """A client's life: trigger, stream, state, cancel, result."""
+
+    async def order(case_id: str, phase: str) -> Order:
+        body = checked_body(await request.get_data(), TRIGGER_BODY[phase])
+        given = body.get("runId") not in (None, "")
+        return Order(str(body["runId"] if given else uuid.uuid4()), case_id, phase, body, given)
+
+    @app.post("/aura/cases/<case_id>/analysis-runs")
+    async def phase2_trigger(case_id: str) -> Response:
+        return reception.accepted(await order(case_id, "phase2"))
+
+    @app.post("/aura/internal/cases/<case_id>/analysis-runs")
+    async def phase3_trigger(case_id: str) -> Response:
+        return reception.accepted(await order(case_id, "phase3"))
+
+    @app.post("/aura/cases/<case_id>/analysis/trigger")
+    async def trigger_stream(case_id: str) -> Response:
+        run, _, script = reception.trigger(await order(case_id, "phase2"))
+        if run is None or (script and refuses(script)):
+            return reception.played(script or ())
+        return reception.stream(run.facts.run_id)
+
+    @app.get("/aura/cases/<case_id>/analysis/stream")
+    async def case_analysis_stream(case_id: str) -> Response:
+        run_id = entry().run_id = request.args.get("runId")
+        if run_id is None:
+            raise invalid("the query needs runId=…", "query", "runId")
+        return reception.stream(run_id)
+
+    @app.get("/aura/analysis-runs/<run_id>/stream")
+    @app.get("/aura/analysis-runs//stream", defaults={"run_id": ""})
+    async def analysis_run_stream(run_id: str) -> Response:
+        return reception.stream(run_id)
+
     @app.get("/aura/cases/<case_id>/analysis-runs/<run_id>")
-    async def run_state(run_id: str, case_id: str = "") -> Response:
-        return answer(state_of(seen(run_id)))
+    async def run_state(run_id: str, case_id: str) -> Response:
+        return answer(state_of(reception.seen(run_id)))
 
     @app.delete("/aura/cases/<case_id>/analysis-runs/<run_id>")
     async def cancel_run(case_id: str, run_id: str) -> Response:
-        run = seen(run_id)
+        run = reception.seen(run_id)
         run.cancel(Failure("the run was cancelled by a DELETE", stage="cancelled", retryable=False))
         if run.settled:
             while not run.ended:
@@ -2742,7 +3057,8 @@ def client_routes(  # noqa: C901  # likewise
 
     @app.get("/aura/cases/<case_id>/analysis")
     async def last_result(case_id: str) -> Response:
-        runs = [run for run in hub.seen_by(g.tenant) if run.facts.case_id == case_id]
+        visible = reception.hub.seen_by(g.tenant)
+        runs = [run for run in visible if run.facts.case_id == case_id]
         run = next((run for run in reversed(runs) if run.status == "completed"), None)
         if run is None:
             hint = f"{len(runs)} of its runs are here, none completed; trigger one and wait for it"
@@ -2750,22 +3066,90 @@ def client_routes(  # noqa: C901  # likewise
             raise Refusal(404, {"error": error, "caseId": case_id, "hint": hint})
         return answer(result_of(run))
 
-    @app.post("/__aura/emit")
-    async def emit() -> Response:
-        body = checked_body(await request.get_data(), EMIT)
-        run = seen(str(body["runId"]))
-        try:
-            if run.last_word is not None:
-                raise trio.ClosedResourceError
-            with run.sending.clone() as sending:
-                await sending.send(Event(body["event"], body["data"]))
-        except (trio.ClosedResourceError, trio.BrokenResourceError):
-            error = f"this run has ended ({run.status}), nobody listens any more"
-            raise Refusal(409, {"error": error, "runId": body["runId"]}) from None
-        return answer({"emitted": body["event"]})
+
+def job_routes(  # noqa: C901  # likewise
+    app: QuartTrio, reception: Reception
+) -> None:
+    """Generation jobs: runs of their own kind, which need no token."""
+    hub = reception.hub
+
+    def jobs() -> list[Run]:
+        return [run for run in hub.seen_by(g.tenant) if run.facts.phase == "generation"]
+
+    def job(job_id: str) -> Run:
+        """The job; or a 404 that does not say what else has this id."""
+        run = hub.find(job_id, tenant=g.tenant)
+        if run is None or run.facts.phase != "generation":
+            hint = "POST /api/v1/generations starts a job, and says where its events are"
+            raise Refusal(404, {"error": "there is no such job", "jobId": job_id, "hint": hint})
+        return run
+
+    @app.get("/api/generation/jobs/<job_id>/events")
+    async def job_stream(job_id: str) -> Response:
+        """Whoever watches a job that is not there starts it: the runbook does."""
+        if hub.find(job_id) is None and request.method == "HEAD":
+            return head_only(STREAM_HEAD)
+        if hub.find(job_id) is None:
+            checked_id(job_id)
+            run, _, script = reception.trigger(Order(job_id, job_id, "generation", {}))
+            if run is None:
+                return reception.played(script or ())
+        return reception.stream(job(job_id).facts.run_id)
+
+    @app.post("/api/v1/generations")
+    async def generate() -> Response:
+        body = checked_body(await request.get_data(), TRIGGER_BODY["generation"])
+        job_id = f"job_{uuid.uuid4().hex[:16]}"
+        project = str(body.get("projectId") or job_id)
+        return reception.accepted(Order(job_id, project, "generation", body, given=False))
+
+    @app.get("/api/v1/generations/<job_id>/events")
+    async def job_events(job_id: str) -> Response:
+        return reception.stream(job(job_id).facts.run_id)
+
+    @app.get("/api/v1/generations/<job_id>")
+    async def show_job(job_id: str) -> Response:
+        return answer(job_of(job(job_id)))
+
+    @app.delete("/api/v1/generations/<job_id>")
+    async def cancel_job(job_id: str) -> Response:
+        why = "the job was cancelled by a DELETE"
+        job(job_id).cancel(Failure(why, stage="cancelled", retryable=False))
+        return answer(None, 204)
+
+    @app.get("/api/v1/generations/_stats")
+    async def job_statistics() -> Response:
+        states = collections.Counter(job_status(run) for run in jobs())
+        counts = {name: states[name] for name in JOB_STATUSES}
+        viewers = {"active_connections": sum(run.viewers for run in jobs())}
+        told = {"total_jobs": states.total(), **counts, **viewers}
+        operational = {"service_status": "operational", "timestamp": now_iso()}
+        return answer({"job_statistics": told, **operational})
+
+    @app.get("/api/v1/generations/active")
+    async def active_jobs() -> Response:
+        active = [job_of(run) for run in jobs() if not run.ended]
+        return answer({"active_jobs": active, "total_active": len(active)})
 
 
-def operation_routes(app: QuartTrio, hub: Hub, about: Mapping[str, Any]) -> None:
+JOB_STATUSES = ("queued", "streaming", "completed", "failed", "canceled")
+
+
+def job_status(run: Run) -> str:
+    running = "streaming" if run.log.last else "queued"
+    return {"running": running, "cancelled": "canceled"}.get(run.status, run.status)
+
+
+def job_of(run: Run) -> dict[str, Any]:
+    last = (said_last(run.log, "progress", 1) or [{}])[0]
+    state = {"jobId": run.facts.run_id, "status": job_status(run)}
+    return {**state, "progress": last.get("value", 0), "createdAt": run.started_at}
+
+
+def operation_routes(
+    app: QuartTrio, hub: Hub, journal: Journal, about: Mapping[str, Any]
+) -> None:
+    """For whoever is on call."""
     began = clock.perf_counter()
 
     @app.get("/")
@@ -2774,18 +3158,112 @@ def operation_routes(app: QuartTrio, hub: Hub, about: Mapping[str, Any]) -> None
         return answer({**told, "status": "operational"})
 
     @app.get("/health")
+    @app.get("/api/generation/health")
     async def health() -> Response:
         uptime = round(clock.perf_counter() - began, 3)
-        counts = {"runs": hub.live, "sse_connections": hub.viewers, "uptime": uptime}
+        counts = {"runs": hub.live, "sse_connections": hub.streams, "uptime": uptime}
         told = {"instance": about["instance"], "version": about["version"]}
         return answer({"status": "healthy", **told, **counts})
 
+    @app.post("/api/admin/sse/restart")
+    async def restart_streams() -> Response:
+        return answer({"closed": close_all(hub, "end")})
+
+    @app.post("/api/admin/sse/broadcast-reconnect")
+    async def broadcast_reconnect() -> Response:
+        """Each viewer at a time of its own: not all at once."""
+        def later() -> bytes:
+            return b"retry: %d\n\n" % random.randint(1000, 5000)
+
+        return answer({"notified": close_all(hub, "end", farewell=later)})
+
+    @app.post("/api/admin/connections/reset")
+    async def reset_connections() -> Response:
+        return answer({"dropped": close_all(hub, "drop")})
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        try:
+            text = prometheus_text(journal.figures(), hub)
+        except ImportError:
+            install = "pip install 'aura-stream[metrics]'"
+            raise Refusal(501, {"error": f"metrics need an extra: {install}"}) from None
+        return Response(text, content_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+KNOWN_EVENTS = (
+    "started", "step", "evidence", "confidence", "proposal", "completed", "failed", "agent",
+    "progress", "preview",
+)  # of the contract; what a scenario or an analysis makes up is `other`
+
+
+def measured(figures: Figures, hub: Hub) -> Iterator[tuple[str, str, str, tuple[str, ...], Any]]:
+    """Kind, name, meaning, labels and values of every metric. What can be known beforehand begins
+    at 0: a counter that appears has no rate."""
+    sent = dict.fromkeys([*KNOWN_EVENTS, "other"], 0)
+    for name, count in figures.names.items():
+        sent[name if name in KNOWN_EVENTS else "other"] += count
+    runs = collections.Counter(run.status for run in hub.seen_by(None))
+    rate = figures.written / figures.due if figures.due else 1
+    asked = collections.Counter[tuple[str, ...]]()
+    for (method, path, status), count in figures.requests.items():
+        asked[method, shown_path(path), status] += count
+    for kind, name, says, value in (
+        ("gauge", "sse_connections_open", "open streams", hub.streams),
+        ("counter", "sse_connections_total", "streams", figures.streams),
+        ("unknown", "sse_reconnect_count", "streams opened with an id", figures.reconnects),
+        ("counter", "sse_bytes_sent_total", "bytes of streams sent", figures.bytes),
+        ("counter", "sse_heartbeat_sent_total", "heartbeats sent", figures.heartbeats),
+        ("gauge", "sse_message_delivery_success_rate", "events written of events due", rate),
+        ("histogram", "sse_connection_duration_seconds", "streams", figures.durations),
+        ("histogram", "sse_time_to_first_event_seconds", "to an event", figures.first_events),
+        ("histogram", "aura_run_duration_seconds", "runs", hub.durations),
+    ):
+        yield kind, name, says, (), {(): value}
+    for kind, name, says, labels, values in (
+        ("counter", "sse_message_sent_total", "events sent", "event", sent),
+        ("counter", "sse_stream_ended_total", "who ended streams, and how", "by how",
+         {**dict.fromkeys(ACTS, 0), **figures.ended}),
+        ("counter", "http_requests_total", "requests", "method endpoint status", asked),
+        ("gauge", "aura_runs", "runs that are here", "status",
+         {status: runs[status] for status in RUN_STATUSES}),
+    ):
+        yield kind, name, says, tuple(labels.split()), values
+
+
+def prometheus_text(figures: Figures, hub: Hub) -> bytes:
+    """The figures of this application, and of no other in the process, as Prometheus reads them."""
+    from prometheus_client import generate_latest  # an extra
+    from prometheus_client.metrics_core import HistogramMetricFamily, Metric
+
+    families: list[Any] = []
+    for kind, name, says, labels, values in measured(figures, hub):
+        family = Metric(name.removesuffix("_total"), says, kind)
+        if kind == "histogram":
+            found = values[()]
+            family = HistogramMetricFamily(name, says, found.buckets(), found.sum)
+        for key, value in values.items() if kind != "histogram" else ():
+            parts = key if isinstance(key, tuple) else (key,)
+            family.add_sample(name, dict(zip(labels, parts, strict=True)), value)
+        families.append(family)
+    return generate_latest(types.SimpleNamespace(collect=lambda: families))
+
+
+RUN_STATUSES = ("running", "completed", "failed", "cancelled")
+
+
+def shown_path(pattern: str) -> str:
+    """A route's path as the contract writes it; a job's events as the runbook's queries do."""
+    path = re.sub(r"<(?:int:)?(\w+)>", lambda found: f"{{{camel(found[1])}}}", pattern)
+    return re.sub(r".*}/events", "*/events", path)
+
 
 def control_routes(  # noqa: C901  # likewise
-    app: QuartTrio, hub: Hub, desk: Desk, journal: Journal, about: Mapping[str, Any],
+    app: QuartTrio, reception: Reception, journal: Journal, about: Mapping[str, Any],
     stop: Callable[[], None] | None,
 ) -> None:
     """The control of the test double: what it can do, what is to happen, what has happened."""
+    hub, desk = reception.hub, reception.desk
     began = hub.time.now()
 
     async def told(check: Check) -> dict[str, Any]:
@@ -2838,6 +3316,24 @@ def control_routes(  # noqa: C901  # likewise
     async def list_runs() -> Response:
         return answer({"runs": [state_of(run) for run in hub.seen_by(None)]})
 
+    @app.get("/__aura/runs/<run_id>")
+    async def show_run(run_id: str) -> Response:
+        return answer(state_of(reception.seen(run_id)))
+
+    @app.post("/__aura/emit")
+    async def emit() -> Response:
+        body = await told(EMIT)
+        run = reception.seen(str(body["runId"]))
+        try:
+            if run.last_word is not None:
+                raise trio.ClosedResourceError
+            with run.sending.clone() as sending:
+                await sending.send(Event(body["event"], body["data"]))
+        except (trio.ClosedResourceError, trio.BrokenResourceError):
+            error = f"this run has ended ({run.status}), nobody listens any more"
+            raise Refusal(409, {"error": error, "runId": body["runId"]}) from None
+        return answer({"emitted": body["event"]})
+
     @app.get("/__aura/connections")
     async def list_connections() -> Response:
         entries = [delivery.entry for delivery in hub.deliveries]
@@ -2847,12 +3343,10 @@ def control_routes(  # noqa: C901  # likewise
     @app.delete("/__aura/connections/<int:number>")
     async def close_connections(number: int | None = None) -> Response:
         how = query({"how": just("end", "drop", "reset")}).get("how", "end")
-        chosen = [one for one in hub.deliveries if number in (None, one.entry.seq)]
-        if number is not None and not chosen:
+        count = close_all(hub, how, only=number)
+        if number is not None and not count:
             raise Refusal(404, {"error": f"no open connection has the id {number}"})
-        for delivery in chosen:
-            delivery.close(how)
-        return answer({"closed": len(chosen), "how": how})
+        return answer({"closed": count, "how": how})
 
     @app.get("/__aura/tasks")
     async def show_tasks() -> Response:
@@ -2860,7 +3354,7 @@ def control_routes(  # noqa: C901  # likewise
 
     @app.get("/__aura/journal")
     async def read_journal() -> Response:
-        asked = query(JOURNAL)
+        asked = query({**JOURNAL, "count": number(1, max(journal.most, 1), whole=True)})
         wanted = {name: asked.get(camel(name)) for name in ("run_id", "test_id", "kind")}
         since, count, within = asked.get("since", 0), asked.get("count"), asked.get("within", 5)
         if count is None:
@@ -2905,7 +3399,7 @@ def control_routes(  # noqa: C901  # likewise
 _an_id = that("a text that is not empty", lambda text: bool(text))
 _where = {"runId": _an_id, "testId": _an_id, "kind": just("stream", "trigger", "request")}
 JOURNAL = {
-    **_where, "since": number(0, 10**15, whole=True), "count": number(1, Journal.most, whole=True),
+    **_where, "since": number(0, 10**15, whole=True),
     "within": number(0, 3600), "view": just("calls"),
 }
 NEXT = keys({
@@ -2962,17 +3456,28 @@ def frames_of(task: trio.lowlevel.Task) -> Iterator[types.FrameType]:
         step = step.cr_await
 
 
-def phase2_accepted(run_id: str, case_id: str) -> dict[str, Any]:
+def phase2_accepted(run_id: str, case_id: str, body: Mapping[str, Any]) -> dict[str, Any]:
     ids, url = {"runId": run_id, "caseId": case_id}, f"/aura/analysis-runs/{encoded(run_id)}/stream"
     return {"status": "ACCEPTED", **ids, "streamUrl": url}
 
 
-def phase3_accepted(run_id: str, case_id: str) -> dict[str, Any]:
+def phase3_accepted(run_id: str, case_id: str, body: Mapping[str, Any]) -> dict[str, Any]:
     path = f"/aura/cases/{encoded(case_id)}/analysis/stream?runId={encoded(run_id)}"
     return {"accepted": True, "runId": run_id, "streamPath": path}
 
 
-ACCEPTED = {"phase2": phase2_accepted, "phase3": phase3_accepted}
+def job_accepted(job_id: str, case_id: str, body: Mapping[str, Any]) -> dict[str, Any]:
+    url, project = f"/api/v1/generations/{encoded(job_id)}", body.get("projectId")
+    urls = {"sseUrl": f"{url}/events", "cancelUrl": url, "projectId": project}
+    title = body.get("title") or (body.get("description") or "Untitled")[:80]
+    told = {"title": title, "estimatedDuration": 18}  # seconds, at the ordinary pace
+    return {"jobId": job_id, "status": "queued", **urls, **told}
+
+
+ACCEPTED = {
+    "phase2": (202, phase2_accepted), "phase3": (202, phase3_accepted),
+    "generation": (201, job_accepted),
+}
 
 
 def disabled(run_id: str, phase: str) -> Refusal:
@@ -2990,7 +3495,8 @@ def state_of(run: Run) -> dict[str, Any]:
 def said_last(log: Log, name: str, count: int) -> list[Any]:
     """The data of the last events of this name, read back from the bytes that viewers get; only
     objects: text is not a result."""
-    places = [at for at in range(log.first, log.last + 1) if log.name_of(at) == name]
+    names = log.names(log.first - 1, log.last)
+    places = [at for at, one in enumerate(names, log.first) if one == name]
     found = []
     for place in places[-count:]:
         text = next(read_events(log.read(place - 1, most=1)[0].decode()))[2]
@@ -3016,8 +3522,7 @@ def result_of(run: Run) -> dict[str, Any]:
 # fails on the stock server.
 
 CUT = Ending("shutdown", "cancelled", "still open when the server had to go")
-LINGER = 2.0  # seconds in which what a refused client still sends is read and thrown away
-LINGER_BYTES = 16 * 2**20  # and how much of it; then the client has had its chance to hear us
+PIECE = 64 * 2**10  # bytes that have one send deadline
 AHEAD = 64 * 2**10  # bytes read ahead of an answer; then a client's leaving shows at a write only
 
 
@@ -3177,7 +3682,7 @@ class Connection(TCPServer):
 
     async def _read_data(self) -> None:
         """Hand on what the client sends, until it leaves, is too slow, or we have closed."""
-        receive, left_over = partial(self.stream.receive_some, 2**16), LINGER_BYTES
+        receive, left_over = partial(self.stream.receive_some, 2**16), self.settings.max_linger
         gone = (trio.BrokenResourceError, trio.ClosedResourceError)
         with self._patience, contextlib.suppress(*gone):
             while (data := bytes(await receive())) and not self._closing:
@@ -3189,9 +3694,13 @@ class Connection(TCPServer):
                 data = bytes(await receive())
                 left_over -= len(data)
         if self._closing:
+            if (thrown := self.settings.max_linger - left_over) and data:
+                log.info("cut a refused client that was still sending, after %d bytes", thrown)
             return
         if self._patience.cancelled_caught and self._head_begun:
             await self.protocol._send_error_response(408)
+        elif self._patience.cancelled_caught:
+            log.debug("closed a connection that was idle for %g s", self.settings.keep_alive)
         await self._give_up()
 
     @property
@@ -3246,8 +3755,8 @@ class Connection(TCPServer):
     async def _send_slowly(self, data: memoryview) -> None:
         """Piece by piece: a slow reader of a big event is not one that has stopped reading."""
         async with self.send_lock:
-            for start in range(0, len(data), WRITE):
-                if not await self._send_piece(data[start : start + WRITE]):
+            for start in range(0, len(data), PIECE):
+                if not await self._send_piece(data[start : start + PIECE]):
                     await self._give_up()
                     return
 
@@ -3280,7 +3789,7 @@ class Connection(TCPServer):
         self._ending = self._ending or Ending("server", "error", "the request was malformed")
         heard = self.protocol.connection.their_state in (h11.DONE, h11.MUST_CLOSE, h11.CLOSED)
         at_once = (heard and not self._head_begun) or self._leave_by < math.inf
-        self._patience.deadline = trio.current_time() + (0.0 if at_once else LINGER)
+        self._patience.deadline = trio.current_time() + (0.0 if at_once else self.settings.linger)
         with contextlib.suppress(OSError):
             self.stream.socket.shutdown(socket.SHUT_WR)
         await self.protocol.handle(Closed())
@@ -3349,7 +3858,6 @@ _BUSY = _answers(503, {"error": "temporarily unavailable"}, Retry_After="1")
 _UNKNOWN = {"error": "runId not found or already completed", "runId": "{runId}"}
 _LOGIN = "<!doctype html><title>Log in</title><p>Your session has expired."
 _OFF = {"status": "disabled", "message": "Analysis disabled (DEMO_OFF)"}
-_BEAT = {"type": "heartbeat", "timestamp": "{now}", "server_time": "{now}", "jobId": "{runId}"}
 _KOREAN = "증거를 수집하고 규칙을 적용한 뒤 위험도를 설명합니다. " * 40
 
 CATALOGUE: dict[str, tuple[str, dict[str, Any]]] = {
@@ -3359,8 +3867,8 @@ CATALOGUE: dict[str, tuple[str, dict[str, Any]]] = {
         "run": [{"ordinary": "phase3"}]}),
     "generation": ("a generation job: progress, ids `{jobId}_{n}`, heartbeats as events", {
         "run": [{"ordinary": "generation"}],
-        "stream": [{"frame": {"id": "{runId}_{n}"}}, _HELLO, {"heartbeat": {
-            "every": 30, "event": "heartbeat", "data": _BEAT}}, _REST, _BYE]}),
+        "stream": [{"frame": {"id": "{runId}_{n}"}}, _HELLO,
+                   {"heartbeat": {"every": 30, **JOB_BEAT}}, _REST, _BYE]}),
     "failed": ("the analysis fails: `failed` says why and is the last event, then [DONE]", {
         "run": [*_FOUR[:2], {"fail": {"error": "the model refused the prompt", "stage": "llm"}}]}),
     "crash": ("the analysis raises: `failed` names the exception, the server lives", {
@@ -3534,6 +4042,7 @@ class Aura:
     port: int
     stop: Callable[[], None] = field(repr=False)
     token: trio.lowlevel.TrioToken | None = field(default=None, repr=False)
+    bearer: str = field(default="aura", repr=False)  # the admin token, if there is one
 
     def trigger(
         self, case: str | int, *, run_id: str | None = None, scenario: Any = None, **body: Any
@@ -3585,7 +4094,7 @@ class Aura:
     def _ask(self, method: str, path: str, body: Any = None, *, patience: float = 0) -> Any:
         if trio.lowlevel.in_trio_run() and self.token is trio.lowlevel.current_trio_token():
             raise RuntimeError("this would hold up the server: await trio.to_thread.run_sync(…)")
-        headers = {"Authorization": "Bearer aura", "Content-Type": "application/json"}
+        headers = {"Authorization": f"Bearer {self.bearer}", "Content-Type": "application/json"}
         content = None if body is None else to_json(body).encode()
         host = urlsplit(self.url).hostname or ""
         wire = http.client.HTTPConnection(host, self.port, timeout=10 + patience)
@@ -3638,8 +4147,7 @@ async def serve(
     Cancelled, it ends at once: what is open is cut. A failed start is the OSError it was.
     """
     settings = settings or Settings()
-    if settings.redis_url:
-        log.warning("REDIS_URL is set, but this version keeps runs in memory only")
+    warn(settings)
     known = known_scenarios(settings)
     listeners = await listen(settings)
     port = listeners[0].socket.getsockname()[1]
@@ -3659,7 +4167,8 @@ async def serve(
             if hub.time.rate == math.inf:
                 clocks.start_soon(hub.time.jump, name="clock")
             token = trio.lowlevel.current_trio_token()
-            task_status.started(Aura(url, port, stopping.set, token))
+            bearer = settings.admin_token or "aura"
+            task_status.started(Aura(url, port, stopping.set, token, bearer))
             await stopping.wait()
             accept.cancel_scope.cancel(reason="the server is stopping")
         hub.stop(Failure("the server was stopped", stage="shutdown"))
@@ -3667,6 +4176,15 @@ async def serve(
         connections.cancel_scope.deadline = trio.current_time() + settings.grace
         for connection in list(open_ones):
             connection.leave(by=connections.cancel_scope.deadline)
+
+
+def warn(settings: Settings) -> None:
+    """What somebody who starts it like this should know."""
+    if settings.redis_url:
+        log.warning("REDIS_URL is set, but this version keeps runs in memory only")
+    if settings.host not in LOCAL and not settings.admin_token:
+        text = "control (/__aura, /api/admin) is for callers on this machine; ADMIN_TOKEN opens it"
+        log.warning(text)
 
 
 @contextlib.asynccontextmanager

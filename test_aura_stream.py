@@ -9,6 +9,7 @@ that needs a program (Java, Node, curl) skips where it is missing, and fails the
 
 import ast
 import contextlib
+import dataclasses
 import errno
 import http.client
 import json
@@ -28,7 +29,7 @@ import time
 import types
 import uuid
 from pathlib import Path
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 import httpx
 import outcome
@@ -386,6 +387,8 @@ class Answer:
 class Client:
     """Asks the application directly. (Quart-Trio's own client holds ten parts of an answer, and a stream has more.)"""
 
+    peer = "127.0.0.1"
+
     def __init__(self, app):
         self._app = app
 
@@ -395,7 +398,7 @@ class Client:
         parts = [{"type": "http.request", "body": body, "more_body": False}]
         scope = {
             "type": "http", "http_version": "1.1", "method": method, "scheme": "http", "path": unquote(path), "root_path": "",
-            "raw_path": path.encode(), "query_string": query.encode(), "client": ("test", 1), "asgi": {"version": "3.0"},
+            "raw_path": path.encode(), "query_string": query.encode(), "client": (self.peer, 1), "asgi": {"version": "3.0"},
             "headers": [(name.lower().encode(), value.encode()) for name, value in {"Host": "localhost", **(headers or {})}.items()],
         }  # fmt: skip
 
@@ -433,7 +436,7 @@ def facts(script_time, run_id="r1", phase="phase2", **more):
 
 async def played(script, *, run=None, settings=None, after=0, cut_at=None, hub=None, seed=None):
     """What a delivery writes, and its entry; cut off after so many bytes if told so."""
-    entry = Entry("GET", "/", "test:1", "id", kind="stream", resumed_after=after, seed=seed)
+    entry = Entry("GET", "/", "test:1", "id", kind="stream", attempt=1, resumed_after=after, seed=seed)
     written, heads = bytearray(), []
 
     async def send(message):
@@ -807,7 +810,7 @@ def test_every_verb_is_a_method_where_it_may_stand():
 
 
 def test_templates_fill_five_names_and_nothing_else():
-    player = aura_stream.Player(Time(), aura_stream.Gates(), {"runId": "r", "caseId": "c", "tenantId": ""}, "seed")
+    player = aura_stream.Player(Time(), aura_stream.Gates(1000), {"runId": "r", "caseId": "c", "tenantId": ""}, "seed")
     player._turn = 7
     assert player.fill("{runId} {caseId} {n} {{n} {other} }}") == "r c 7 {n} {other} }}"
     assert player.fill({"{runId}": ["{tenantId}", 5, None]}) == {"r": ["", 5, None]}
@@ -826,7 +829,7 @@ def test_attempts_take_their_turn():
 
 
 async def test_a_gate_opens_for_one_run_or_for_all_and_for_good(autojump_clock):
-    gates, through = aura_stream.Gates(), []
+    gates, through = aura_stream.Gates(1000), []
 
     async def at(gate, run_id):
         await gates.wait(gate, run_id)
@@ -852,7 +855,7 @@ async def test_a_gate_opens_for_one_run_or_for_all_and_for_good(autojump_clock):
 
 def test_a_range_is_drawn_from_the_seed():
     def drawn(seed):
-        player = aura_stream.Player(Time(), aura_stream.Gates(), {}, seed)
+        player = aura_stream.Player(Time(), aura_stream.Gates(1000), {}, seed)
         return [player.draw([1, 2]) for _ in range(3)]
 
     assert drawn("a") == drawn("a") != drawn("b")
@@ -939,7 +942,7 @@ def test_the_first_ending_counts():
 
 def an_entry(journal, run_id="r", *, finished=True, **more):
     entry = Entry("GET", "/", "c", "i", kind="stream", run_id=run_id, **more)
-    journal.record(entry)
+    journal.open(entry)
     if finished:
         entry.finish("server", "end", "over")
         journal.close(entry)
@@ -1025,7 +1028,7 @@ async def ended(run):
 
 
 def played_by(run):
-    return aura_stream.scripted(run.scenario, aura_stream.Gates())
+    return aura_stream.scripted(run.scenario, aura_stream.Gates(1000))
 
 
 async def test_every_event_passes_the_channel(autojump_clock):
@@ -1403,8 +1406,8 @@ async def test_a_forgotten_run_still_counts_its_viewers(autojump_clock):
             nursery.start_soon(lambda: played(parse_script(slow, "stream"), run=run, hub=hub))
             await trio.sleep(50)
             assert hub.find("r1") is None
-            assert hub.viewers == 1
-        assert hub.viewers == 0
+            assert hub.streams == 1
+        assert hub.streams == 0
 
 
 async def test_an_ended_run_is_kept_for_its_retention(autojump_clock):
@@ -1747,7 +1750,7 @@ def test_five_megabytes_in_pieces_of_one_byte_are_made_one_by_one():
     outlet = aura_stream.Outlet()
     outlet.chunk = 1
     began = time.perf_counter()
-    assert next(outlet.take(b"x" * 5_000_000, aura_stream.Cargo(1, 1))) == b"x" and time.perf_counter() - began < 0.25
+    assert next(outlet.take(b"x" * 5_000_000, aura_stream.Cargo(("e",), 1))) == b"x" and time.perf_counter() - began < 0.25
 
 
 @pytest.mark.parametrize(("frame", "expected"), [
@@ -2150,6 +2153,285 @@ async def test_post_sse_counts_as_an_attempt_and_is_refused_like_a_trigger(autoj
         assert (answer.status_code, hub.find("b")) == (503, None)
         journal = (await (await client.get("/__aura/journal")).get_json())["entries"]
         assert [one["kind"] for one in journal] == ["stream"] * 3
+
+
+@pytest.mark.parametrize(("host", "settings", "status"), [
+    ("localhost", {}, 200),
+    ("LOCALHOST:9000", {}, 200),
+    ("127.0.0.1:1", {}, 200),
+    ("[::1]:9000", {}, 200),
+    ("evil.test", {}, 421),
+    ("evil.test:9000", {}, 421),
+    ("localhost.evil.test", {}, 421),
+    ("127.0.0.1.evil.test", {}, 421),
+    ("box.lan:9000", {"host": "box.lan"}, 200),
+    ("other.lan", {"host": "box.lan"}, 421),
+    ("a.test", {"allow_host": "a.test, B.test"}, 200),
+    ("b.test:80", {"allow_host": "a.test, B.test"}, 200),
+    ("c.test", {"allow_host": "a.test, B.test"}, 421),
+    ("evil.test", {"host": "0.0.0.0"}, 200),
+    ("evil.test", {"host": "::"}, 200),
+    ("", {}, 200),  # HTTP/1.0 may have none, and no browser's page can send none
+])  # fmt: skip
+async def test_a_page_on_a_name_of_its_own_does_not_reach_the_server(host, settings, status):
+    async with in_memory(**settings) as (client, _, _, _):
+        for path in ("/health", "/__aura/health"):
+            answer = await client.get(path, headers={"Host": host})
+            assert answer.status_code == status
+        if status == 421:
+            assert host.rpartition(":")[0] in (await answer.get_json())["error"] and "--allow-host" in (await answer.get_json())["hint"]
+
+
+TOKEN = {"Authorization": "Bearer s3cret"}
+
+
+@pytest.mark.parametrize(("settings", "peer", "headers", "status", "sentence"), [
+    ({}, "127.0.0.1", {}, 200, ""),
+    ({}, "127.8.9.1", {}, 200, ""),
+    ({}, "::1", {}, 200, ""),
+    ({}, "192.168.1.4", {}, 403, "callers on the server's own machine"),
+    ({}, "::ffff:10.0.0.1", {}, 403, "callers on the server's own machine"),
+    ({}, "127.0.0.1", {"X-Forwarded-For": "127.0.0.1"}, 403, "through a proxy"),
+    ({}, "127.0.0.1", {"X-Forwarded-For": ""}, 403, "through a proxy"),
+    ({}, "127.0.0.1", {"Forwarded": "for=x"}, 403, "through a proxy"),
+    ({}, "127.0.0.1", {"Via": "1.1 x"}, 403, "through a proxy"),
+    ({}, "127.0.0.1", {"Origin": "http://localhost:5173"}, 200, ""),
+    ({}, "127.0.0.1", {"Origin": "https://[::1]:5173"}, 200, ""),
+    ({}, "127.0.0.1", {"Origin": "http://evil.test"}, 403, "pages of another site"),
+    ({}, "127.0.0.1", {"Origin": "http://localhost.evil.test"}, 403, "pages of another site"),
+    ({}, "127.0.0.1", {"Origin": "null"}, 403, "pages of another site"),
+    ({}, "127.0.0.1", {"Origin": ""}, 403, "pages of another site"),
+    ({"cors_origin": "https://app.test"}, "127.0.0.1", {"Origin": "https://app.test"}, 403, "pages of another site"),
+    ({"admin_token": "s3cret"}, "192.168.1.4", TOKEN | {"Via": "1.1 x", "Origin": "http://evil.test"}, 200, ""),
+    ({"admin_token": "s3cret"}, "127.0.0.1", {"Authorization": "bearer s3cret"}, 200, ""),
+    ({"admin_token": "s3cret"}, "127.0.0.1", {}, 401, "ADMIN_TOKEN"),
+    ({"admin_token": "s3cret"}, "127.0.0.1", {"Authorization": "Bearer s3cre"}, 401, "ADMIN_TOKEN"),
+    ({"admin_token": "s3cret"}, "127.0.0.1", {"Authorization": "Basic s3cret"}, 401, "ADMIN_TOKEN"),
+    ({"admin_token": "s3cret"}, "127.0.0.1", {"Authorization": "Bearer 토큰"}, 401, "ADMIN_TOKEN"),
+    ({"admin_token": "토큰"}, "127.0.0.1", {"Authorization": "Bearer 토큰"}, 200, ""),
+    ({"auth": "off"}, "192.168.1.4", {}, 403, "callers on the server's own machine"),
+])  # fmt: skip
+async def test_control_is_for_whoever_may(settings, peer, headers, status, sentence):
+    async with in_memory(**settings) as (client, _, _, _):
+        client.peer = peer
+        for method, path in (("GET", "/__aura/journal"), ("POST", "/api/admin/sse/restart"), ("GET", "/__aura/none")):
+            answer = await client.open(path, method=method, headers=headers)
+            assert answer.status_code == (404 if status == 200 and "none" in path else status)
+            if status != 200:
+                told = await answer.get_json()
+                assert sentence in told.get("error", told.get("detail"))
+                assert (answer.headers.get("WWW-Authenticate") == "Bearer") == (status == 401)
+        assert (await client.get("/__aura/health", headers=headers)).status_code == 200
+
+
+@pytest.mark.parametrize(("settings", "origin", "readable"), [
+    ({}, "http://localhost:5173", True),
+    ({}, "https://localhost", True),
+    ({}, "http://127.0.0.1:3000", True),
+    ({}, "http://localhost.evil.test:3000", False),
+    ({}, "http://localhost:3000.evil.test", False),
+    ({}, "http://evil.test", False),
+    ({}, "null", False),
+    ({"cors_origin": "https://app.test"}, "https://app.test", True),
+    ({"cors_origin": "https://app.test"}, "http://app.test", False),
+    ({"cors_origin": "https://app.test"}, "https://app.test:8443", False),
+    ({"cors_origin": "https://app.test"}, "http://localhost:3000", False),
+    ({"cors_origin": "a.test:8080, https://*.test"}, "http://a.test:8080", True),
+    ({"cors_origin": "a.test:8080, https://*.test"}, "https://x.test", False),
+    ({"cors_origin": "*"}, "null", True),
+    ({"cors_origin": ""}, "http://localhost:3000", False),
+])  # fmt: skip
+async def test_a_page_of_a_known_origin_may_read_every_answer(settings, origin, readable, autojump_clock):
+    """Also a 401, which the browser hid for weeks; and what a preflight says needs no token."""
+    async with in_memory(**settings) as (client, _, _, _):
+        await triggered(client, runId="r")
+        for path, headers, status in (
+            ("/aura/analysis-runs/r/stream", {}, 401),
+            ("/aura/analysis-runs/r/stream", BEARER, 200),
+            ("/aura/analysis-runs/none/stream", BEARER, 404),
+            ("/health", {}, 200),
+            ("/nowhere", {}, 404),
+        ):
+            answer = await client.get(path, headers={"Origin": origin, **headers})
+            assert answer.status_code == status
+            assert answer.headers.get("Access-Control-Allow-Origin") == (origin if readable else None)
+            assert answer.headers["Vary"] == "Origin"
+            if readable:
+                assert answer.headers["Access-Control-Allow-Credentials"] == "true"
+                assert "X-Aura-Attempt" in answer.headers["Access-Control-Expose-Headers"]
+        asks = {"Origin": origin, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,last-event-id"}
+        for path in ("/aura/cases/1/analysis-runs", "/api/aura/cases/1/analysis-runs", "/__aura/reset", "/nowhere"):
+            preflight = await client.options(path, headers=asks)
+            assert (preflight.status_code, await preflight.get_data()) == (204, b"")
+            assert preflight.headers.get("Access-Control-Allow-Origin") == (origin if readable else None)
+            assert {"Authorization", "Last-Event-ID", "X-Tenant-ID", "X-Aura-Scenario"} <= set(preflight.headers["Access-Control-Allow-Headers"].split(", "))
+            assert preflight.headers["Access-Control-Max-Age"] == "3600"
+        assert (await client.options("/aura/cases/1/analysis-runs", headers={**asks, "Host": "evil.test"})).status_code == 421
+
+
+async def test_without_an_origin_nothing_speaks_of_origins():
+    async with in_memory() as (client, _, _, _):
+        answer = await client.get("/health")
+        assert not [name for name in answer.headers if name.startswith("access-control") or name == "vary"]
+
+
+OPEN_ROUTES = {"/", "/health", "/metrics", "/__aura/health"}  # of the contract; and below the two prefixes
+
+
+async def all_routes():
+    """(method, rule) of every route there is."""
+    app = create_app(Settings(), Hub(Settings(), None))
+    return sorted({(method, rule.rule) for rule in app.url_map.iter_rules() for method in rule.methods - {"OPTIONS"}})
+
+
+ROUTES = trio.run(all_routes)
+
+
+def is_open(rule):
+    return rule in OPEN_ROUTES or rule.startswith(("/api/generation/", "/api/v1/generations"))
+
+
+SECRET = "secret-run-of-tenant-1"
+
+
+def path_of(rule, run_id):
+    """A path to try: with ids, and with the query that the route needs."""
+    path = rule.replace("<run_id>", run_id).replace("<job_id>", run_id).replace("<case_id>", "secret-case")
+    path = path.replace("<int:number>", "1").replace("<name>", "ok")
+    return path + (f"?runId={run_id}" if path.endswith("analysis/stream") else "")
+
+
+@contextlib.asynccontextmanager
+async def with_a_secret(**settings):
+    """The application in memory, with a run and a job of tenant 1 that live."""
+    async with in_memory(**settings) as (client, hub, _, _):
+        client.peer = "127.0.0.1"
+        waiting = Scenario("w", parse_script([*says("secret-event"), {"wait": "for-ever"}], "run"))
+        for run_id, phase in ((SECRET, "phase2"), (f"job-{SECRET}", "generation")):
+            hub.start(Facts(run_id, "secret-case", "1", phase, {}, hub.time), waiting)
+        await trio.testing.wait_all_tasks_blocked()
+        yield client
+
+
+@pytest.mark.parametrize(("method", "rule"), ROUTES)
+async def test_no_route_opens_for_a_stranger(method, rule):
+    """Without a token, under a foreign name, from a foreign page, through a proxy: nothing is done, nothing is told."""
+    control = rule.startswith(("/__aura", "/api/admin"))
+    tries = [({"Host": "evil.test"}, {}, 421)]
+    if control and not is_open(rule):
+        tries += [({"Origin": "http://evil.test"}, {}, 403), ({"Origin": "null"}, {}, 403), ({"Via": "1.1 x"}, {}, 403), ({"X-Forwarded-For": "::1"}, {}, 403)]
+        tries += [({}, {"admin_token": "s3cret"}, 401), (BEARER, {"admin_token": "s3cret"}, 401)]
+    elif not is_open(rule):
+        tries += [({}, {}, 401), ({"Authorization": "Basic x"}, {}, 401), ({"X-Tenant-ID": "1"}, {}, 401)]
+    for headers, settings, status in tries:
+        async with with_a_secret(**settings) as client:
+            for prefix, tenant, expect in (("", {}, status), ("/api", {}, 421 if status == 421 else 400), ("/api", {"X-Tenant-ID": "1"}, status)):
+                if prefix and (control or not rule.startswith("/aura/")):
+                    continue
+                expect = status if "X-Tenant-ID" in headers else expect
+                answer = await client.open(prefix + path_of(rule, SECRET), method=method, headers={**tenant, **headers})
+                assert answer.status_code == expect, (prefix, headers)
+                told = str(answer.headers) + str(await answer.get_data())
+                assert "secret" not in told.replace("ADMIN_TOKEN", "")
+            state = await client.get(f"/aura/cases/1/analysis-runs/{SECRET}", headers={**BEARER, "X-Tenant-ID": "1"})
+            assert (await state.get_json())["status"] == "running", "nothing was done"
+
+
+@pytest.mark.parametrize(("method", "rule"), [
+    (method, rule) for method, rule in ROUTES
+    if not rule.startswith(("/__aura", "/api/admin")) and ("<run_id>" in rule or "<job_id>" in rule or "analysis/stream" in rule)
+])  # fmt: skip
+async def test_another_tenant_cannot_tell_a_run_that_is_there_from_one_that_is_not(method, rule):
+    """(The job's stream starts what is not there, so there the two differ, as the contract wants.)"""
+    for secret in (SECRET, f"job-{SECRET}"):
+        async with with_a_secret() as client:
+            answers = []
+            for run_id in (secret, "x" * len(secret)):
+                if run_id != secret and rule.startswith("/api/generation/jobs") and method == "GET":
+                    answers.append(answers[0])
+                    continue
+                answer = await client.open(path_of(rule, run_id), method=method, headers={**BEARER, "X-Tenant-ID": "2"})
+                body = (await answer.get_data()).decode().replace(run_id, "ID")
+                headers = {name: text for name, text in answer.headers.items() if name not in ("x-request-id", "x-aura-run-id")}
+                answers.append((answer.status_code, body, headers))
+            assert answers[0] == answers[1]
+            assert answers[0][0] == (200 if rule.startswith("/api/generation/jobs") and method == "HEAD" else 404)
+
+
+@pytest.mark.parametrize("secret", [SECRET, f"job-{SECRET}"])
+async def test_another_tenant_cannot_trigger_what_is_not_its_own(secret):
+    async with with_a_secret() as client:
+        for path in ("/aura/cases/1/analysis-runs", "/aura/internal/cases/1/analysis-runs", "/aura/cases/1/analysis/trigger"):
+            answer = await client.post(path, headers={**BEARER, "X-Tenant-ID": "2"}, json={"runId": secret})
+            told = await answer.get_json()
+            assert (answer.status_code, told["error"]) == (404, "runId not found or already completed")
+            assert "secret-case" not in json.dumps(told) and "0 live" in told["hint"]
+        watched = await client.get(f"/api/generation/jobs/{secret}/events", headers={"X-Tenant-ID": "2"})
+        assert (watched.status_code, (await watched.get_json())["error"]) == (404, "there is no such job")
+        for listed in ("active", "_stats"):
+            told = await (await client.get(f"/api/v1/generations/{listed}", headers={"X-Tenant-ID": "2"})).get_json()
+            assert told.get("total_active", told.get("job_statistics", {}).get("total_jobs")) == 0
+
+
+@pytest.mark.parametrize(("tenant", "status", "body"), [
+    (None, 400, b""),
+    ("", 400, b""),
+    ("  ", 400, b""),
+    ("acme", 400, b'{"error": "X-Tenant-ID must be numeric (e.g. 1) for Aura API."}'),
+    ("1.5", 400, b'{"error": "X-Tenant-ID must be numeric (e.g. 1) for Aura API."}'),
+    ("\u0661", 400, b'{"error": "X-Tenant-ID must be numeric (e.g. 1) for Aura API."}'),
+    ("1", 200, None),
+])  # fmt: skip
+async def test_the_gateway_wants_a_numeric_tenant(tenant, status, body, autojump_clock):
+    async with in_memory() as (client, _, _, _):
+        await triggered(client, runId="r")
+        named = {} if tenant is None else {"X-Tenant-ID": tenant}
+        for path in ("/api/aura/analysis-runs/r/stream", "/api/aura/cases/1/analysis/stream?runId=r", "/api/synapse/analysis-runs/r/stream"):
+            answer = await client.get(path, headers={**BEARER, **named})
+            assert answer.status_code == status
+            assert body is None or await answer.get_data() == body
+            assert answer.headers["X-Trace-Id"] and answer.headers["X-Gateway-Request-Id"] == answer.headers["X-Request-ID"]
+            unauthorized = await client.get(path, headers=named)
+            assert unauthorized.status_code == (401 if status == 200 else 400), "the tenant comes first"
+        assert (await client.get("/api/synapse/other", headers={**BEARER, **named})).status_code == (404 if status == 200 else 400)
+
+
+async def test_the_gateway_is_the_same_server(autojump_clock):
+    """The same handlers, bytes and runs; trace ids, defaults, and the four headers of a stream whatever its script."""
+    bare = {"name": "bare", "stream": [{"open": {"headers": {"x-accel-buffering": None, "cache-control": None}}}, {"relay": "all"}]}
+    async with in_memory() as (client, _, _, _):
+        tenant = {**BEARER, "X-Tenant-ID": " 7 ", "X-Trace-ID": "trace-1", "X-User-ID": "u", "X-Agent-ID": "a"}
+        accepted = await client.post("/api/aura/cases/1/analysis-runs", headers=tenant, json={"runId": "r"})
+        assert accepted.status_code == 202 and accepted.headers["X-Trace-Id"] == "trace-1"
+        through = await client.get("/api/synapse/analysis-runs/r/stream", headers=tenant)
+        direct = await client.get("/aura/analysis-runs/r/stream", headers=BEARER)
+        assert await through.get_data() == await direct.get_data()
+        assert "X-Trace-Id" not in direct.headers
+        odd = await client.get("/api/synapse/analysis-runs/r/stream", headers={**tenant, "X-Aura-Scenario": json.dumps(bare)})
+        assert odd.headers.items() >= aura_stream.STREAM_HEAD.items()
+        forged = await client.get("/api/aura/analysis-runs/r/stream", headers={**tenant, "X-Trace-ID": "a b"})
+        assert re.fullmatch("[0-9a-f]{32}", forged.headers["X-Trace-Id"])
+        for elsewhere in ("/api/auth/login", "/api/auth/policy", "/api/auth/idp", "/api/monitoring/visits"):
+            assert (await client.get(elsewhere)).status_code == 404
+        assert (await client.get("/api/aura/analysis-runs//stream", headers=tenant)).status_code == 400
+        entries = (await control(client, "GET", "journal?kind=stream"))["entries"]
+        assert entries[0]["path"] == "/api/synapse/analysis-runs/r/stream"
+        assert (entries[0]["tenantId"], entries[0]["headers"]["x-dwp-source"], entries[0]["headers"]["x-dwp-caller-type"]) == ("7", "FRONTEND", "USER")
+        assert entries[0]["headers"]["x-trace-id"] == "trace-1" and entries[1]["headers"]["x-dwp-source"] is None
+        calls = (await control(client, "GET", "journal?view=calls&kind=stream"))["entries"]
+        assert set(calls[0]) == {"path", "statusCode", "latency", "tenantId", "userId", "agentId", "end"}
+        assert [calls[0][name] for name in ("path", "statusCode", "tenantId", "userId", "agentId")] == [
+            "/api/synapse/analysis-runs/r/stream", 200, "7", "u", "a"]  # fmt: skip
+
+
+async def test_a_token_in_the_query_is_never_told(autojump_clock, heard):
+    async with in_memory() as (client, _, _, _):
+        await triggered(client, runId="r")
+        for path in ("/aura/analysis-runs/r/stream", "/aura/analysis-runs/none/stream", "/nowhere"):
+            answer = await client.get(f"{path}?access_token=hush-hush")
+            assert b"hush" not in await answer.get_data() and "hush" not in str(answer.headers)
+        assert "hush" not in json.dumps(await control(client, "GET", "journal"))
+        assert "hush" not in " ".join(heard.all())
 
 
 # ═══ 10  HTTP ═══════════════════════════════════════════════════════════════════════════════════
@@ -2649,6 +2931,277 @@ async def test_control_answers_a_mistake_with_a_sentence(method, path, body, sta
         assert sentence in json.dumps(await answer.get_json()).replace('\\\\\\"', '"').replace('\\"', '"')
 
 
+async def stats(client):
+    return (await (await client.get("/api/v1/generations/_stats")).get_json())["job_statistics"]
+
+
+async def test_a_job_is_made_watched_listed_and_cancelled(autojump_clock):
+    async with in_memory() as (client, hub, _, _):
+        made = await client.post("/api/v1/generations", json={"projectId": 12, "description": "연말 보고서 {n}", "tone": "dry"})
+        told = await made.get_json()
+        assert made.status_code == 201 and set(told) == {
+            "jobId", "status", "sseUrl", "cancelUrl", "projectId", "title", "estimatedDuration"}  # fmt: skip
+        job_id = told["jobId"]
+        assert re.fullmatch("job_[0-9a-f]{16}", job_id)
+        assert (told["status"], told["projectId"], told["title"]) == ("queued", 12, "연말 보고서 {n}")
+        assert (told["sseUrl"], told["cancelUrl"]) == (f"/api/v1/generations/{job_id}/events", f"/api/v1/generations/{job_id}")
+        state = await (await client.get(told["cancelUrl"])).get_json()
+        assert set(state) == {"jobId", "status", "progress", "createdAt"} and (state["status"], state["progress"]) == ("queued", 0)
+        assert (await (await client.get("/api/v1/generations/active")).get_json())["total_active"] == 1
+        await trio.sleep(4.5)
+        state = await (await client.get(told["cancelUrl"])).get_json()
+        assert (state["status"], state["progress"]) == ("streaming", 40)
+        began = trio.current_time()
+        data = await (await client.get(told["sseUrl"])).get_data()
+        assert trio.current_time() - began == pytest.approx(18 - 4.5), "2 s a step"
+        events = parsed(data)
+        assert [id for id, _, _ in events] == [f"{job_id}_{n}" for n in range(1, 11)] + [f"{job_id}_10"]
+        assert [name for _, name, _ in events][:-1] == ["progress"] * 3 + ["preview"] + ["progress"] * 2 + ["preview"] + ["progress"] * 2 + ["completed"]
+        progress, preview, done = json.loads(events[0][2]), json.loads(events[3][2]), json.loads(events[-2][2])
+        assert set(progress) == {"type", "jobId", "value", "currentStep", "estimatedTime", "metadata"} and progress["value"] == 10
+        assert set(preview) == {"type", "jobId", "markdown", "isPartial", "wordCount", "estimatedTokens"} and preview["isPartial"]
+        assert "연말 보고서 {n}" in preview["markdown"]
+        assert done["jobId"] == job_id and set(done["result"]) == {"markdown", "tokens"}
+        assert (await (await client.get(told["cancelUrl"])).get_json())["status"] == "completed"
+        resumed = await client.get(told["sseUrl"], headers={"Last-Event-ID": f"{job_id}_8"})
+        assert [id for id, _, _ in parsed(await resumed.get_data())] == [f"{job_id}_9", f"{job_id}_10", f"{job_id}_10"]
+        assert (await client.get(told["sseUrl"], headers={"Last-Event-ID": f"{job_id}_10"})).status_code == 204
+        other = (await (await client.post("/api/v1/generations", json={})).get_json())["jobId"]
+        assert (await client.delete(f"/api/v1/generations/{other}")).status_code == 204
+        last = parsed(await (await client.get(f"/api/v1/generations/{other}/events")).get_data())[-2]
+        assert last[1] == "failed" and json.loads(last[2]) == {
+            "type": "failed", "jobId": other, "error": {"code": "CANCELLED", "message": "the job was cancelled by a DELETE", "retryable": False}}  # fmt: skip
+        assert (await client.delete(f"/api/v1/generations/{other}")).status_code == 204, "again is harmless"
+        assert await stats(client) == {
+            "total_jobs": 2, "queued": 0, "streaming": 0, "completed": 1, "failed": 0, "canceled": 1, "active_connections": 0}  # fmt: skip
+        for method, path in (("GET", ""), ("DELETE", ""), ("GET", "/events")):
+            gone = await client.open(f"/api/v1/generations/nobody{path}", method=method)
+            assert (gone.status_code, (await gone.get_json())["jobId"]) == (404, "nobody")
+        wrong = await client.post("/api/v1/generations", json={"description": 5})
+        assert (wrong.status_code, (await wrong.get_json())["detail"][0]["loc"]) == (422, ["body", "description"])
+
+
+async def test_whoever_watches_an_unknown_job_starts_it(autojump_clock):
+    """The runbook streams `test-job-id` without creating it; a run of another kind is not a job."""
+    async with in_memory(heartbeat=1) as (client, hub, _, _):
+        head = await client.head("/api/generation/jobs/test-job-id/events")
+        assert (head.status_code, head.headers["Content-Type"], hub.live) == (200, "text/event-stream; charset=utf-8", 0)
+        watched = await client.get("/api/generation/jobs/test-job-id/events")
+        assert watched.status_code == 200 and watched.headers.items() >= aura_stream.STREAM_HEAD.items()
+        data = await watched.get_data()
+        assert data.startswith(b": connected\n\n") and data.endswith(DONE) and b": heartbeat" not in data
+        events = parsed(data)
+        beats = [json.loads(text) for _, name, text in events if name == "heartbeat"]
+        assert len(beats) == 9 and set(beats[0]) == {"type", "timestamp", "server_time", "jobId"} and beats[0]["jobId"] == "test-job-id"
+        assert [name for _, name, _ in events].count("progress") == 7
+        assert hub.find("test-job-id").facts.phase == "generation"
+        await triggered(client, runId="r", scenario="stepped")
+        for job_id in ("r", "bad\nid", "x" * 201):
+            refused = await client.get(f"/api/generation/jobs/{quote(job_id)}/events")
+            assert refused.status_code == (404 if job_id == "r" else 422)
+        assert (await client.get("/api/v1/generations/r")).status_code == 404
+        assert (await client.delete("/api/v1/generations/r")).status_code == 404 and hub.live == 1
+        scripted = await client.get("/api/generation/jobs/j~failed/events")
+        assert json.loads(parsed(await scripted.get_data())[-2][2])["error"]["message"] == "the model refused the prompt"
+
+
+async def test_without_ids_a_job_has_none_and_without_beats_no_heartbeat(autojump_clock):
+    async with in_memory(event_ids=False, heartbeat=0, retry_ms=7) as (client, _, _, _):
+        data = await (await client.get("/api/generation/jobs/j/events")).get_data()
+        assert b"id: " not in data and b"heartbeat" not in data and data.startswith(b": connected\n\nretry: 7\n\n")
+
+
+async def test_a_job_that_may_not_start_is_refused(autojump_clock):
+    async with in_memory(demo_off=True) as (client, hub, _, _):
+        for answer in (await client.get("/api/generation/jobs/j/events"), await client.post("/api/v1/generations", json={})):
+            assert (answer.status_code, (await answer.get_json())["status"]) == (200, "disabled")
+        assert hub.live == 0
+    async with in_memory(max_live_runs=0) as (client, hub, _, _):
+        for answer in (await client.get("/api/generation/jobs/j/events"), await client.post("/api/v1/generations", json={})):
+            assert (answer.status_code, answer.headers["Retry-After"]) == (503, "5")
+    async with in_memory() as (client, hub, _, _):
+        refused = await client.get("/api/generation/jobs/j~trigger-503/events")
+        assert (refused.status_code, hub.live) == (503, 0)
+
+
+async def test_the_streams_open_at_once_have_a_limit(autojump_clock, heard):
+    """A client gets 503 and its own time to come back; a native EventSource, which a 503 would end, a stream that says so."""
+    native = {"Accept": "text/event-stream", "Sec-Fetch-Mode": "cors"}
+    async with in_memory(max_sse_connections=2) as (client, hub, _, _):
+        await triggered(client, runId="r", scenario={"name": "s", "run": [*says("a"), {"wait": "go"}]})
+        await triggered(client, runId="theirs", headers={**BEARER, "X-Tenant-ID": "1"})
+        answers = []
+
+        async def view(**headers):
+            answers.append((await read(client, "r", **headers))[0])
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(10):
+                nursery.start_soon(view)
+            await trio.testing.wait_all_tasks_blocked()
+            assert (len(answers), hub.streams) == (8, 2), "asked at once, exactly two are in"
+            waits = [int(answer.headers["Retry-After"]) for answer in answers]
+            assert {answer.status_code for answer in answers} == {503} and set(waits) <= set(range(1, 11)) and len(set(waits)) > 1
+            assert await answers[0].get_json() == {"error": "too many open streams", "limit": 2}
+            soft, data = await read(client, "r", **native, Authorization="")
+            assert soft.status_code == 401, "first the token"
+            softly = [await client.get("/aura/analysis-runs/r/stream?access_token=t", headers=native) for _ in range(10)]
+            assert {answer.status_code for answer in softly} == {200}
+            assert softly[0].headers["Content-Type"] == "text/event-stream; charset=utf-8"
+            texts = [re.fullmatch(rb"retry: (\d+)\n\n: too many open streams, the limit is 2\n\n", await answer.get_data()) for answer in softly]
+            assert all(1000 <= int(text[1]) <= 10_000 for text in texts) and len({text[1] for text in texts}) > 1
+            assert (await client.get("/api/generation/jobs/j/events", headers=native)).status_code == 200
+            assert (await client.get("/api/generation/jobs/j/events")).status_code == 503
+            assert hub.find("j") is None, "and no job was started"
+            posted = await client.post("/aura/cases/1/analysis/trigger", headers=BEARER, json={"runId": "p"})
+            assert (posted.status_code, hub.find("p")) == (503, None)
+            for run_id, headers, status in (
+                ("none", {}, 503), ("theirs", {"X-Tenant-ID": "2"}, 404), ("r", {"X-Aura-Scenario": "nonsense"}, 400), ("none", {"Authorization": ""}, 401),
+            ):  # fmt: skip
+                assert (await read(client, run_id, **headers))[0].status_code == status, "refusals have their order"
+            assert (await client.head("/aura/analysis-runs/r/stream", headers=BEARER)).status_code == 200
+            heard.wait_for("too many open streams, the limit is 2")
+            last = (await control(client, "GET", "journal?kind=stream"))["entries"][-1]
+            assert "too many" not in last["said"], "that was the 401"
+            noted = [one for one in (await control(client, "GET", "journal?kind=stream"))["entries"] if "too many open streams, the limit is 2" in one["said"]]
+            assert len(noted) == 8 + 10 + 4
+            await control(client, "POST", "signal", gate="go")
+        assert hub.streams == 0 and (await read(client, "r"))[0].status_code == 200
+
+
+async def test_an_operator_ends_or_drops_every_stream_and_the_runs_go_on(autojump_clock):
+    async with in_memory() as (client, hub, _, _):
+        await triggered(client, runId="r", scenario={"name": "s", "run": [*says("a"), {"wait": "go"}]})
+        for path, said in (("sse/restart", "closed"), ("sse/broadcast-reconnect", "notified")):
+            found = []
+
+            async def view(found=found):
+                found.append((await read(client, "r"))[1])
+
+            async with trio.open_nursery() as nursery:
+                for _ in range(5):
+                    nursery.start_soon(view)
+                await trio.testing.wait_all_tasks_blocked()
+                answer = await client.post(f"/api/admin/{path}")
+                assert await answer.get_json() == {said: 5}
+            ends = [re.fullmatch(rb": connected\n\nid: 1\nevent: a\ndata: .*\n\n(?:retry: (\d+)\n\n)?", data)[1] for data in found]
+            assert "restart" in path or (all(1000 <= int(ms) <= 5000 for ms in ends) and len(set(ends)) > 1)
+            assert "restart" not in path or ends == [None] * 5
+        assert (await (await client.post("/api/admin/connections/reset")).get_json()) == {"dropped": 0}
+        assert hub.live == 1
+        entries = (await control(client, "GET", "journal?kind=stream"))["entries"]
+        assert {(one["end"]["by"], one["end"]["how"]) for one in entries} == {("admin", "end")}
+
+
+def metrics_of(text):
+    """Every sample of Prometheus text, as its own client's parser reads it."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    return {(sample.name, *sorted(sample.labels.items())): sample.value
+            for family in text_string_to_metric_families(text) for sample in family.samples}  # fmt: skip
+
+
+METRICS = {
+    "sse_connections_open": "gauge", "sse_connections_total": "counter", "sse_reconnect_count": "unknown", "sse_message_sent_total": "counter",
+    "sse_bytes_sent_total": "counter", "sse_heartbeat_sent_total": "counter", "sse_connection_duration_seconds": "histogram",
+    "sse_time_to_first_event_seconds": "histogram", "sse_stream_ended_total": "counter", "sse_message_delivery_success_rate": "gauge",
+    "http_requests_total": "counter", "aura_runs": "gauge", "aura_run_duration_seconds": "histogram",
+}  # fmt: skip
+
+
+def test_after_a_known_session_every_figure_has_its_exact_value(heard):
+    with running(event_delay=0, speed="max") as aura, running() as other:
+        whole = aura.trigger("1", run_id="r")
+        bytes_sent = len(stream(aura, whole))
+        broken = aura.trigger("2", run_id="b", scenario="drop-resume")
+        with pytest.raises(httpx.RemoteProtocolError):
+            stream(aura, broken)
+        bytes_sent += len(stream(aura, broken, {"Last-Event-ID": "2"}))
+        waiting = aura.trigger("3", run_id="w", scenario={"name": "w", "run": [*says("made-up", "step"), {"wait": "go"}]})
+        with connect(aura, get(f"/aura/analysis-runs/{waiting}/stream")) as left:
+            read_until(left, b'"n": "step"}\n\n')
+        entries = aura.journal(count=4, within=WAIT)
+        bytes_sent += entries[1].bytes + entries[3].bytes
+        with connect(aura, get(f"/aura/analysis-runs/{waiting}/stream")) as wire:
+            read_until(wire, b'"n": "step"}\n\n')
+            live = bytes_sent + aura._ask("GET", "/__aura/connections").connections[0].bytes
+            for path, status in (("/aura/analysis-runs/none/stream", 404), (f"/aura/analysis-runs/{whole}/stream", 204)):
+                assert httpx.get(aura.url + path, headers={**BEARER, "Last-Event-ID": "11"}).status_code == status
+            httpx.get(f"{aura.url}/made/up/{'x' * 50}")
+            httpx.request("BREW", f"{aura.url}/health")
+            httpx.head(f"{aura.url}/aura/analysis-runs/{whole}/stream", headers=BEARER)
+            answer = httpx.get(f"{aura.url}/metrics")
+            assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+            found = metrics_of(answer.text)
+        assert found[("sse_connections_open",)] == 1
+        assert found[("sse_connections_total",)] == 5
+        assert found[("sse_reconnect_count",)] == 1
+        assert found[("sse_bytes_sent_total",)] == live
+        assert found[("sse_heartbeat_sent_total",)] == sum(entry.heartbeats for entry in aura.journal())
+        sent = {dict(labels)["event"]: value for (name, *labels), value in found.items() if name == "sse_message_sent_total"}
+        assert {name: value for name, value in sent.items() if value} == {
+            "started": 2, "step": 2 * 5 + 2, "evidence": 2, "confidence": 2, "proposal": 4, "completed": 2, "other": 2}  # fmt: skip
+        ended = {tuple(dict(labels)[name] for name in ("by", "how")): value for (name, *labels), value in found.items() if name == "sse_stream_ended_total"}
+        assert {way: value for way, value in ended.items() if value} == {("server", "end"): 2, ("server", "drop"): 1, ("client", "disconnect"): 1}
+        assert found[("sse_message_delivery_success_rate",)] == pytest.approx((11 + 2 + 9 + 2) / (11 + 11 + 9 + 2))
+        assert found[("sse_connection_duration_seconds_count",)] == 4
+        assert found[("sse_time_to_first_event_seconds_count",)] == 5
+        assert found[("aura_run_duration_seconds_count",)] == 2
+        runs = {dict(labels)["status"]: value for (name, *labels), value in found.items() if name == "aura_runs"}
+        assert runs == {"running": 1, "completed": 2, "failed": 0, "cancelled": 0}
+        asked = {tuple(dict(labels)[name] for name in ("method", "endpoint", "status")): value for (name, *labels), value in found.items() if name == "http_requests_total"}
+        assert asked.items() >= {
+            ("POST", "/aura/cases/{caseId}/analysis-runs", "202"): 3, ("GET", "/aura/analysis-runs/{runId}/stream", "200"): 4,
+            ("GET", "/aura/analysis-runs/{runId}/stream", "404"): 1, ("GET", "/aura/analysis-runs/{runId}/stream", "204"): 1,
+            ("HEAD", "/aura/analysis-runs/{runId}/stream", "200"): 1, ("GET", "other", "404"): 1, ("other", "other", "405"): 1,
+        }.items()  # fmt: skip
+        aura.journal(waiting, count=2, within=WAIT)
+        httpx.get(f"{aura.url}/api/generation/jobs/j/events")
+        closed = metrics_of(httpx.get(f"{aura.url}/metrics").text)
+        assert closed[("sse_connections_open",)] == 0
+        assert closed[("http_requests_total", ("endpoint", "*/events"), ("method", "GET"), ("status", "200"))] == 1
+        assert closed[("sse_message_sent_total", ("event", "progress"))] == 7
+        quiet = metrics_of(httpx.get(f"{other.url}/metrics").text)
+        assert quiet[("sse_connections_total",)] == 0 and quiet[("sse_message_delivery_success_rate",)] == 1, "two servers do not mix"
+
+
+async def test_the_metrics_have_exactly_the_names_of_the_contract():
+    from prometheus_client.parser import text_string_to_metric_families
+
+    async with in_memory() as (client, _, _, _):
+        text = (await (await client.get("/metrics")).get_data()).decode()
+        kinds = {family.name: family.type for family in text_string_to_metric_families(text)}
+        assert {name.removesuffix("_total"): kind for name, kind in METRICS.items()} == kinds
+        names = set(re.findall(r"^(\w+?)(?:_bucket|_sum|_count)?[ {]", text, re.M)) - {"sse_reconnect"}
+        assert names == METRICS.keys() - {"sse_reconnect_count", "http_requests_total"}, "the first request is not over yet"
+
+
+async def test_without_the_extra_metrics_say_how_to_get_them(monkeypatch):
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    async with in_memory() as (client, _, _, _):
+        answer = await client.get("/metrics")
+        assert (answer.status_code, (await answer.get_json())["error"]) == (501, "metrics need an extra: pip install 'aura-stream[metrics]'")
+
+
+async def test_the_runbook_s_health_answers_what_it_asks_for():
+    async with in_memory() as (client, _, _, _):
+        for path in ("/health", "/api/generation/health"):
+            assert (await (await client.get(path)).get_json())["sse_connections"] == 0
+
+
+async def test_a_full_journal_says_so_once_and_a_wait_for_more_than_it_holds_is_a_400(heard):
+    async with in_memory(max_journal=2, max_bindings=1, max_gates=1) as (client, _, _, _):
+        for _ in range(5):
+            await client.get("/health")
+        assert len((await control(client, "GET", "journal"))["entries"]) == 2
+        assert [line for line in heard.all() if "journal" in line] == ["the journal is full at 2 entries: the oldest go"]
+        await control(client, "GET", "journal?count=3", 400)
+        await control(client, "POST", "next", scenario="ok")
+        assert "1 bindings" in (await control(client, "POST", "next", 409, scenario="ok"))["error"]
+        await control(client, "POST", "signal", gate="a")
+        assert "1 gates" in (await control(client, "POST", "signal", 409, gate="b"))["error"]
+
+
 # ═══ 11  What ASGI cannot say ═══════════════════════════════════════════════════════════════════
 
 QUIET = {"name": "quiet", "run": [*says("a"), {"sleep": 100}]}
@@ -2679,8 +3232,8 @@ def eventually(condition, within=WAIT):
         time.sleep(0.01)
 
 
-CHUNKED = b"POST /aura/cases/1/analysis-runs HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer t\r\nTransfer-Encoding: chunked\r\n\r\n"
-UPGRADE = (b"GET /ws HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+CHUNKED = b"POST /aura/cases/1/analysis-runs HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer t\r\nTransfer-Encoding: chunked\r\n\r\n"
+UPGRADE = (b"GET /ws HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
            b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n")  # fmt: skip
 
 
@@ -2727,9 +3280,9 @@ def test_a_slow_reader_of_a_big_event_is_not_evicted():
 
 def test_connection_close_closes_and_an_idle_connection_too():  # trap 3
     with running(keep_alive=0.2) as aura:
-        with connect(aura, b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n") as wire:
+        with connect(aura, b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n") as wire:
             assert b"healthy" in read_until(wire, None)
-        with connect(aura, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n") as wire:
+        with connect(aura, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n") as wire:
             assert b"healthy" in read_until(wire, None)
         with connect(aura) as wire:
             assert read_until(wire, None) == b""
@@ -2749,7 +3302,7 @@ async def test_accepted_sockets_inherit_their_bounds():  # traps 5 and 10
 def test_a_client_that_leaves_an_idle_connection_leaves_nothing_behind():  # a trap found in a spike
     with running(keep_alive=60) as aura:
         before = descriptors()
-        wires = [connect(aura, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n") for _ in range(20)]
+        wires = [connect(aura, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n") for _ in range(20)]
         for wire in wires:
             read_until(wire, b"uptime")
             wire.close()
@@ -2818,7 +3371,7 @@ def test_a_client_far_ahead_waits_and_gets_every_answer():
 @pytest.mark.parametrize("line", [b"GET /health HTTP/1.0", b"GET /health HTTP/1.1\r\nConnection: close"])
 @pytest.mark.parametrize("behind", [b"\r\n", get("/health"), b"nonsense"])
 def test_what_comes_behind_a_request_that_closes_is_ignored(line, behind):
-    with running() as aura, connect(aura, line + b"\r\nHost: x\r\n\r\n" + behind) as wire:
+    with running() as aura, connect(aura, line + b"\r\nHost: localhost\r\n\r\n" + behind) as wire:
         answer = read_until(wire, None)
         assert answer.startswith(b"HTTP/1.1 200")
         assert answer.count(b"HTTP/1.1") == 1
@@ -2931,12 +3484,12 @@ def test_a_head_that_does_not_come_is_a_408_and_a_big_one_a_431():
         with connect(aura, b"GET /health HTTP/1.1\r\nHo") as wire:
             assert read_until(wire, None).startswith(b"HTTP/1.1 408")
         for filler in (b"x" * 17_000, b"x" * 100_000):
-            with connect(aura, b"GET /health HTTP/1.1\r\nHost: x\r\nX: " + filler + b"\r\n\r\n") as wire:
+            with connect(aura, b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + filler + b"\r\n\r\n") as wire:
                 assert read_until(wire, None).startswith(b"HTTP/1.1 431")
 
 
 def test_a_body_that_does_not_come_is_a_408_and_a_big_one_a_413_that_can_be_read():
-    head = b"POST /aura/cases/1/analysis-runs HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer t\r\nContent-Length: %d\r\n\r\n"
+    head = b"POST /aura/cases/1/analysis-runs HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer t\r\nContent-Length: %d\r\n\r\n"
     with running(body_timeout=0.2) as aura:
         with connect(aura, head % 10 + b"{") as wire:
             answer = read_until(wire, None)
@@ -2998,7 +3551,7 @@ MALFORMED = {
     "body on a stream": request_of(b"GET /aura/analysis-runs/x/stream HTTP/1.1", b"Content-Length: 5", body=b"hello"),
     "expect nonsense": request_of(b"POST %b HTTP/1.1" % RUNS_URL, b"Expect: 999", b"Content-Length: 0"),
     "strange last id": request_of(b"GET /aura/analysis-runs/x/stream HTTP/1.1", b"Last-Event-ID: \xff\xfe"),
-    "bare CR": b"GET /health HTTP/1.1\rHost: x\r\r",
+    "bare CR": b"GET /health HTTP/1.1\rHost: localhost\r\r",
 }  # fmt: skip
 
 
@@ -3603,7 +4156,7 @@ async def test_serve_is_a_trio_task_that_starts_and_stops():
         async with trio.open_nursery() as nursery:
             aura = await nursery.start(serve, Settings(port=0))
             wire = await trio.open_tcp_stream("127.0.0.1", aura.port)
-            await wire.send_all(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            await wire.send_all(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert b"healthy" in await wire.receive_some()
             aura.stop()
         await wire.aclose()
@@ -4162,7 +4715,7 @@ def test_any_script_is_refused_with_a_pointer_or_played_to_an_end_the_journal_na
             return
         run_id, began = f"p{time.monotonic_ns()}", jumping._ask("GET", "/__aura/health").clock.now
         body = json.dumps({"runId": run_id, "scenario": wanted}).encode()
-        head = f"POST /aura/cases/1/analysis-runs HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer t\r\nConnection: close\r\nContent-Length: {len(body)}"
+        head = f"POST /aura/cases/1/analysis-runs HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer t\r\nConnection: close\r\nContent-Length: {len(body)}"
         until_quiet(jumping, head.encode() + b"\r\n\r\n" + body)
         for _ in range(2):
             until_quiet(jumping, get(f"/aura/analysis-runs/{run_id}/stream", headers={"Connection": "close"}))
@@ -4526,13 +5079,13 @@ def blocks(kind):
 
 
 def test_the_readmes_settings_are_the_settings():
-    def number(value):
-        return {True: "true", False: "false", "": ""}.get(value, str(value)) if not isinstance(value, (int, float)) else (
-            str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value))
+    def told(one):
+        default, named = one.default, one.metadata["env"] and f" `{one.metadata['env']}`"
+        text = str(default).lower() if isinstance(default, bool) else f"{default:g}" if isinstance(default, float) else str(default)
+        return f"`{aura_stream.flag(one)}`{named}{text and f' ({text})'} {one.metadata['says']}"
 
-    expected = [[f"`{aura_stream.flag(one)}`", f"`{aura_stream.variable(one)}`", number(one.default), one.metadata["says"]]
-                for one in aura_stream.dataclasses.fields(Settings)]  # fmt: skip
-    assert table("Settings") == expected
+    listed = [one for row in table("Settings") for one in row[1].split(" · ")]
+    assert listed == [told(one) for one in dataclasses.fields(Settings)]
 
 
 def test_the_readmes_endpoints_are_the_routes():
@@ -4545,7 +5098,7 @@ def test_the_readmes_endpoints_are_the_routes():
             found |= {f"{method} {path}" for method in rule.methods - {"HEAD", "OPTIONS"}}
         return {route for route in found if "//" not in route}
 
-    listed = {row[0].strip("`").split("?")[0] for row in table("Endpoints")}
+    listed = {way.split("?")[0] for row in table("Endpoints") for way in re.findall("`([^`]+)`", row[0])}
     assert listed == trio.run(routes)
 
 
