@@ -1116,7 +1116,7 @@ def phase3(facts: Facts) -> list[dict[str, Any]]:
 def generation(facts: Facts) -> list[dict[str, Any]]:
     """The ordinary generation job: 2 s a step, where the events of a run are 0.15 s apart."""
     title, about = (literal(facts.body.get(part)) for part in ("title", "description"))
-    job, text = {"jobId": "{runId}"}, f"# {title or '{runId}'}\n\n{about or ''}"
+    job, text = {"jobId": "{runId}"}, f"# {title or '{runId}'}\n\n{about or ''}".strip()
     script: list[dict[str, Any]] = []
     for value in (10, 25, 40, 60, 75, 90, 100):
         now = {"value": value, "currentStep": f"step {value}", "estimatedTime": (100 - value) // 5}
@@ -1763,9 +1763,7 @@ def _give_up(run: Run, patience: float) -> None:
 class Hub:
     """All runs of this server: starts, finds and forgets them. Its nursery is the server's."""
 
-    def __init__(
-        self, settings: Settings, nursery: trio.Nursery, time: Time | None = None
-    ) -> None:
+    def __init__(self, settings: Settings, nursery: trio.Nursery, time: Time | None = None) -> None:
         self.settings, self._nursery = settings, nursery
         self.time, self.gates = time or Time(settings.rate), Gates(settings.max_gates)
         self._runs: dict[str, Run] = {}
@@ -2338,11 +2336,17 @@ def name_in(authority: str) -> str:
     return re.sub(r":\d*$", "", authority).strip("[]").lower()
 
 
-def known_host(authority: str, settings: Settings) -> None:
+def hosts_of(settings: Settings) -> set[str]:
+    """The names it answers to; none if it listens everywhere, for then nobody knows them."""
+    if settings.host in ("0.0.0.0", "::"):
+        return set()
+    names = (*LOCAL, settings.host, *settings.allow_host.split(","))
+    return {name.strip("[] ").lower() for name in names} - {""}
+
+
+def known_host(authority: str, hosts: set[str]) -> None:
     """A page on a name of its own, made to lead here, must not read a server on this machine."""
-    names = (*LOCAL, *(one.strip() for one in settings.allow_host.split(",")), settings.host)
-    anywhere = settings.host in ("0.0.0.0", "::")
-    if not anywhere and authority and name_in(authority) not in [name.lower() for name in names]:
+    if hosts and authority and name_in(authority) not in hosts:
         error = f"this server does not answer to the name {name_in(authority)[:200]!r}"
         raise Refusal(421, {"error": error, "hint": "start it with --allow-host NAME if it should"})
 
@@ -2750,13 +2754,13 @@ def admission(  # noqa: C901  # ruff adds the routes up; a test looks at each fo
     app: QuartTrio, settings: Settings, hub: Hub
 ) -> None:
     """What comes before every route, and after; and how a refusal leaves, wherever it was made."""
-    readers = origins(settings.cors_origin)
+    hosts, readers = hosts_of(settings), origins(settings.cors_origin)
 
     @app.before_request
     async def admit() -> Response | None:
         note(entry())
         now, path, given = entry(), request.path, request.scope["aura.headers"]  # type: ignore[typeddict-item]
-        known_host(header(b"host"), settings)
+        known_host(header(b"host"), hosts)
         if request.method == "OPTIONS":
             asks = b"access-control-request-method" in given
             return Response(b"", 204, PREFLIGHT) if asks else None
@@ -2765,7 +2769,7 @@ def admission(  # noqa: C901  # ruff adds the routes up; a test looks at each fo
         if OPEN.fullmatch(path):
             return None
         if CONTROL.fullmatch(path):
-            operate(given, request.headers["Remote-Addr"], settings)
+            operate(given, now.client.rpartition(":")[0], settings)
             g.tenant = None
         elif settings.auth == "on" and (request.url_rule or path.startswith("/aura/")):
             identify(given, request.args)
@@ -2944,9 +2948,10 @@ class Reception:
         """Refuse a viewer too many. (What is decided here has opened its delivery before anybody
         else is asked: there is no checkpoint in between.) A native EventSource would never come
         back after a 503; so it gets a short stream, and the time at which to come again."""
-        limit, wait = self.settings.max_sse_connections, random.randint(1000, 10_000)
+        limit = self.settings.max_sse_connections
         if self.hub.streams < limit:
             return
+        wait = random.randint(1000, 10_000)
         why = f"too many open streams, the limit is {limit}"
         log.warning(why)
         entry().notes.append(why)
@@ -3087,9 +3092,7 @@ def job_routes(  # noqa: C901  # likewise
     @app.get("/api/generation/jobs/<job_id>/events")
     async def job_stream(job_id: str) -> Response:
         """Whoever watches a job that is not there starts it: the runbook does."""
-        if hub.find(job_id) is None and request.method == "HEAD":
-            return head_only(STREAM_HEAD)
-        if hub.find(job_id) is None:
+        if hub.find(job_id) is None and request.method != "HEAD":
             checked_id(job_id)
             run, _, script = reception.trigger(Order(job_id, job_id, "generation", {}))
             if run is None:
