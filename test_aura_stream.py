@@ -963,6 +963,21 @@ async def test_the_journal_is_bounded_and_the_oldest_entry_goes():
     assert journal.find({}) == []
 
 
+def test_what_was_not_due_does_not_make_up_for_what_was():
+    journal = aura_stream.Journal()
+    an_entry(journal, events=50, due=3, attempt=1)
+    an_entry(journal, events=1, due=7, attempt=1)
+    an_entry(journal, events=9, due=9)  # no script played: a refusal of ours
+    assert (journal.figures().written, journal.figures().due, journal.figures().streams) == (4, 10, 2)
+
+
+def test_a_histogram_counts_up_to_each_bound():
+    found = aura_stream.Histogram(0.5, 1, 10)
+    for value in (0.1, 0.5, 0.6, 10, 11):
+        found.add(value)
+    assert (found.buckets(), found.sum) == ([("0.5", 2), ("1.0", 3), ("10.0", 4), ("+Inf", 5)], pytest.approx(22.2))
+
+
 async def test_waiting_for_entries_counts_finished_ones_and_takes_the_oldest(autojump_clock):
     journal = aura_stream.Journal()
     first, open_one = an_entry(journal), an_entry(journal, finished=False)
@@ -1377,6 +1392,14 @@ def test_a_piece_is_64_kib_or_one_event():
     assert log.read(0, most=1)[1] == 1
 
 
+async def test_a_write_has_a_limit_that_is_a_setting(autojump_clock):
+    async with hub_for(max_write=100) as hub:
+        run = await ended(hub.start(facts(Time()), scenario(*says("a", "b", "c", "d", "e", "f"))))
+        written, _ = await pieces([{"comment": "c"}, {"relay": "all"}], run=run, hub=hub)
+        sizes = [len(data) for _, data in written]
+        assert max(sizes) <= 100 and len(sizes) < 1 + 6, "several in a piece, no piece beyond the limit"
+
+
 async def test_all_logs_together_have_a_limit(autojump_clock):
     big = {"repeat": 10, "steps": [{"event": {"data": "x" * 1000}}]}
     async with hub_for(max_log_bytes=25_000) as hub:
@@ -1717,6 +1740,32 @@ async def test_chunks_keep_their_distance_and_no_heartbeat_falls_into_an_event(a
     apart = [later - sooner for (sooner, _), (later, _) in zip(found[:6], found[1:], strict=False)]
     assert apart == [pytest.approx(40)] * len(apart)
     assert (entry.events, entry.last_id_sent) == (2, 2)
+
+
+@pytest.mark.parametrize("chunk", [{"chunk": 7}, {"chunk": 7, "every": 5}, {"chunk": "utf8"}, {"buffer": 10}])
+async def test_an_event_that_comes_just_as_a_heartbeat_falls_due_is_whole(chunk, autojump_clock):
+    """Both in one turn of the loop: the task wakes with news, and its wait is cancelled already. Found by the soak."""
+    written = bytearray()
+
+    async def send(message):  # as ours: a write that fits the socket has no checkpoint
+        written.extend(message.get("body", b""))
+
+    async with hub_for() as hub, trio.open_nursery() as nursery:
+        run = hub.start(facts(hub.time), scenario(*says("a"), {"wait": "end"}))
+        script = parse_script([chunk, {"comment": "c"}, {"heartbeat": 30}, {"relay": "all"}], "stream")
+        entry = Entry("GET", "/", "test:1", "id", kind="stream", run_id="r1")
+        delivery = Faulty(script, entry, hub, run)
+        nursery.start_soon(delivery.deliver, send)
+        await trio.sleep(200)
+        for number in (2, 3, 4):
+            run.log.append(Event("말", {"n": "가" * number}))
+            run.log.announce()
+            delivery._till_beat.scope.cancel()
+            await trio.sleep(500)
+        hub.gates.signal("end")
+    assert [(id, name) for id, name, _ in parsed(bytes(written))] == [("1", "a"), ("2", "말"), ("3", "말"), ("4", "말")]
+    assert [json.loads(data)["n"] for _, _, data in parsed(bytes(written))[1:]] == ["가" * n for n in (2, 3, 4)]
+    assert (entry.events, entry.last_id_sent) == (4, 4)
 
 
 async def test_events_are_counted_when_their_last_byte_is_out(autojump_clock):
@@ -2182,6 +2231,14 @@ async def test_a_page_on_a_name_of_its_own_does_not_reach_the_server(host, setti
             assert answer.status_code == status
         if status == 421:
             assert host.rpartition(":")[0] in (await answer.get_json())["error"] and "--allow-host" in (await answer.get_json())["hint"]
+
+
+async def test_control_sees_every_tenant_s_runs_whoever_it_says_it_is(autojump_clock):
+    async with in_memory() as (client, _, _, _):
+        await triggered(client, runId="r", headers={**BEARER, "X-Tenant-ID": "1"})
+        listed = await (await client.get("/__aura/runs", headers={"X-Tenant-ID": "2"})).get_json()
+        assert [run["runId"] for run in listed["runs"]] == ["r"]
+        assert (await client.get("/__aura/runs/r", headers={"X-Tenant-ID": "2"})).status_code == 200
 
 
 TOKEN = {"Authorization": "Bearer s3cret"}
@@ -3012,6 +3069,13 @@ async def test_without_ids_a_job_has_none_and_without_beats_no_heartbeat(autojum
         assert b"id: " not in data and b"heartbeat" not in data and data.startswith(b": connected\n\nretry: 7\n\n")
 
 
+async def test_without_an_interval_a_slow_job_beats_never(autojump_clock):
+    async with in_memory(event_delay=4.5, heartbeat=0) as (client, _, _, _):
+        began = trio.current_time()
+        data = await (await client.get("/api/generation/jobs/j/events")).get_data()
+        assert trio.current_time() - began == pytest.approx(9 * 60) and b"heartbeat" not in data
+
+
 async def test_a_job_that_may_not_start_is_refused(autojump_clock):
     async with in_memory(demo_off=True) as (client, hub, _, _):
         for answer in (await client.get("/api/generation/jobs/j/events"), await client.post("/api/v1/generations", json={})):
@@ -3052,6 +3116,8 @@ async def test_the_streams_open_at_once_have_a_limit(autojump_clock, heard):
             texts = [re.fullmatch(rb"retry: (\d+)\n\n: too many open streams, the limit is 2\n\n", await answer.get_data()) for answer in softly]
             assert all(1000 <= int(text[1]) <= 10_000 for text in texts) and len({text[1] for text in texts}) > 1
             assert (await client.get("/api/generation/jobs/j/events", headers=native)).status_code == 200
+            for own in ({**native, **BEARER}, {**BEARER, "Accept": "text/event-stream"}, {**BEARER, "Sec-Fetch-Mode": "cors"}):
+                assert (await client.get("/aura/analysis-runs/r/stream", headers=own)).status_code == 503, "it can read a status"
             assert (await client.get("/api/generation/jobs/j/events")).status_code == 503
             assert hub.find("j") is None, "and no job was started"
             posted = await client.post("/aura/cases/1/analysis/trigger", headers=BEARER, json={"runId": "p"})
@@ -3065,7 +3131,7 @@ async def test_the_streams_open_at_once_have_a_limit(autojump_clock, heard):
             last = (await control(client, "GET", "journal?kind=stream"))["entries"][-1]
             assert "too many" not in last["said"], "that was the 401"
             noted = [one for one in (await control(client, "GET", "journal?kind=stream"))["entries"] if "too many open streams, the limit is 2" in one["said"]]
-            assert len(noted) == 8 + 10 + 4
+            assert len(noted) == 8 + 10 + 4 + 3
             await control(client, "POST", "signal", gate="go")
         assert hub.streams == 0 and (await read(client, "r"))[0].status_code == 200
 
@@ -3090,8 +3156,23 @@ async def test_an_operator_ends_or_drops_every_stream_and_the_runs_go_on(autojum
             assert "restart" not in path or ends == [None] * 5
         assert (await (await client.post("/api/admin/connections/reset")).get_json()) == {"dropped": 0}
         assert hub.live == 1
+        answers = []
+
+        async def refused_slowly():
+            busy = {"name": "busy", "stream": [{"open": {"status": 503, "body": "busy"}}, {"sleep": 1000}]}
+            answers.append(await client.get("/aura/analysis-runs/r/stream", headers={**BEARER, "X-Aura-Scenario": json.dumps(busy)}))
+
+        async def triggered_slowly():
+            answers.append(await client.post("/aura/cases/1/analysis-runs", headers=BEARER, json={"scenario": {"name": "t", "trigger": [{"sleep": 1000}]}}))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(refused_slowly)
+            nursery.start_soon(triggered_slowly)
+            await trio.testing.wait_all_tasks_blocked()
+            assert await (await client.post("/api/admin/sse/broadcast-reconnect")).get_json() == {"notified": 2}
+        assert {answer.status_code: b"retry" in await answer.get_data() for answer in answers} == {503: False, 202: False}
         entries = (await control(client, "GET", "journal?kind=stream"))["entries"]
-        assert {(one["end"]["by"], one["end"]["how"]) for one in entries} == {("admin", "end")}
+        assert {(one["end"]["by"], one["end"]["how"], one["end"]["reason"]) for one in entries} == {("admin", "end", "closed by an operator")}
 
 
 def metrics_of(text):
@@ -3134,6 +3215,8 @@ def test_after_a_known_session_every_figure_has_its_exact_value(heard):
             answer = httpx.get(f"{aura.url}/metrics")
             assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
             found = metrics_of(answer.text)
+            again = metrics_of(httpx.get(f"{aura.url}/metrics").text)
+            assert [name for name in again if again[name] != found.get(name) and name[0] != "http_requests_total"] == [], "to look changes nothing"
         assert found[("sse_connections_open",)] == 1
         assert found[("sse_connections_total",)] == 5
         assert found[("sse_reconnect_count",)] == 1
@@ -3146,7 +3229,7 @@ def test_after_a_known_session_every_figure_has_its_exact_value(heard):
         assert {way: value for way, value in ended.items() if value} == {("server", "end"): 2, ("server", "drop"): 1, ("client", "disconnect"): 1}
         assert found[("sse_message_delivery_success_rate",)] == pytest.approx((11 + 2 + 9 + 2) / (11 + 11 + 9 + 2))
         assert found[("sse_connection_duration_seconds_count",)] == 4
-        assert found[("sse_time_to_first_event_seconds_count",)] == 5
+        assert found[("sse_time_to_first_event_seconds_count",)] == 5 and 0 < found[("sse_time_to_first_event_seconds_sum",)] < WAIT
         assert found[("aura_run_duration_seconds_count",)] == 2
         runs = {dict(labels)["status"]: value for (name, *labels), value in found.items() if name == "aura_runs"}
         assert runs == {"running": 1, "completed": 2, "failed": 0, "cancelled": 0}
@@ -3527,6 +3610,19 @@ def test_a_body_that_does_not_come_is_a_408_and_a_big_one_a_413_that_can_be_read
             answer = read_until(wire, None)
             assert answer.startswith(b"HTTP/1.1 413")
             assert b'{"error": "Request Entity Too Large' in answer
+
+
+@pytest.mark.parametrize(("settings", "pause"), [({"max_linger": 300_000, "linger": 60}, 0), ({"linger": 0.2, "max_linger": 10**9}, 0.02)])
+def test_a_refused_client_that_goes_on_sending_is_cut_at_either_limit(settings, pause, heard):
+    head = b"POST /aura/cases/1/analysis-runs HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer t\r\nContent-Length: 90000000\r\n\r\n"
+    with running(max_body=10, **settings) as aura, connect(aura, head) as wire:
+        began, gate = time.monotonic(), threading.Event()
+        with pytest.raises(OSError, match="reset|pipe"):  # a reset, or the pipe broken by one
+            while time.monotonic() - began < WAIT:
+                wire.sendall(b"x" * 1000)
+                gate.wait(pause)
+        line = heard.wait_for("cut a refused client that was still sending, after ")
+        assert (time.monotonic() - began < 1.5) and (int(line.split()[-2]) > 300_000) == (not pause)
 
 
 def request_of(line, *headers, body=b""):
@@ -4778,6 +4874,21 @@ def test_help_names_every_flag_and_its_variable(capsys):
     for one in aura_stream.dataclasses.fields(Settings):
         assert aura_stream.flag(one) in text
         assert aura_stream.variable(one) in text
+
+
+def test_control_on_every_address_without_a_token_is_local_aloud(heard):
+    for host, token, loud in (("0.0.0.0", "", True), ("::", "", True), ("0.0.0.0", "t", False), ("127.0.0.1", "", False), ("localhost", "", False)):
+        before = heard.all().count("is for callers on this machine")
+        aura_stream.warn(Settings(host=host, admin_token=token))
+        assert heard.all().count("is for callers on this machine") - before == loud
+
+
+def test_the_handle_brings_the_admin_token():
+    with running(admin_token="s3cret", event_delay=0) as aura:
+        stream(aura, aura.trigger("1"))
+        assert len(aura.journal(count=1, within=WAIT)) == 1
+        assert httpx.get(f"{aura.url}/__aura/journal").status_code == 401
+        assert "s3cret" not in repr(aura) + repr(Settings(admin_token="s3cret"))
 
 
 def test_redis_is_declined_aloud():
