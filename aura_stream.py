@@ -119,14 +119,17 @@ log = logging.getLogger("aura_stream")
 
 
 # ═══ 1  Settings ══════════════════════════════════════════════════════════════════════════════════
-# Every limit has its number here, once. README and --help are readings of this table.
+# Every limit that somebody may want to move has its number here, once. README and --help are
+# readings of this table.
 
 
 def knob(
-    default: Any, says: str, variable: str = "", choices: tuple[str, ...] = (), repr: bool = True
+    default: Any, says: str, variable: str = "", choices: tuple[str, ...] = (), each: str = "",
+    repr: bool = True,
 ) -> Any:
-    """A setting: default, one sentence, environment variable if not AURA_<NAME>, allowed values."""
-    metadata = {"says": says, "env": variable, "choices": choices}
+    """A setting: default, one sentence, environment variable if not AURA_<NAME>, allowed values, or
+    the form of each in a list."""
+    metadata = {"says": says, "env": variable, "choices": choices, "each": each}
     return field(default=default, repr=repr, metadata=metadata)
 
 
@@ -141,9 +144,11 @@ class Settings:
     auth: str = knob("on", "`on`: `/aura/**` needs any Bearer token", choices=("on", "off"))
     admin_token: str = knob("", "token for `/__aura` and `/api/admin`; empty: local callers only",
                             "ADMIN_TOKEN", repr=False)
-    allow_host: str = knob("", "names beside its own that it answers to: `a.test,b.test`")
+    allow_host: str = knob("", "names beside its own that it answers to: `a.test,b.test`",
+                           each=r"[\w.-]+|\[[\da-fA-F:]+\]")
     cors_origin: str = knob("localhost:*,127.0.0.1:*",
-                            "origins whose pages may read it; `:*` is any port, `*` anybody")
+                            "origins whose pages may read it; `:*` is any port, `*` anybody",
+                            each=r"\*|([a-z]+://)?([\w.-]+|\[[\da-fA-F:]+\])(:\d+|:\*)?")
     unknown_run: str = knob("404", "status of an unknown run's stream", choices=("404", "200"))
     demo_off: bool = knob(False, "answer triggers with `disabled`, start nothing", "DEMO_OFF")
     scenario: str = knob("", "the scenario where nobody chooses; empty: the ordinary one")
@@ -189,12 +194,16 @@ class Settings:
             value, choices = getattr(self, one.name), one.metadata["choices"]
             kinds = (int, float) if type(one.default) is float else (type(one.default),)
             if type(value) not in kinds:
-                wanted = WORDS.get(type(one.default), "a text")
-                raise ValueError(f"{flag(one)} must be {wanted}, not {value!r}")
+                raise ValueError(f"{flag(one)} must be {WORDS[type(one.default)]}, not {value!r}")
             if choices and value not in choices:
                 raise ValueError(f"{flag(one)} must be {' or '.join(choices)}, not {value!r}")
-            if isinstance(value, (int, float)) and not 0 <= value < 1e12:
-                raise ValueError(f"{flag(one)} must be 0 or more, not {value!r}")
+            most = 1e12 if type(one.default) is int else 1e7  # bytes and counts, or seconds
+            if isinstance(value, (int, float)) and not 0 <= value <= most:
+                raise ValueError(f"{flag(one)} must be from 0 to {most:,.0f}, not {value!r}")
+            for part in parts(value) if one.metadata["each"] else ():
+                if not re.fullmatch(one.metadata["each"], part):
+                    like = f"like {one.default or 'a.test,b.test'}"
+                    raise ValueError(f"{flag(one)} takes a list {like}, not {part!r}")
         if self.port > 65535:
             raise ValueError(f"--port must be at most 65535, not {self.port}")
         with contextlib.suppress(ValueError):
@@ -213,10 +222,15 @@ class Settings:
         found: dict[str, Any] = {}
         for one in dataclasses.fields(cls):
             if (text := flags.get(one.name)) is not None:
-                found[one.name] = _from_text(type(one.default), text, flag(one))
+                found[one.name] = _from_text(one, text, flag(one))
             elif text := environment.get(variable(one)):  # set but empty, as in compose: unset
-                found[one.name] = _from_text(type(one.default), text, variable(one))
+                found[one.name] = _from_text(one, text, variable(one))
         return cls(**found)
+
+
+def parts(text: str) -> list[str]:
+    """The parts of a list with commas."""
+    return [part for part in map(str.strip, text.split(",")) if part]
 
 
 def flag(one: dataclasses.Field[Any]) -> str:
@@ -227,18 +241,19 @@ def variable(one: dataclasses.Field[Any]) -> str:
     return str(one.metadata["env"]) or f"AURA_{one.name.upper()}"
 
 
-WORDS = {bool: "true or false", int: "a whole number", float: "a number"}
+WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 _YES, _NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
 
 
-def _from_text(kind: type, text: str, source: str) -> object:
-    wanted = WORDS.get(kind, "a text")
+def _from_text(one: dataclasses.Field[Any], text: str, source: str) -> object:
+    kind: Any = type(one.default)
     try:
         if kind is bool:
             return {**dict.fromkeys(_YES, True), **dict.fromkeys(_NO, False)}[text.lower()]
-        return text.upper() if source.endswith(("LOG_LEVEL", "log-level")) else kind(text)
+        choices = [choice for choice in one.metadata["choices"] if choice.lower() == text.lower()]
+        return choices[0] if choices else kind(text)
     except (KeyError, ValueError):
-        raise ValueError(f"{source} must be {wanted}, not {text!r}") from None
+        raise ValueError(f"{source} must be {WORDS[kind]}, not {text!r}") from None
 
 
 # ═══ 2  Events ════════════════════════════════════════════════════════════════════════════════════
@@ -441,8 +456,9 @@ def shown(value: Any) -> str:
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The end of a sentence that says that this word is not known here."""
-    close = difflib.get_close_matches(word[:64], names := sorted(known), n=1)
-    there = f" (there are: {', '.join(names)})" if names else "; it takes none"
+    close = difflib.get_close_matches(word[:64], names := sorted(set(known)), n=1)
+    listed = ", ".join([*names[:20], *["…"] * (len(names) > 20)])
+    there = f" (there are: {listed})" if names else "; it takes none"
     return f"; did you mean {close[0]!r}?" if close else there
 
 
@@ -575,6 +591,7 @@ TEMPLATE = re.compile(r"\{\{|\{(runId|caseId|tenantId|now|n)\}")
 MOST_TURNS = 1_000_000  # of all repeats of a script: more is not a test but a typing error
 MOST_STEPS = 5000  # of a script as written: checking more would hold up everybody else
 DEEPEST = 64  # levels of nesting in JSON from outside: Python's recursion limit would be a 500
+MOST_VALUES = 100_000  # in JSON from outside: a megabyte of `[],` holds up everybody for long
 
 _RUN, _STREAM, _ANSWER = ("run",), ("stream",), ("trigger", "stream")
 _ALL = ("run", "trigger", "stream")
@@ -978,6 +995,12 @@ class Facts:
     event_delay: float = 0.0
     test_fail: str | None = None
     test_id: str | None = None
+    weight: int = 0  # bytes, about, that its request takes here
+
+    def when_over(self) -> Facts:
+        """These facts when the run has ended: of the request, at most its own scenario is left."""
+        own = isinstance(self.body.get("scenario"), dict)
+        return dataclasses.replace(self, body={}, weight=self.weight if own else 0)
 
     @property
     def names(self) -> dict[str, str]:
@@ -1260,7 +1283,7 @@ class Cargo(NamedTuple):
 NOTHING = Cargo()
 LEFT = Ending("client", "disconnect", "closed the connection")
 SHOWN = (b"accept", b"authorization", b"upgrade", b"user-agent", b"origin", b"cache-control",
-         b"x-dwp-source", b"x-dwp-caller-type", b"x-trace-id")  # of a request's headers
+         b"x-dwp-source", b"x-dwp-caller-type", b"x-trace-id", b"x-forwarded-for")  # of a request's
 OTHERS = (b"x-request-id", b"x-tenant-id", b"x-user-id", b"x-agent-id", b"x-test-id")
 RECORDED = (*SHOWN, *OTHERS)
 
@@ -1300,7 +1323,7 @@ class Entry:
     route: str = ""
     pattern: str = "other"  # of the route's path
     trace_id: str | None = None  # of a request to the gateway's face
-    names: collections.Counter[str] = field(default_factory=collections.Counter)  # of events sent
+    tally: collections.Counter[str] = field(default_factory=collections.Counter)  # of all sent
     due: int = 0  # events of the log that this stream should have brought, once it has ended
     first_event: float | None = None
     step: int | None = None  # of the script, where it is now
@@ -1328,13 +1351,15 @@ class Entry:
         if cargo.events:
             self.first_event = self.first_event or clock.perf_counter()
             self.events += len(cargo.events)
-            self.names.update(cargo.events)
+            self.tally.update(cargo.events)
+            if len(self.tally) > 100:  # somebody makes up names
+                fold(self.tally)
         self.last_id_sent = self.last_id_sent if cargo.last is None else cargo.last
 
     def says(self, text: str) -> None:
         """An INFO line that begins with the route and names the ids this route knows."""
-        by_run = self.route == "analysis_run_stream"
-        case = "" if by_run else f" case_id={safe(self.case_id)}"
+        by_case = self.stream_name == "case_analysis_stream"
+        case = f" case_id={safe(self.case_id)}" if by_case else ""
         log.info("%s: %s run_id=%s%s", self.stream_name, text, safe(self.run_id), case)
 
     @property
@@ -1351,8 +1376,8 @@ class Entry:
     @property
     def stream_name(self) -> str:
         """What log lines call this stream; the guides look for these two names."""
-        by_run = self.route == "analysis_run_stream"
-        return "analysis_run_stream" if by_run else "case_analysis_stream"
+        by_case = self.route in ("case_analysis_stream", "trigger_stream")
+        return "case_analysis_stream" if by_case else "analysis_run_stream"
 
     @property
     def said(self) -> str:
@@ -1403,6 +1428,16 @@ class Histogram:
 
 
 METHODS = ("GET", "POST", "PUT", "DELETE", "PATCH", "HEAD", "OPTIONS")
+KNOWN_EVENTS = (
+    "started", "step", "evidence", "confidence", "proposal", "completed", "failed", "agent",
+    "progress", "preview",
+)  # of the contract; what a scenario or an analysis makes up is `other`
+
+
+def fold(tally: collections.Counter[str]) -> None:
+    """Count the names that are not of the contract as one."""
+    for name in tally.keys() - {*KNOWN_EVENTS, "other"}:
+        tally["other"] += tally.pop(name)
 
 
 class Figures:
@@ -1410,13 +1445,14 @@ class Figures:
 
     def __init__(self) -> None:
         self.streams = self.reconnects = self.bytes = self.heartbeats = self.written = self.due = 0
-        self.names = collections.Counter[str]()  # of events, counted as they are sent
+        self.names = collections.Counter[str]()  # of events; entries count them as they are sent
         self.ended = collections.Counter[tuple[str, str]]()
         self.requests = collections.Counter[tuple[str, str, str]]()
         self.durations = Histogram(0.1, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600, 1800, 3600)
         self.first_events = Histogram(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 
     def add(self, entry: Entry) -> None:
+        """Count a request: one that is over, or one that is open as far as it is."""
         if entry.closed is not None:
             method = entry.method if entry.method in METHODS else "other"
             self.requests[method, entry.pattern, str(entry.status)] += 1
@@ -1448,7 +1484,8 @@ class Journal:
 
     def open(self, entry: Entry, *, kept: bool = True) -> None:
         """A request has begun; its entry fills while it lasts, and is kept, or only counted."""
-        self._open[id(entry)], entry.names = entry, self._figures.names
+        self._open[id(entry)] = entry
+        entry.tally = self._figures.names  # all requests count their events' names in one place
         if not kept:
             return
         self._seq = entry.seq = self._seq + 1
@@ -1647,9 +1684,8 @@ class Run:
         self.failure: Failure | None = None
         self.last_word: LastWord | None = None  # none while the analysis has not returned
         self.over = False  # it has come out of the channel
-        self.at_gate = False
-        self.trimmed = False
-        self.counted = 0  # bytes of its log in the hub's account
+        self.at_gate = self.trimmed = False
+        self.counted = 0  # bytes of its log and its request in the hub's account
         self.viewers, self.attempts = 0, dict[str, int]()  # streams opened, by scenario
         self.cursor = Cursor()  # of all viewers together, where a scenario wants the old queue
         self.started_at, self.started_clock = now_iso(), trio.current_time()
@@ -1700,8 +1736,7 @@ class Run:
 async def conduct(run: Run, analysis: Analysis, settle: Callable[[Run], None]) -> None:
     """A run from its first event to its last: one task speaks, this one writes down."""
     async with trio.open_nursery() as nursery:
-        name = f"analysis {safe(run.facts.run_id)}"
-        nursery.start_soon(perform, run, analysis, name=name)
+        nursery.start_soon(perform, run, analysis, name=f"analysis {safe(run.facts.run_id)}")
         await transcribe(run, settle)
 
 
@@ -1741,7 +1776,7 @@ async def transcribe(run: Run, settle: Callable[[Run], None]) -> None:
             left = patience if spoke else left - (0.0 if waited else time.now() - since)
             settle(run)
             run.log.announce()
-    run.facts = dataclasses.replace(run.facts, body={})  # a megabyte of JSON is many of Python
+    run.facts = run.facts.when_over()
     run.ended_at, run.ended_clock = now_iso(), trio.current_time()
     run.log.announce(end=True)
     settle(run)
@@ -1784,6 +1819,8 @@ class Hub:
         """Why no run can be started just now, if none can."""
         if self._stopping:
             return "the server is stopping"
+        if self._held > (most := self.settings.max_log_bytes):
+            return f"the live runs hold too much, the limit is {most} bytes"
         most = self.settings.max_live_runs
         return f"too many live runs, the limit is {most}" if self.live >= most else None
 
@@ -1793,6 +1830,7 @@ class Hub:
             self._forget(facts.run_id)
         self._forgotten.pop(facts.run_id, None)
         run = self._runs[facts.run_id] = Run(facts, scenario, self.settings)
+        self._account(run)
         analysis = analysis or scripted(scenario, self.gates)
         name = f"run {safe(facts.run_id)}"
         self._nursery.start_soon(conduct, run, analysis, self._settle, name=name)
@@ -1853,22 +1891,22 @@ class Hub:
             self._ended[run.facts.run_id] = run
         trimmed = run.log.trim(limits.max_run_events, limits.max_run_bytes)
         self._account(run)
-        while self._ended and (
-            len(self._ended) > limits.max_ended_runs or self._held > limits.max_log_bytes
-        ):
-            self._forget(next(iter(self._ended)))
         if (excess := self._held - limits.max_log_bytes) > 0:
             trimmed |= run.log.trim(limits.max_run_events, max(0, run.log.size - excess))
             self._account(run)
         if trimmed and not run.trimmed:
-            run.trimmed = True
-            text = "run_store: log full, the oldest events go run_id=%s"
-            log.warning(text, safe(run.facts.run_id))
+            run.trimmed, limit = True, "--max-log-bytes" if excess > 0 else "--max-run-…"
+            text = "run_store: log full (%s), the oldest events go run_id=%s"
+            log.warning(text, limit, safe(run.facts.run_id))
 
     def _account(self, run: Run) -> None:
+        """Count what the run holds; beyond the limits the first that ended is forgotten first."""
         if self._runs.get(run.facts.run_id) is run:
-            self._held += run.log.size - run.counted
-            run.counted = run.log.size
+            self._held += run.log.size + run.facts.weight - run.counted
+            run.counted = run.log.size + run.facts.weight
+        limits, ended = self.settings, self._ended
+        while ended and (len(ended) > limits.max_ended_runs or self._held > limits.max_log_bytes):
+            self._forget(next(iter(ended)))
 
     def _sweep(self) -> None:
         """Forget what was kept long enough: whoever looks must not see it, so looking does it."""
@@ -1932,6 +1970,7 @@ class Delivery(Player):
 
     batch: float = math.inf  # events in one write
     outlet: Any = None  # where output is held back
+    by, reason = "server", "the script ended"  # of a proper end
 
     def __init__(
         self, script: Script, entry: Entry, hub: Hub, run: Run | None = None,
@@ -1960,6 +1999,7 @@ class Delivery(Player):
                     self.entry.step = at
                     await self.play((step,))
             await self.flush()
+            self._closed = False  # an operator's end is one: what is usual still goes out
             if not self.entry.status:
                 await self.open(self._usual)
             await self.finish("end")
@@ -2012,8 +2052,7 @@ class Delivery(Player):
         """Write down that this is the end, before the act; unless the viewer made one already."""
         if self.lost:
             await trio.sleep_forever()
-        reason = "the script ended" if how == "end" else f"the script says {how!r}"
-        self.entry.finish("server", how, reason)
+        self.entry.finish(self.by, how, self.reason if how == "end" else f"script: {how}")
 
     def dressed(self, block: bytes, number: int | None = None) -> bytes:
         """A block as this viewer gets it; here as it is, the one that all viewers share."""
@@ -2180,7 +2219,7 @@ class Faulty(Delivery):
     _frame: Mapping[str, Any] | None = None
     _beat: Mapping[str, Any] | None = None
     _due = 0.0  # script time before which the next piece may not go
-    _farewell = b""
+    _farewell = _tail = b""
 
     async def hold(self, data: bytes, cargo: Cargo) -> None:
         self._quiet_since = self.time.now()  # also what is held back was said
@@ -2272,17 +2311,23 @@ class Faulty(Delivery):
     async def reset(self, step: Step) -> None:
         await self._cut("reset")
 
+    async def put(self, data: bytes, cargo: Cargo) -> None:
+        self._tail = (self._tail + data[-4:])[-4:]
+        await super().put(data, cargo)
+
     async def finish(self, how: str) -> None:
-        if self._farewell and self.entry.status == 200:
+        """First the last word, where it would not complete half an event."""
+        if self._farewell and self._tail.endswith((b"\n\n", b"\r\n\r\n", b"\r\r")):
             await self.put(self._farewell, NOTHING)
         await super().finish(how)
 
     def close(self, how: str, farewell: bytes = b"") -> None:
-        """End this delivery from outside: properly, with a last word to a stream's viewer, or by
-        cutting its connection."""
-        self.entry.finish("admin", how, "closed by an operator")
-        self._closed = True
-        self._farewell = farewell if self.entry.streams else b""
+        """End this delivery from outside: properly, with a last word to its viewer, or by cutting
+        its connection."""
+        self._closed, self._farewell = True, farewell
+        self.by, self.reason = "admin", "closed by an operator"
+        if how != "end":
+            self.entry.finish(self.by, how, self.reason)
         if how != "end" and self._connection is not None:
             self._connection.cut(reset=how == "reset")
         elif self._resting is not None:
@@ -2329,6 +2374,16 @@ class Refusal(Exception):
         head = {"status": status, "headers": self.headers, "body": "" if body is None else body}
         self.script = script or (Step("open", literal(head)),)  # for a stream route
 
+    @property
+    def why(self) -> str:
+        """Its cause, for log and journal."""
+        body = self.body if isinstance(self.body, dict) else {}
+        said = body.get("error") or body.get("detail") or body.get("message")
+        if isinstance(said, list):
+            said = f"{'.'.join(map(str, said[0]['loc']))}: {said[0]['msg']}"
+        said = said or {204: "finished and fully seen"}.get(self.status, "no tenant")
+        return said + (f", the limit is {body['limit']}" if "limit" in body else "")
+
 
 def invalid(says: str, *loc: str) -> Refusal:
     """422 in the form FastAPI gives it, which Aura's clients know."""
@@ -2341,6 +2396,7 @@ CONTROL = re.compile(r"/(__aura|api/admin)(/.*)?", re.DOTALL)
 GATEWAY = re.compile(
     r"/api(?:(/aura(?:/.*)?)|/synapse(?:(/analysis-runs/[^/]*/stream)|/.*))", re.DOTALL)
 LOCAL = ("localhost", "127.0.0.1", "::1")
+LOCAL_PAGE = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?", re.IGNORECASE)
 CHALLENGE = {"WWW-Authenticate": "Bearer"}
 
 
@@ -2357,12 +2413,13 @@ def hosts_of(settings: Settings) -> set[str]:
     """The names it answers to; none if it listens everywhere, for then nobody knows them."""
     if settings.host in ("0.0.0.0", "::"):
         return set()
-    names = (*LOCAL, settings.host, *settings.allow_host.split(","))
-    return {name.strip("[] ").lower() for name in names} - {""}
+    names = (*LOCAL, settings.host, *parts(settings.allow_host))
+    return {name.strip("[]").lower() for name in names}
 
 
 def known_host(authority: str, hosts: set[str]) -> None:
-    """A page on a name of its own, made to lead here, must not read a server on this machine."""
+    """The 421 for a name that is not ours: a page on a name of its own, made to lead here, must not
+    read a server on this machine."""
     if hosts and authority and name_in(authority) not in hosts:
         error = f"this server does not answer to the name {name_in(authority)[:200]!r}"
         raise Refusal(421, {"error": error, "hint": "start it with --allow-host NAME if it should"})
@@ -2371,7 +2428,7 @@ def known_host(authority: str, hosts: set[str]) -> None:
 def origins(text: str) -> re.Pattern[str]:
     """The origins in a list like `localhost:*,https://app.test`, as one pattern."""
     found = []
-    for one in filter(None, (part.strip() for part in text.split(","))):
+    for one in parts(text):
         scheme, _, name = one.rpartition("://")
         port = r"(:\d{1,5})?" if name.endswith(":*") else ""
         known = (re.escape(scheme) or "https?") + "://" + re.escape(name.removesuffix(":*")) + port
@@ -2380,7 +2437,7 @@ def origins(text: str) -> re.Pattern[str]:
 
 
 def numbered_tenant(tenant: str | None) -> None:
-    """The gateway's own rule."""
+    """The gateway's own rule: 400 without a tenant that is a number."""
     if tenant is None:
         raise Refusal(400)
     if not re.fullmatch("[0-9]{1,19}", tenant):
@@ -2390,18 +2447,19 @@ def numbered_tenant(tenant: str | None) -> None:
 def operate(headers: Mapping[bytes, bytes], peer: str, settings: Settings) -> None:
     """Let in who may control the server: who knows the token; without one, who is on this machine,
     and neither a proxy nor another site's page."""
-    if token := settings.admin_token:
+    if settings.admin_token:
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
-        if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), token.encode()):
+        token = os.fsencode(settings.admin_token.strip())
+        if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), token):
             needs = "this needs 'Authorization: Bearer <the server's ADMIN_TOKEN>'"
             raise Refusal(401, {"detail": needs}, CHALLENGE)
         return
-    origin, why = as_text(headers.get(b"origin", b"://localhost")), ""
+    origin, why = as_text(headers.get(b"origin", b"http://localhost")), ""
     if not peer.startswith("127.") and peer not in ("::1", "<local>"):
         why = "this is for callers on the server's own machine"
     elif headers.keys() & {b"forwarded", b"x-forwarded-for", b"via"}:
         why = "this came through a proxy, and is for direct callers on the server's own machine"
-    elif name_in(origin.partition("://")[2]) not in LOCAL:
+    elif not LOCAL_PAGE.fullmatch(origin):
         why = "this is not for pages of another site"
     if why:
         raise Refusal(403, {"error": f"{why}; with ADMIN_TOKEN set, the token lets anybody in"})
@@ -2463,7 +2521,7 @@ class Binding:
 class Desk:
     """How a test chooses what happens to it, and which attempt it is at."""
 
-    remembered = 10_000  # attempts counted, the latest: more than there can be runs
+    remembered = 10_000  # attempts counted, the latest
 
     def __init__(self, settings: Settings, catalogue: Mapping[str, Scenario]) -> None:
         self.settings, self.catalogue = settings, catalogue
@@ -2483,7 +2541,7 @@ class Desk:
             case_id, _, name = pair.partition("=")
             if (scenario := self._from_start("case", name)) is None:
                 raise ValueError(f"--case takes CASE=SCENARIO, not {pair!r}")
-            self.bind(Binding(scenario, math.inf, case_id))
+            self._bindings.append(Binding(scenario, math.inf, case_id))
 
     def _from_start(self, flag: str, name: str) -> Scenario | None:
         if name and name not in self.catalogue:
@@ -2515,7 +2573,7 @@ class Desk:
     def chosen(self, wanted: Any) -> Scenario:
         """The scenario of this name, or that this is."""
         if isinstance(wanted, str) and wanted.startswith("{"):
-            wanted = checked_body(wanted, an_object)
+            wanted = checked_body(wanted, an_object, "scenario")
         return self.named(wanted) if isinstance(wanted, str) else parse_scenario(wanted)
 
     def meant(
@@ -2578,7 +2636,8 @@ _PHASE3_OPTIONS = {
 }
 _COMMON = {"runId": optional(_run_id), "requestedBy": _maybe_text}
 _PHASE2 = {"evidence": _maybe_object, "mode": _maybe_text, "options": _maybe_object}
-_PHASE3 = {"artifacts": _maybe_object, "options": optional(keys(_PHASE3_OPTIONS, strict=False))}
+_PHASE3 = {"artifacts": _maybe_object, "callbacks": _maybe_object,
+           "options": optional(keys(_PHASE3_OPTIONS, strict=False))}
 _GENERATION = {"projectId": optional(_run_id), "title": _maybe_text, "description": _maybe_text}
 TRIGGER_BODY = {
     "phase2": keys({**_COMMON, **_PHASE2}, strict=False),
@@ -2587,21 +2646,24 @@ TRIGGER_BODY = {
 }
 
 
-def checked_body(raw: bytes | str, check: Check) -> dict[str, Any]:
+def checked_body(raw: bytes | str, check: Check, where: str = "body") -> dict[str, Any]:
     """A JSON body, or the 422 that names the field. No body is an empty one."""
     try:
         text = raw if isinstance(raw, str) else raw.decode()
         text = text if text.strip() else "{}"
         body: dict[str, Any] = json.loads(text, parse_constant=_finite, parse_float=_finite)
-        if _depth(body) > DEEPEST:
+        sizes = [len(level) for level in itertools.islice(levels(body), DEEPEST + 2)]
+        if len(sizes) > DEEPEST + 1:
             raise RecursionError
+        if sum(sizes) > MOST_VALUES:
+            raise Wrong(f"holds more than {MOST_VALUES:,} values, too many to look through")
         check(body)
     except Wrong as wrong:
-        raise invalid(wrong.says, "body", *wrong.path) from None
+        raise invalid(wrong.says, where, *wrong.path) from None
     except RecursionError:
-        raise invalid(f"JSON may be nested {DEEPEST} levels deep, not deeper", "body") from None
+        raise invalid(f"JSON may be nested {DEEPEST} levels deep, not deeper", where) from None
     except ValueError as error:
-        raise invalid(f"this is not JSON: {error}", "body") from None
+        raise invalid(f"this is not JSON: {error}", where) from None
     return body
 
 
@@ -2612,14 +2674,20 @@ def _finite(text: str) -> float:
     return value
 
 
-def _depth(value: Any) -> int:
-    """Levels of nesting, found level by level: recursion is what this is to protect."""
-    depth, level = 0, [value] if isinstance(value, (dict, list)) else []
-    while level and depth <= DEEPEST:
-        depth += 1
-        inner = (part.values() if isinstance(part, dict) else part for part in level)
-        level = [part for parts in inner for part in parts if isinstance(part, (dict, list))]
-    return depth
+def levels(value: Any) -> Iterator[list[Any]]:
+    """What is in a JSON value, level by level: recursion is what this is to protect."""
+    level = [value]
+    while level:
+        yield level
+        inner = (part.values() if isinstance(part, dict) else part for part in level
+                 if isinstance(part, (dict, list)))
+        level = [part for parts in inner for part in parts]
+
+
+def weight(value: Any) -> int:
+    """About the bytes a JSON value takes here: a list of nothing is two there and 64 in Python."""
+    values = itertools.chain.from_iterable(levels(value))
+    return sum(64 + (len(part) if isinstance(part, str) else 0) for part in values)
 
 
 def encoded(segment: str) -> str:
@@ -2648,17 +2716,18 @@ class Exchange(TrioASGIHTTPConnection):
     and here a delivery gets ASGI's `send`, to write by itself."""
 
     def __init__(self, journal: Journal, app: QuartTrio, scope: Any) -> None:
-        asked, inner = scope["path"], GATEWAY.fullmatch(scope["path"])
+        asked = "/" + scope["path"].lstrip("/")  # as the routes see it
+        inner = GATEWAY.fullmatch(asked)
         if inner and (inner[1] or inner[2]):
             scope = {**scope, "path": inner[1] or f"/aura{inner[2]}"}
         super().__init__(app, scope)
         host, port = scope.get("client") or ("<local>", 0)
         given = scope["aura.headers"] = dict(scope["headers"])
         told = {name: as_text(given[name])[:200] for name in RECORDED if name in given}
-        known_as, tenant = told.get(b"x-request-id", ""), told.get(b"x-tenant-id", "").strip()
+        known_as, tenant = told.get(b"x-request-id", ""), as_text(given.get(b"x-tenant-id", b""))
         request_id = known_as if REQUEST_ID.fullmatch(known_as) else uuid.uuid4().hex
         entry = Entry(scope["method"], asked, f"{host}:{port}", request_id, headers=told)
-        entry.http_version, entry.tenant_id = scope.get("http_version", "1.1"), tenant or None
+        entry.http_version, entry.tenant_id = scope["http_version"], tenant.strip() or None
         entry.user_id, entry.agent_id = told.get(b"x-user-id"), told.get(b"x-agent-id")
         entry.test_id, scope["aura.entry"] = told.get(b"x-test-id"), entry
         if b"authorization" in told:
@@ -2685,7 +2754,7 @@ class Exchange(TrioASGIHTTPConnection):
     async def _send_response(self, send: ASGISendCallable, response: Any) -> None:
         entry = self._entry
         if isinstance(response, Streamed):
-            send = partial(assured, send) if entry.trace_id else send
+            send = partial(assured, entry, send) if entry.trace_id else send
             await response.delivery.deliver(send, response.headers.items())
         else:
             entry.status = response.status_code
@@ -2700,14 +2769,21 @@ def header(name: bytes) -> str:
     return as_text(request.scope["aura.headers"].get(name, b""))  # type: ignore[typeddict-item]
 
 
-async def assured(send: Send, message: Any) -> None:
+async def assured(entry: Entry, send: Send, message: Any) -> None:
     """The gateway's own headers on every stream, whatever the script has left of them."""
     if message["type"] == "http.response.start":
-        named = dict(message["headers"])
-        if named.get(b"content-type", b"").startswith(b"text/event-stream"):
-            named |= {name.encode(): value.encode() for name, value in STREAM_HEAD.items()}
-        message = {**message, "headers": list(named.items())}
+        named = {as_text(name): as_text(value) for name, value in message["headers"]}
+        streams = named.get("content-type", "").lower().startswith("text/event-stream")
+        named |= {**(STREAM_HEAD if streams else {}), **traces(entry)}
+        pairs = [(name.lower().encode(), value.encode()) for name, value in named.items()]
+        message = {**message, "headers": pairs}
     await send(message)
+
+
+def traces(entry: Entry) -> dict[str, str]:
+    """What the gateway sends along, so that a request can be found again."""
+    trace_id, request_id = entry.trace_id or "", entry.request_id
+    return {"x-trace-id": trace_id, "x-gateway-request-id": request_id} if trace_id else {}
 
 
 def connection_of(scope: Any) -> Any:
@@ -2770,45 +2846,47 @@ def create_app(
 def admission(  # noqa: C901  # ruff adds the routes up; a test looks at each for itself
     app: QuartTrio, settings: Settings, hub: Hub
 ) -> None:
-    """What comes before every route, and after; and how a refusal leaves, wherever it was made."""
+    """What comes before every route, and after; and how a refusal leaves, wherever it was made.
+
+    Refusals come in this order: a foreign name, (preflights are answered,) the gateway's tenant,
+    no token; in the route: a bad request, another's run, too many streams, an unknown run.
+    """
     hosts, readers = hosts_of(settings), origins(settings.cors_origin)
 
     @app.before_request
     async def admit() -> Response | None:
         note(entry())
-        now, path, given = entry(), request.path, request.scope["aura.headers"]  # type: ignore[typeddict-item]
+        this, path, given = entry(), request.path, request.scope["aura.headers"]  # type: ignore[typeddict-item]
         known_host(header(b"host"), hosts)
         if request.method == "OPTIONS":
             asks = b"access-control-request-method" in given
             return Response(b"", 204, PREFLIGHT) if asks else None
-        if now.trace_id is not None:
-            numbered_tenant(now.tenant_id)
+        if this.trace_id is not None:
+            numbered_tenant(this.tenant_id)
         if OPEN.fullmatch(path):
             return None
         if CONTROL.fullmatch(path):
-            operate(given, now.client.rpartition(":")[0], settings)
+            operate(given, this.client.rpartition(":")[0], settings)
             g.tenant = None
         elif settings.auth == "on" and path.startswith("/aura/"):
             identify(given, request.args)
         return None
 
-    def note(now: Entry) -> None:
+    def note(this: Entry) -> None:
         """Which route this is, and whose run."""
         named, rule = request.view_args or {}, request.url_rule
         if request.endpoint in STREAM_ROUTES and request.method in ("GET", "POST"):
-            now.kind = "stream"
+            this.kind = "stream"
         elif request.endpoint in TRIGGER_ROUTES and request.method == "POST":
-            now.kind = "trigger"
-        now.route, now.pattern = request.endpoint or "", rule.rule if rule else "other"
-        now.case_id, now.run_id = named.get("case_id"), named.get("run_id", named.get("job_id"))
-        g.tenant = now.tenant_id
+            this.kind = "trigger"
+        this.route, this.pattern = request.endpoint or "", rule.rule if rule else "other"
+        this.case_id, this.run_id = named.get("case_id"), named.get("run_id", named.get("job_id"))
+        g.tenant = this.tenant_id
 
     @app.after_request
     async def sign(response: Response) -> Response:
-        now, headers, origin = entry(), response.headers, header(b"origin")
-        headers["X-Request-ID"] = now.request_id
-        if now.trace_id is not None:
-            headers |= {"X-Trace-Id": now.trace_id, "X-Gateway-Request-Id": now.request_id}
+        this, headers, origin = entry(), response.headers, header(b"origin")
+        headers |= {"X-Request-ID": this.request_id, **traces(this)}
         if origin:
             headers["Vary"] = "Origin"
         if origin and readers.fullmatch(origin):
@@ -2817,9 +2895,14 @@ def admission(  # noqa: C901  # ruff adds the routes up; a test looks at each fo
 
     @app.errorhandler(Refusal)
     async def refuse(refusal: Refusal) -> Response:
-        if entry().kind == "stream":
-            below = connection_of(request.scope)
-            return Streamed(Faulty(refusal.script, entry(), hub, connection=below))
+        this, why = entry(), f"refused: {refusal.why}"
+        log.info("[%s] %d %s", this.request_id, refusal.status, safe(why))
+        this.notes.append(safe(why))
+        this.attempt = None  # no script plays
+        if this.kind == "stream":
+            delivery = Faulty(refusal.script, this, hub, connection=connection_of(request.scope))
+            delivery.reason = why
+            return Streamed(delivery)
         return answer(refusal.body, refusal.status, refusal.headers)
 
     @app.errorhandler(Mistake)
@@ -2878,13 +2961,13 @@ class Reception:
     def trigger(self, order: Order) -> tuple[Run | None, str, Script | None]:
         """The run a trigger asks for, if it may start; whether it was `started` or `known`; and
         how the scenario answers, if it does."""
-        now, hub, desk = entry(), self.hub, self.desk
-        run_id = now.run_id = order.run_id
+        this, hub, desk = entry(), self.hub, self.desk
+        run_id = this.run_id = order.run_id
         asked = desk.asked(header(ASKED), request.args, order.body.get("scenario"))
         run = hub.find(run_id)
         if run and not may_see(g.tenant, run.facts.tenant_id):
             raise self.unknown(run_id)
-        if now.kind == "stream":
+        if this.kind == "stream":
             self.make_room()
         if self.settings.demo_off:
             raise disabled(run_id, order.phase)
@@ -2896,11 +2979,11 @@ class Reception:
         if run is None and (refused := hub.refusal) is not None:
             raise Refusal(503, {"error": refused}, {"Retry-After": "5"})
         scenario = run.scenario if run else asked
-        scenario = scenario or desk.meant((run_id, order.case_id), now.test_id, lambda _: True)
+        scenario = scenario or desk.meant((run_id, order.case_id), this.test_id, lambda _: True)
         scenario, how = scenario or desk.usual(order.phase), "known" if run else "started"
-        whose = f"run {run_id}" if order.given else f"case {order.case_id}"
-        attempt = desk.count("trigger", scenario.name, whose, test_id=now.test_id)
-        now.plays(scenario, attempt)
+        whose = ("run", run_id) if order.given else ("case", order.case_id, g.tenant or "")
+        attempt = desk.count("trigger", scenario.name, *whose, test_id=this.test_id)
+        this.plays(scenario, attempt)
         script = scenario.trigger.of(attempt) if scenario.trigger else None
         if run is None and not (script and refuses(script)):
             run = self._start(order, scenario)
@@ -2911,7 +2994,7 @@ class Reception:
         fail = next((stage for stage in failing if stage in ("rag", "llm")), None)
         ids, more = (order.run_id, order.case_id, g.tenant), (order.phase, order.body)
         delay, test_id = self.settings.event_delay, entry().test_id
-        facts = Facts(*ids, *more, self.hub.time, delay, fail, test_id)
+        facts = Facts(*ids, *more, self.hub.time, delay, fail, test_id, weight(order.body))
         return self.hub.start(facts, scenario, scripted(scenario, self.hub.gates, self._analysis))
 
     def accepted(self, order: Order) -> Response:
@@ -2929,36 +3012,34 @@ class Reception:
         """One viewer's stream of this run: which script, from where."""
         if not run_id:
             raise Refusal(400, {"error": "runId is required", "runId": None})
-        now, query = entry(), request.args if request.query_string else {}
+        this, query = entry(), request.args if request.query_string else {}
         asked = self.desk.asked(header(ASKED), query) if request.method != "POST" else None
-        run = self.hub.find(run_id)
-        if run and not may_see(g.tenant, run.facts.tenant_id):
-            raise self.unknown(run_id)
-        if request.method != "HEAD":
-            self.make_room()
+        run = self.hub.find(run_id, tenant=g.tenant)
+        if request.method != "HEAD" and (run or self.hub.find(run_id) is None):
+            self.make_room()  # another tenant's run is unknown, whether there is room or not
         if run is None:
             return self._without_a_run(run_id, asked)
         given = query.get("lastEventId") or query.get("last-event-id")
-        now.last_event_id = header(b"last-event-id") or given
-        now.resumed_after = resume_point(now.last_event_id, run.log.last)
-        now.case_id = now.case_id or run.facts.case_id
-        if run.ended and 0 < now.resumed_after == run.log.last:
+        this.last_event_id = header(b"last-event-id") or given
+        this.resumed_after = resume_point(this.last_event_id, run.log.last)
+        this.case_id = this.case_id or run.facts.case_id
+        if run.ended and 0 < this.resumed_after == run.log.last:
             raise Refusal(204)  # finished and fully seen: this stops a native EventSource
         scenario = asked or run.scenario
         before = run.attempts.get(scenario.name, 0)
         if request.method == "HEAD":
-            now.plays(scenario, before)
+            this.plays(scenario, before)
             return head_only({**STREAM_HEAD, **self._echo()})
-        now.plays(scenario, before + 1)
+        this.plays(scenario, before + 1)
         run.attempts[scenario.name] = before + 1
         if len(run.attempts) > 1000:  # names of inline scenarios, which anybody can make up
             del run.attempts[next(iter(run.attempts))]
-        now.says("start consuming")
-        if now.last_event_id:
+        this.says("start consuming")
+        if this.last_event_id:
             text = "SSE connection established (client reconnected) run_id=%s last_event_id=%s"
-            log.info(text, safe(run_id), safe(now.last_event_id))
-            if not now.resumed_after and now.last_event_id != "0":
-                now.notes.append("its Last-Event-ID is no event of this run: from the start")
+            log.info(text, safe(run_id), safe(this.last_event_id))
+            if not this.resumed_after and this.last_event_id != "0":
+                this.notes.append("its Last-Event-ID is no event of this run: from the start")
         return self.played((scenario.stream or self._ordinary[run.facts.phase]).of(before + 1), run)
 
     def make_room(self) -> None:
@@ -2968,30 +3049,30 @@ class Reception:
         limit = self.settings.max_sse_connections
         if self.hub.streams < limit:
             return
-        wait = random.randint(1000, 10_000)
+        error = {"error": "too many open streams", "limit": limit}
         why = f"too many open streams, the limit is {limit}"
-        log.warning(why)
-        entry().notes.append(why)
+        log.warning("%s (--max-sse-connections) run_id=%s", why, safe(entry().run_id))
         native = "text/event-stream" in header(b"accept") and header(b"sec-fetch-mode")
         if native and not header(b"authorization"):
-            soft = [{"raw": f"retry: {wait}\n\n"}, {"comment": why}]
-            raise Refusal(200, script=parse_script(soft, "stream"))
-        error = {"error": "too many open streams", "limit": limit}
-        raise Refusal(503, error, {"Retry-After": str(wait // 1000)})
+            soft = [{"raw": f"retry: {random.randint(1000, 10_000)}\n\n"}, {"comment": why}]
+            raise Refusal(200, error, script=parse_script(soft, "stream"))
+        raise Refusal(503, error, {"Retry-After": str(random.randint(1, 10))})
 
     def _without_a_run(self, run_id: str, asked: Scenario | None) -> Response:
         """A script that needs no log plays for an unknown run too."""
-        now, desk = entry(), self.desk
+        this, desk = entry(), self.desk
         if request.method == "HEAD":
             raise self.unknown(run_id)
-        scenario = asked or desk.meant((run_id, now.case_id), now.test_id, needs_no_run)
+        scenario = asked or desk.meant((run_id, this.case_id), this.test_id, needs_no_run)
         if scenario and scenario.stream:
-            attempt = desk.attempts("stream", scenario.name, run_id) + 1
+            whose = (scenario.name, run_id, g.tenant or "")
+            attempt = desk.attempts("stream", *whose) + 1
             if not uses(script := scenario.stream.of(attempt), "relay"):
-                desk.count("stream", scenario.name, run_id, test_id=now.test_id)
-                now.plays(scenario, attempt)
+                self.make_room()
+                desk.count("stream", *whose, test_id=this.test_id)
+                this.plays(scenario, attempt)
                 return self.played(script)
-        now.says("runId not found or already completed")
+        this.says("runId not found or already completed")
         raise self.unknown(run_id)
 
     def played(self, script: Script, run: Run | None = None, **more: Any) -> Response:
@@ -2999,12 +3080,12 @@ class Reception:
         return Streamed(Faulty(script, entry(), self.hub, run, headers, below, **more))
 
     def _echo(self) -> dict[str, str]:
-        now = entry()
+        this = entry()
         return {
-            "x-aura-run-id": header_value(now.run_id or ""),
+            "x-aura-run-id": header_value(this.run_id or ""),
             "x-aura-instance": self._shown_instance,
-            "x-aura-scenario": now.scenario or "",
-            "x-aura-attempt": str(now.attempt),
+            "x-aura-scenario": this.scenario or "",
+            "x-aura-attempt": str(this.attempt),
         }
 
     def seen(self, run_id: str) -> Run:
@@ -3016,7 +3097,10 @@ class Reception:
 
     def unknown(self, run_id: str) -> Refusal:
         live = [run.facts.run_id for run in self.hub.seen_by(g.tenant) if not run.ended]
-        close = difflib.get_close_matches(run_id[:200], live[-500:], n=1)
+        ends = (run_id[:3], run_id[-3:])  # to compare is slow: with few, with short ones
+        alike = [one for one in live if one.startswith(ends[0]) or one.endswith(ends[1])]
+        short = [one for one in alike[-50:] if len(one) <= 64]
+        close = difflib.get_close_matches(run_id[:64], short, n=1)
         hint = f"no such run on instance {self._instance}, where {len(live)} live"
         hint += f"; did you mean {close[0]!r}?" if close else ""
         if self.hub.was_here(run_id, tenant=g.tenant):
@@ -3125,6 +3209,8 @@ def job_routes(  # noqa: C901  # likewise
 
     @app.get("/api/v1/generations/<job_id>/events")
     async def job_events(job_id: str) -> Response:
+        if hub.find(job_id) is None and request.method != "HEAD":
+            reception.make_room()
         return reception.stream(job(job_id).facts.run_id)
 
     @app.get("/api/v1/generations/<job_id>")
@@ -3161,7 +3247,7 @@ def job_status(run: Run) -> str:
 
 
 def job_of(run: Run) -> dict[str, Any]:
-    last = (said_last(run.log, "progress", 1) or [{}])[0]
+    last = (said_last(run.log, "progress", 1, among=1000) or [{}])[0]
     state = {"jobId": run.facts.run_id, "status": job_status(run)}
     return {**state, "progress": last.get("value", 0), "createdAt": run.started_at}
 
@@ -3211,40 +3297,33 @@ def operation_routes(
         return Response(text, content_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-KNOWN_EVENTS = (
-    "started", "step", "evidence", "confidence", "proposal", "completed", "failed", "agent",
-    "progress", "preview",
-)  # of the contract; what a scenario or an analysis makes up is `other`
-
-
 def measured(figures: Figures, hub: Hub) -> Iterator[tuple[str, str, str, tuple[str, ...], Any]]:
     """Kind, name, meaning, labels and values of every metric. What can be known beforehand begins
     at 0: a counter that appears has no rate."""
-    sent = dict.fromkeys([*KNOWN_EVENTS, "other"], 0)
-    for name, count in figures.names.items():
-        sent[name if name in KNOWN_EVENTS else "other"] += count
+    fold(figures.names)
+    sent = {name: figures.names[name] for name in (*KNOWN_EVENTS, "other")}
     runs = collections.Counter(run.status for run in hub.seen_by(None))
     rate = figures.written / figures.due if figures.due else 1
     asked = collections.Counter[tuple[str, ...]]()
     for (method, path, status), count in figures.requests.items():
         asked[method, shown_path(path), status] += count
     for kind, name, says, value in (
-        ("gauge", "sse_connections_open", "open streams", hub.streams),
-        ("counter", "sse_connections_total", "streams", figures.streams),
-        ("unknown", "sse_reconnect_count", "streams opened with an id", figures.reconnects),
+        ("gauge", "sse_connections_open", "streams open now", hub.streams),
+        ("counter", "sse_connections_total", "streams opened", figures.streams),
+        ("unknown", "sse_reconnect_count", "opened with a Last-Event-ID", figures.reconnects),
         ("counter", "sse_bytes_sent_total", "bytes of streams sent", figures.bytes),
         ("counter", "sse_heartbeat_sent_total", "heartbeats sent", figures.heartbeats),
         ("gauge", "sse_message_delivery_success_rate", "events written of events due", rate),
-        ("histogram", "sse_connection_duration_seconds", "streams", figures.durations),
-        ("histogram", "sse_time_to_first_event_seconds", "to an event", figures.first_events),
-        ("histogram", "aura_run_duration_seconds", "runs", hub.durations),
+        ("histogram", "sse_connection_duration_seconds", "open so long", figures.durations),
+        ("histogram", "sse_time_to_first_event_seconds", "waited so long", figures.first_events),
+        ("histogram", "aura_run_duration_seconds", "runs took so long", hub.durations),
     ):
         yield kind, name, says, (), {(): value}
     for kind, name, says, labels, values in (
         ("counter", "sse_message_sent_total", "events sent", "event", sent),
         ("counter", "sse_stream_ended_total", "who ended streams, and how", "by how",
          {**dict.fromkeys(ACTS, 0), **figures.ended}),
-        ("counter", "http_requests_total", "requests", "method endpoint status", asked),
+        ("counter", "http_requests_total", "requests answered", "method endpoint status", asked),
         ("gauge", "aura_runs", "runs that are here", "status",
          {status: runs[status] for status in RUN_STATUSES}),
     ):
@@ -3512,11 +3591,11 @@ def state_of(run: Run) -> dict[str, Any]:
     return {**ids, **counts, "startedAt": run.started_at, "endedAt": run.ended_at}
 
 
-def said_last(log: Log, name: str, count: int) -> list[Any]:
+def said_last(log: Log, name: str, count: int, *, among: float = math.inf) -> list[Any]:
     """The data of the last events of this name, read back from the bytes that viewers get; only
     objects: text is not a result."""
-    names = log.names(log.first - 1, log.last)
-    places = [at for at, one in enumerate(names, log.first) if one == name]
+    first = int(max(log.first, log.last - among))
+    places = [at for at, one in enumerate(log.names(first - 1, log.last), first) if one == name]
     found = []
     for place in places[-count:]:
         text = next(read_events(log.read(place - 1, most=1)[0].decode()))[2]
@@ -3603,9 +3682,13 @@ class Http11(H11Protocol):
                 await self._handle_events()
 
     async def _send_error_response(self, status_code: int) -> None:
-        """What is refused below the application has a request id, too."""
+        """What is refused below the application has a request id and a line in the log, too."""
+        known_as, most = uuid.uuid4().hex, self.config.h11_max_incomplete_size
+        says = {408: "the head took too long", 431: f"the head is longer than {most} bytes"}
+        why = says.get(status_code, "this is no request of HTTP/1.1")
+        log.info("[%s] %d refused: %s, from %s", known_as, status_code, why, self.client)
         headers = [(b"content-length", b"0"), (b"connection", b"close")]
-        headers += [(b"x-request-id", uuid.uuid4().hex.encode())]
+        headers += [(b"x-request-id", known_as.encode())]
         headers += self.config.response_headers("h11")
         await self._send_h11_event(h11.Response(status_code=status_code, headers=headers))
         await self._send_h11_event(h11.EndOfMessage())
@@ -4114,7 +4197,8 @@ class Aura:
     def _ask(self, method: str, path: str, body: Any = None, *, patience: float = 0) -> Any:
         if trio.lowlevel.in_trio_run() and self.token is trio.lowlevel.current_trio_token():
             raise RuntimeError("this would hold up the server: await trio.to_thread.run_sync(…)")
-        headers = {"Authorization": f"Bearer {self.bearer}", "Content-Type": "application/json"}
+        token = os.fsencode(f"Bearer {self.bearer}")
+        headers: dict[str, Any] = {"Authorization": token, "Content-Type": "application/json"}
         content = None if body is None else to_json(body).encode()
         host = urlsplit(self.url).hostname or ""
         wire = http.client.HTTPConnection(host, self.port, timeout=10 + patience)
@@ -4187,9 +4271,10 @@ async def serve(
             if hub.time.rate == math.inf:
                 clocks.start_soon(hub.time.jump, name="clock")
             token = trio.lowlevel.current_trio_token()
-            bearer = settings.admin_token or "aura"
+            bearer = settings.admin_token.strip() or "aura"
             task_status.started(Aura(url, port, stopping.set, token, bearer))
             await stopping.wait()
+            log.info("stopping: first nobody new, then the runs, then their streams")
             accept.cancel_scope.cancel(reason="the server is stopping")
         hub.stop(Failure("the server was stopped", stage="shutdown"))
         await context.terminated.set()  # from here on no connection waits for another request
@@ -4202,6 +4287,8 @@ def warn(settings: Settings) -> None:
     """What somebody who starts it like this should know."""
     if settings.redis_url:
         log.warning("REDIS_URL is set, but this version keeps runs in memory only")
+    if settings.allow_host and not hosts_of(settings):
+        log.warning("--allow-host has no effect: on %s any name will do", settings.host)
     if settings.host not in LOCAL and not settings.admin_token:
         text = "control (/__aura, /api/admin) is for callers on this machine; ADMIN_TOKEN opens it"
         log.warning(text)
@@ -4218,9 +4305,10 @@ async def listen(settings: Settings) -> list[trio.SocketListener]:
     """The listening sockets; the sockets they accept inherit the options."""
     listeners = await trio.open_tcp_listeners(settings.port, host=settings.host, backlog=4096)
     for raw in (listener.socket for listener in listeners):
-        raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, settings.send_buffer // 2)  # it doubles
+        size = min(settings.send_buffer // 2, 2**30)  # the kernel doubles it
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # the kernel's own eviction, a second line
-            patience = int(2000 * settings.send_timeout)
+            patience = int(min(2000 * settings.send_timeout, 2**31 - 1))
             raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, patience)
     return listeners
 
@@ -4351,6 +4439,7 @@ def main(arguments: list[str] | None = None) -> int:
         if flags["name"]:
             raise ValueError(f"'serve' takes no name; did you mean --scenario {flags['name']}?")
         logging.basicConfig(stream=sys.stderr, level=settings.log_level, format=shape)
+        warn_of_strangers(os.environ)
         prepare_process()
         trio.run(serve_until_signalled, settings)
     except* ValueError as group:
@@ -4363,6 +4452,14 @@ def main(arguments: list[str] | None = None) -> int:
     if complaint:
         print(f"aura-stream: {complaint}", file=sys.stderr)
     return 2 if complaint else 0
+
+
+def warn_of_strangers(environment: Iterable[str]) -> None:
+    """A variable that looks like one of ours and is none is perhaps misspelt."""
+    known = [variable(one) for one in dataclasses.fields(Settings)]
+    for name in sorted(set(environment) - set(known)):
+        if name.startswith("AURA_") and (close := difflib.get_close_matches(name, known, n=1)):
+            log.warning("there is no %s; did you mean %s?", name, close[0])
 
 
 def refuse_unknown_flags(given: list[str]) -> None:
