@@ -1282,8 +1282,10 @@ class Cargo(NamedTuple):
 
 NOTHING = Cargo()
 LEFT = Ending("client", "disconnect", "closed the connection")
-SHOWN = (b"accept", b"authorization", b"upgrade", b"user-agent", b"origin", b"cache-control",
-         b"x-dwp-source", b"x-dwp-caller-type", b"x-trace-id", b"x-forwarded-for")  # of a request's
+SHOWN = (  # of a request's headers
+    b"accept", b"authorization", b"upgrade", b"user-agent", b"origin", b"cache-control",
+    b"x-dwp-source", b"x-dwp-caller-type", b"x-trace-id", b"x-forwarded-for",
+)
 OTHERS = (b"x-request-id", b"x-tenant-id", b"x-user-id", b"x-agent-id", b"x-test-id")
 RECORDED = (*SHOWN, *OTHERS)
 
@@ -1291,7 +1293,7 @@ RECORDED = (*SHOWN, *OTHERS)
 @dataclass(slots=True)
 class Entry:
     """One request: who asked, what was delivered, who closed first. The journal shows its fields
-    in this order, under their names in camelCase."""
+    down to `wall`, in this order, under their names in camelCase."""
 
     method: str
     path: str
@@ -2219,7 +2221,8 @@ class Faulty(Delivery):
     _frame: Mapping[str, Any] | None = None
     _beat: Mapping[str, Any] | None = None
     _due = 0.0  # script time before which the next piece may not go
-    _farewell = _tail = b""
+    _farewell = b""
+    _half = False  # the last bytes were half an event, if any
 
     async def hold(self, data: bytes, cargo: Cargo) -> None:
         self._quiet_since = self.time.now()  # also what is held back was said
@@ -2311,13 +2314,17 @@ class Faulty(Delivery):
     async def reset(self, step: Step) -> None:
         await self._cut("reset")
 
-    async def put(self, data: bytes, cargo: Cargo) -> None:
-        self._tail = (self._tail + data[-4:])[-4:]
-        await super().put(data, cargo)
+    async def open(self, step: Step) -> None:
+        await super().open(step)
+        self._half = "body" in step.argument  # it is no stream
+
+    async def raw(self, step: Step) -> None:
+        await super().raw(step)
+        self._half = not self.made(step).endswith((b"\n\n", b"\r\n\r\n", b"\r\r"))
 
     async def finish(self, how: str) -> None:
         """First the last word, where it would not complete half an event."""
-        if self._farewell and self._tail.endswith((b"\n\n", b"\r\n\r\n", b"\r\r")):
+        if self._farewell and not self._half:
             await self.put(self._farewell, NOTHING)
         await super().finish(how)
 
@@ -2526,6 +2533,7 @@ class Desk:
     def __init__(self, settings: Settings, catalogue: Mapping[str, Scenario]) -> None:
         self.settings, self.catalogue = settings, catalogue
         self._default = self._from_start("scenario", settings.scenario)
+        self.usual = {name: self._ordinary(phase) for name, phase in PHASES.items()}
         self._bindings: list[Binding] = []
         self._counts: dict[tuple[str, ...], tuple[int, str | None]] = {}  # and whose test it was
         self.reset()
@@ -2557,10 +2565,10 @@ class Desk:
         about = {"scenario": name[:200], "didYouMean": close, "known": list(self.catalogue)}
         raise Refusal(400, {"error": "unknown scenario", **about})
 
-    def usual(self, phase: str) -> Scenario:
+    def _ordinary(self, phase: Phase) -> Scenario:
         """What happens where nobody has chosen. What is ordinary in it follows the settings."""
-        name, ordinary = PHASES[phase].scenario, Attempts((PHASES[phase].stream(Settings()),))
-        found = self.catalogue.get(name) or Scenario(name)
+        ordinary = Attempts((phase.stream(Settings()),))
+        found = self.catalogue.get(phase.scenario) or Scenario(phase.scenario)
         run = None if all(step.verb == "ordinary" for step in found.run or ()) else found.run
         stream = None if found.stream == ordinary else found.stream
         return dataclasses.replace(found, run=run, stream=stream)
@@ -2980,7 +2988,7 @@ class Reception:
             raise Refusal(503, {"error": refused}, {"Retry-After": "5"})
         scenario = run.scenario if run else asked
         scenario = scenario or desk.meant((run_id, order.case_id), this.test_id, lambda _: True)
-        scenario, how = scenario or desk.usual(order.phase), "known" if run else "started"
+        scenario, how = scenario or desk.usual[order.phase], "known" if run else "started"
         whose = ("run", run_id) if order.given else ("case", order.case_id, g.tenant or "")
         attempt = desk.count("trigger", scenario.name, *whose, test_id=this.test_id)
         this.plays(scenario, attempt)
@@ -3302,32 +3310,29 @@ def measured(figures: Figures, hub: Hub) -> Iterator[tuple[str, str, str, tuple[
     at 0: a counter that appears has no rate."""
     fold(figures.names)
     sent = {name: figures.names[name] for name in (*KNOWN_EVENTS, "other")}
-    runs = collections.Counter(run.status for run in hub.seen_by(None))
+    there = collections.Counter(run.status for run in hub.seen_by(None))
+    runs = {status: there[status] for status in RUN_STATUSES}
+    ended = {**dict.fromkeys(ACTS, 0), **figures.ended}
     rate = figures.written / figures.due if figures.due else 1
     asked = collections.Counter[tuple[str, ...]]()
     for (method, path, status), count in figures.requests.items():
         asked[method, shown_path(path), status] += count
-    for kind, name, says, value in (
-        ("gauge", "sse_connections_open", "streams open now", hub.streams),
-        ("counter", "sse_connections_total", "streams opened", figures.streams),
-        ("unknown", "sse_reconnect_count", "opened with a Last-Event-ID", figures.reconnects),
-        ("counter", "sse_bytes_sent_total", "bytes of streams sent", figures.bytes),
-        ("counter", "sse_heartbeat_sent_total", "heartbeats sent", figures.heartbeats),
-        ("gauge", "sse_message_delivery_success_rate", "events written of events due", rate),
-        ("histogram", "sse_connection_duration_seconds", "open so long", figures.durations),
-        ("histogram", "sse_time_to_first_event_seconds", "waited so long", figures.first_events),
-        ("histogram", "aura_run_duration_seconds", "runs took so long", hub.durations),
-    ):
-        yield kind, name, says, (), {(): value}
     for kind, name, says, labels, values in (
+        ("gauge", "sse_connections_open", "streams open now", "", hub.streams),
+        ("counter", "sse_connections_total", "streams opened", "", figures.streams),
+        ("unknown", "sse_reconnect_count", "opened with a Last-Event-ID", "", figures.reconnects),
         ("counter", "sse_message_sent_total", "events sent", "event", sent),
-        ("counter", "sse_stream_ended_total", "who ended streams, and how", "by how",
-         {**dict.fromkeys(ACTS, 0), **figures.ended}),
+        ("counter", "sse_bytes_sent_total", "bytes of streams sent", "", figures.bytes),
+        ("counter", "sse_heartbeat_sent_total", "heartbeats sent", "", figures.heartbeats),
+        ("histogram", "sse_connection_duration_seconds", "open so long", "", figures.durations),
+        ("histogram", "sse_time_to_first_event_seconds", "waited", "", figures.first_events),
+        ("counter", "sse_stream_ended_total", "who ended streams, and how", "by how", ended),
+        ("gauge", "sse_message_delivery_success_rate", "events written of events due", "", rate),
         ("counter", "http_requests_total", "requests answered", "method endpoint status", asked),
-        ("gauge", "aura_runs", "runs that are here", "status",
-         {status: runs[status] for status in RUN_STATUSES}),
+        ("gauge", "aura_runs", "runs that are here", "status", runs),
+        ("histogram", "aura_run_duration_seconds", "runs took so long", "", hub.durations),
     ):
-        yield kind, name, says, tuple(labels.split()), values
+        yield kind, name, says, tuple(labels.split()), values if labels else {(): values}
 
 
 def prometheus_text(figures: Figures, hub: Hub) -> bytes:
@@ -3752,11 +3757,13 @@ class Connection(TCPServer):
         super().__init__(app, config, context, {"connection": self}, stream)  # type: ignore[arg-type]
         self.settings = settings
         self.lost = False  # the peer is gone, or we have cut it off
-        self._ending: Ending | None = None
-        self._patience = trio.CancelScope(deadline=trio.current_time() + settings.keep_alive)
-        self._sending = trio.CancelScope()
-        self._leave_by = math.inf
-        self._idle, self._closing, self._severed = True, False, False
+        self._idle = True  # between requests
+        self._closing = self._severed = False  # we say goodbye; we have cut the socket
+        self._leave_by = math.inf  # when the stopping server's grace is over
+        self._ending: Ending | None = None  # why it ended, where that was not the request's doing
+        begin_by = trio.current_time() + (settings.keep_alive or settings.head_timeout)
+        self._patience = trio.CancelScope(deadline=begin_by)  # with a client that sends nothing
+        self._sending = trio.CancelScope()  # and with one that reads nothing
         self._answered = trio.Event()
 
     async def run(self) -> None:

@@ -5084,6 +5084,11 @@ def test_names_that_are_allowed_where_any_name_will_do_are_said_to_have_no_effec
     heard.wait_for("--allow-host has no effect: on 0.0.0.0 any name will do", within=0)
 
 
+def test_no_keep_alive_is_one_request_for_each_connection():
+    with running(keep_alive=0) as aura, connect(aura, get("/health")) as wire:
+        assert b"healthy" in read_until(wire, None)
+
+
 def test_the_largest_settings_start_too():
     with running(send_buffer=10**12, send_timeout=1e7, max_bindings=0, case="1=ok", admin_token="토큰\n", event_delay=0) as aura:
         stream(aura, aura.trigger("1"))
