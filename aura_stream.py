@@ -996,11 +996,11 @@ class Facts:
     test_fail: str | None = None
     test_id: str | None = None
     weight: int = 0  # bytes, about, that its request takes here
+    kept: int = 0  # and of them, when it has ended
 
     def when_over(self) -> Facts:
         """These facts when the run has ended: of the request, at most its own scenario is left."""
-        own = isinstance(self.body.get("scenario"), dict)
-        return dataclasses.replace(self, body={}, weight=self.weight if own else 0)
+        return dataclasses.replace(self, body={}, weight=self.kept)
 
     @property
     def names(self) -> dict[str, str]:
@@ -2010,15 +2010,15 @@ class Delivery(Player):
     async def open(self, step: Step) -> None:
         """The head, at once. What it does not say is as usual for a stream, or for a plain body."""
         head, stream = self.fill(step.argument), self.entry.kind == "stream"
-        status, body = head.get("status", 200), head.get("body")
-        usual = TEXT_HEAD if isinstance(body, str) else JSON_HEAD
-        usual = STREAM_HEAD if stream and body is None else usual
+        status, body, own = head.get("status", 200), head.get("body"), head.get("headers", {})
+        plain = TEXT_HEAD if isinstance(body, str) else JSON_HEAD
+        usual = STREAM_HEAD if stream and body is None else plain
         pairs = {**({} if status == 204 else usual), **self._named}
-        pairs |= {name.lower(): value for name, value in self._headers}
-        pairs |= {name.lower(): value for name, value in head.get("headers", {}).items()}
+        pairs |= {name.lower(): value for name, value in (*self._headers, *own.items())}
         lines = [(name.encode(), one_line(value)) for name, value in pairs.items() if value]
         self.entry.status, self._quiet_since = status, self.time.now()
-        await self._send({"type": "http.response.start", "status": status, "headers": lines})
+        with trio.CancelScope(shield=True):  # it is short; a heartbeat that falls due now waits
+            await self._send({"type": "http.response.start", "status": status, "headers": lines})
         if body is not None:
             await self.write(to_bytes(body if isinstance(body, str) else to_json(body)))
 
@@ -2230,6 +2230,19 @@ class Faulty(Delivery):
         if self.outlet.overflowed and FULL not in self.entry.notes:
             self.entry.notes.append(FULL)
         await self._drain(pieces)
+        if self._closed:
+            raise Over
+
+    async def rest(self, wait: Callable[[], Awaitable[None]]) -> None:
+        """As ever; but what a heartbeat interrupted just as it began to go, goes first."""
+
+        async def after_the_rest() -> None:
+            await self._drain(iter(()))
+            if self._closed:
+                raise Over
+            await wait()
+
+        await super().rest(wait if self.outlet is None else after_the_rest)
 
     async def _drain(self, pieces: Iterator[bytes]) -> None:
         """Send them. Meanwhile it is talking: no heartbeat comes in between, and an operator's end
@@ -2278,6 +2291,7 @@ class Faulty(Delivery):
             self._frame = None
 
     def dressed(self, block: bytes, number: int | None = None) -> bytes:
+        self._half = False
         if (frame := self._frame) is None:
             return block
         lines = block.decode().rstrip("\n").split("\n")
@@ -2324,7 +2338,7 @@ class Faulty(Delivery):
 
     async def finish(self, how: str) -> None:
         """First the last word, where it would not complete half an event."""
-        if self._farewell and not self._half:
+        if self._farewell and self.entry.streams and self.entry.status == 200 and not self._half:
             await self.put(self._farewell, NOTHING)
         await super().finish(how)
 
@@ -2342,7 +2356,9 @@ class Faulty(Delivery):
 
     async def _cut(self, how: str) -> None:
         """Close the connection without an end, and wait to be cancelled: returning would be an
-        end."""
+        end. An operator who has asked for an end gets one."""
+        if self._closed:
+            raise Over
         if self._connection is None:
             raise RuntimeError(f"{how!r} needs a socket, and this application runs without one")
         if self.entry.http_version == "1.0" and self.entry.status and how == "drop":
@@ -2355,10 +2371,10 @@ class Faulty(Delivery):
 
 
 def close_all(
-    hub: Hub, how: str, *, only: int | None = None, farewell: Callable[[], bytes] = bytes
+    deliveries: Iterable[Faulty], how: str, *, farewell: Callable[[], bytes] = bytes
 ) -> int:
-    """What an operator can do to open deliveries: close all, or one; how many that were."""
-    chosen = [one for one in hub.deliveries if only in (None, one.entry.seq)]
+    """What an operator can do to open deliveries; how many they were."""
+    chosen = list(deliveries)
     for delivery in chosen:
         delivery.close(how, farewell())
     return len(chosen)
@@ -3002,7 +3018,10 @@ class Reception:
         fail = next((stage for stage in failing if stage in ("rag", "llm")), None)
         ids, more = (order.run_id, order.case_id, g.tenant), (order.phase, order.body)
         delay, test_id = self.settings.event_delay, entry().test_id
-        facts = Facts(*ids, *more, self.hub.time, delay, fail, test_id, weight(order.body))
+        shared = (self.desk.catalogue.get(scenario.name), self.desk.usual[order.phase])
+        kept = 0 if any(scenario is one for one in shared) else 5 * weight(scenario.source)
+        weights = (weight(order.body) + kept, kept)  # steps of a script are big, their JSON small
+        facts = Facts(*ids, *more, self.hub.time, delay, fail, test_id, *weights)
         return self.hub.start(facts, scenario, scripted(scenario, self.hub.gates, self._analysis))
 
     def accepted(self, order: Order) -> Response:
@@ -3279,9 +3298,12 @@ def operation_routes(
         told = {"instance": about["instance"], "version": about["version"]}
         return answer({"status": "healthy", **told, **counts})
 
+    def streams() -> Iterator[Faulty]:
+        return (one for one in hub.deliveries if one.entry.streams)
+
     @app.post("/api/admin/sse/restart")
     async def restart_streams() -> Response:
-        return answer({"closed": close_all(hub, "end")})
+        return answer({"closed": close_all(streams(), "end")})
 
     @app.post("/api/admin/sse/broadcast-reconnect")
     async def broadcast_reconnect() -> Response:
@@ -3289,11 +3311,11 @@ def operation_routes(
         def later() -> bytes:
             return b"retry: %d\n\n" % random.randint(1000, 5000)
 
-        return answer({"notified": close_all(hub, "end", farewell=later)})
+        return answer({"notified": close_all(streams(), "end", farewell=later)})
 
     @app.post("/api/admin/connections/reset")
     async def reset_connections() -> Response:
-        return answer({"dropped": close_all(hub, "drop")})
+        return answer({"dropped": close_all(streams(), "drop")})
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -3447,7 +3469,8 @@ def control_routes(  # noqa: C901  # likewise
     @app.delete("/__aura/connections/<int:number>")
     async def close_connections(number: int | None = None) -> Response:
         how = query({"how": just("end", "drop", "reset")}).get("how", "end")
-        count = close_all(hub, how, only=number)
+        chosen = (one for one in hub.deliveries if number in (None, one.entry.seq))
+        count = close_all(chosen, how)
         if number is not None and not count:
             raise Refusal(404, {"error": f"no open connection has the id {number}"})
         return answer({"closed": count, "how": how})

@@ -201,7 +201,7 @@ def test_the_module_stays_small_enough_to_be_read():
     sizes = {title: code_lines(line, starts[i + 1][1] - 1) for i, (title, line) in enumerate(starts[:-1])}
     lesson = sum(sizes[title] for title in ("Events", "Time", "Runs", "Deliveries"))
     assert lesson <= 535, f"the lesson has {lesson} lines of code"
-    assert sum(size for title, size in sizes.items() if title != "Catalogue") <= 3080, sizes
+    assert sum(size for title, size in sizes.items() if title != "Catalogue") <= 3100, sizes
 
 
 def test_the_module_has_no_state_and_configures_nothing():
@@ -1422,11 +1422,19 @@ async def test_what_requests_hold_counts_as_what_logs_do(autojump_clock):
             await triggered(client, runId=f"e{number}", **heavy)
             await ended(hub.find(f"e{number}"))
         assert len(hub.seen_by(None)) == 6, "of an ended run only the log is left"
-        own = {"name": "own", "run": [{"event": {"event": "e", "data": [[]] * 30_000}}]}
+        own = {"name": "own", "run": [{"event": {"event": "e", "data": [[]] * 4_000}}]}
         for number in range(6):
-            await triggered(client, runId=f"s{number}", scenario=own)
+            await triggered(client, runId=f"s{number}", scenario=own, **heavy)
             await ended(hub.find(f"s{number}"))
         assert [run.facts.run_id for run in hub.seen_by(None)] == ["s4", "s5"], "a scenario of its own stays, and counts"
+        for number in range(12):
+            steps = json.dumps({"name": "own", "run": ["hang"], "stream": ["end"] * 2500})
+            await triggered(client, runId=f"h{number}", headers={**BEARER, "X-Aura-Scenario": steps})
+            hub.find(f"h{number}").cancel(Failure("enough"))
+            await ended(hub.find(f"h{number}"))
+        assert 4 < len(hub.seen_by(None)) < 8, "one in a header, too"
+        await control(client, "POST", "reset")
+        assert hub._held == 0
         for number in range(4):
             answer = await client.post("/aura/cases/1/analysis-runs", headers=BEARER, json={"runId": f"l{number}", "scenario": "silent", **heavy})
             assert answer.status_code == (202 if number < 3 else 503)
@@ -1778,7 +1786,7 @@ async def test_chunks_keep_their_distance_and_no_heartbeat_falls_into_an_event(a
     assert (entry.events, entry.last_id_sent) == (2, 2)
 
 
-@pytest.mark.parametrize("chunk", [{"chunk": 7}, {"chunk": 7, "every": 5}, {"chunk": "utf8"}, {"buffer": 10}])
+@pytest.mark.parametrize("chunk", [{"chunk": 7}, {"chunk": 7, "every": 2}, {"chunk": "utf8"}, {"buffer": 10}])
 async def test_an_event_that_comes_just_as_a_heartbeat_falls_due_is_whole(chunk, autojump_clock):
     """Both in one turn of the loop: the task wakes with news, and its wait is cancelled already. Found by the soak."""
     written = bytearray()
@@ -1797,11 +1805,82 @@ async def test_an_event_that_comes_just_as_a_heartbeat_falls_due_is_whole(chunk,
             run.log.append(Event("말", {"n": "가" * number}))
             run.log.announce()
             delivery._till_beat.scope.cancel()
+            await trio.sleep(29)
+            assert chunk.get("buffer") or parsed(bytes(written))[-1][0] == str(number), "it does not wait for the next beat"
             await trio.sleep(500)
         hub.gates.signal("end")
     assert [(id, name) for id, name, _ in parsed(bytes(written))] == [("1", "a"), ("2", "말"), ("3", "말"), ("4", "말")]
     assert [json.loads(data)["n"] for _, _, data in parsed(bytes(written))[1:]] == ["가" * n for n in (2, 3, 4)]
     assert (entry.events, entry.last_id_sent) == (4, 4)
+
+
+async def test_a_heartbeat_that_falls_due_with_the_first_output_silences_nobody(autojump_clock):
+    """A head from a task that is being cancelled is taken for Hypercorn's own, and swallowed."""
+    heads = []
+
+    async def send(message):
+        if message["type"] == "http.response.start":
+            heads.append(trio.current_effective_deadline())
+
+    async with hub_for() as hub, trio.open_nursery() as nursery:
+        run = hub.start(facts(hub.time), scenario({"wait": "end"}))
+        script = parse_script([{"heartbeat": 30}, {"relay": "all"}], "stream")
+        delivery = Faulty(script, Entry("GET", "/", "test:1", "id", kind="stream", run_id="r1"), hub, run)
+        nursery.start_soon(delivery.deliver, send)
+        await trio.sleep(10)
+        run.log.append(Event("e", "x"))
+        run.log.announce()
+        delivery._till_beat.scope.cancel()
+        await trio.sleep(1)
+        hub.gates.signal("end")
+    assert heads == [float("inf")]
+
+
+async def test_a_portion_that_a_heartbeat_interrupts_is_whole_before_the_next_step(autojump_clock):
+    written, done = bytearray(), []
+
+    async def send(message):
+        written.extend(message.get("body", b""))
+
+    async with hub_for() as hub, trio.open_nursery() as nursery:
+        run = hub.start(facts(hub.time), scenario({"wait": "end"}))
+        steps = [{"comment": "c"}, {"heartbeat": 30}, {"chunk": 7}, {"relay": 1}, {"heartbeat": "never"}, {"wait": "next"}]
+        delivery = Faulty(parse_script(steps, "stream"), Entry("GET", "/", "test:1", "id", kind="stream", run_id="r1"), hub, run)
+        nursery.start_soon(delivery.deliver, send)
+        await trio.sleep(100)
+        run.log.append(Event("e", "x" * 50))
+        run.log.announce()
+        delivery._till_beat.scope.cancel()
+        await trio.sleep(1)
+        done += parsed(bytes(written))
+        hub.gates.signal("next")
+        hub.gates.signal("end")
+    assert done == [("1", "e", "x" * 50)]
+
+
+async def test_an_operator_s_end_is_heeded_behind_an_event_that_is_on_its_way(autojump_clock):
+    async with in_memory() as (client, hub, _, _):
+        await triggered(client, runId="r", scenario={"name": "s", "run": [*says("a"), {"wait": "never"}]})
+        found, began = [], trio.current_time()
+
+        async def view():
+            steps = [{"heartbeat": "never"}, {"chunk": 1, "every": 5}, {"relay": "all"}]
+            found.append((await read(client, "r", **{"X-Aura-Scenario": json.dumps({"name": "slow", "stream": steps})}))[1])
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(view)
+            await trio.sleep(12)
+            await client.post("/api/admin/sse/restart")
+        assert trio.current_time() - began < 20 and parsed(found[0]) == [("1", "a", '{"n": "a"}')]
+
+
+async def test_a_scripted_drop_gives_way_to_an_operator_s_end():
+    hub = Hub(Settings(), None, Time())
+    delivery = Faulty((), Entry("GET", "/", "test:1", "id", kind="stream"), hub)
+    delivery.close("end")
+    with pytest.raises(aura_stream.Over):
+        await delivery.drop(None)
+    assert delivery.entry.end is None
 
 
 async def test_events_are_counted_when_their_last_byte_is_out(autojump_clock):
@@ -3289,7 +3368,9 @@ async def test_an_operator_ends_or_drops_every_stream_and_the_runs_go_on(autojum
             nursery.start_soon(refused_slowly)
             nursery.start_soon(triggered_slowly)
             await trio.testing.wait_all_tasks_blocked()
-            assert await (await client.post("/api/admin/sse/broadcast-reconnect")).get_json() == {"notified": 2}
+            assert await (await client.post("/api/admin/sse/broadcast-reconnect")).get_json() == {"notified": 1}, "a trigger's answer is no stream"
+            await trio.testing.wait_all_tasks_blocked()
+            assert (await control(client, "DELETE", "connections"))["closed"] == 1
         assert {answer.status_code: b"retry" in await answer.get_data() for answer in answers} == {503: False, 202: False}
         assert [(await answer.get_json())["status"] for answer in answers if answer.status_code == 202] == ["ACCEPTED"], "in full"
         entries = (await control(client, "GET", "journal?kind=stream"))["entries"]
@@ -3302,6 +3383,8 @@ async def test_an_operator_ends_or_drops_every_stream_and_the_runs_go_on(autojum
     ([{"raw": "data: whole\r\r"}], None),
     ([{"chunk": 3}, {"comment": "whole"}], None),
     ([{"chunk": 1}, {"comment": "whole"}], None),
+    ([{"raw": {"hex": "efbbbf"}}, {"comment": "whole"}], None),
+    ([{"open": {"status": 204}}], b""),
     ([{"buffer": "all"}, {"comment": "whole"}], None),
     ([{"open": {"headers": {"content-type": "application/json"}, "body": {}}}], b"{}"),
     (["open"], b""),
@@ -3320,6 +3403,8 @@ async def test_a_last_word_does_not_complete_half_an_event(steps, last, autojump
             nursery.start_soon(view)
             await trio.testing.wait_all_tasks_blocked()
             assert await (await client.post("/api/admin/sse/broadcast-reconnect")).get_json() == {"notified": 1}
+        entry = (await control(client, "GET", "journal?kind=stream"))["entries"][-1]
+        assert entry["bytes"] == len(found[0])
         assert found[0].endswith(last) if last is not None else re.search(rb"\nretry: \d{4}\n\n$", found[0].replace(b"\r", b"\n"))
 
 
@@ -3565,6 +3650,13 @@ def test_connection_close_closes_and_an_idle_connection_too():  # trap 3
             assert b"healthy" in read_until(wire, None)
         with connect(aura) as wire:
             assert read_until(wire, None) == b""
+
+
+def test_an_idle_connection_that_is_closed_is_in_the_log_for_who_looks_closely(heard):
+    logging.getLogger("aura_stream").setLevel(logging.DEBUG)
+    with running(keep_alive=0.1) as aura, connect(aura) as wire:
+        assert read_until(wire, None) == b""
+    heard.wait_for("DEBUG closed a connection that was idle for 0.1 s")
 
 
 async def test_accepted_sockets_inherit_their_bounds():  # traps 5 and 10
