@@ -22,11 +22,12 @@ so nothing has to be taken on trust. Ten minutes? Read Runs, Deliveries and Serv
      7  Deliveries             log -> one viewer
      8  Faults                 how a delivery goes wrong, at the exact byte
      9  Contract               who may ask for what, how we refuse, how a test chooses
-    10  HTTP                   the routes
-    11  What ASGI cannot say   the fenced corner: sockets, deadlines, other people's bugs
-    12  Catalogue              the built-in scenarios, as data
-    13  Serving                the nurseries, and the order in which they end
-    14  Command line
+    10  HTTP                   a request and its answer; a client's life
+    11  Operations             on call, and in control of the double
+    12  What ASGI cannot say   the fenced corner: sockets, deadlines, other people's bugs
+    13  Catalogue              the built-in scenarios, as data
+    14  Serving                the nurseries, and the order in which they end
+    15  Command line
 
 The task tree: who is inside whom is who ends with whom. (`curl localhost:9000/__aura/tasks` draws
 it as it is.)
@@ -2724,8 +2725,8 @@ def header_value(value: str) -> str:
 
 
 # ═══ 10  HTTP ═════════════════════════════════════════════════════════════════════════════════════
-# The routes, in the order of a client's life. A handler decides; what takes time is a run or a
-# delivery.
+# One request and its answer, and the routes of a client's life. A handler decides; what takes time
+# is a run or a delivery.
 
 STREAM_ROUTES = ("case_analysis_stream", "analysis_run_stream", "trigger_stream", "job_stream",
                  "job_events")
@@ -2844,27 +2845,6 @@ def entry() -> Entry:
     """The journal's entry of the request at hand."""
     found: Entry = request.scope["aura.entry"]  # type: ignore[typeddict-item]  # put by Exchange
     return found
-
-
-def create_app(
-    settings: Settings, hub: Hub, catalogue: Mapping[str, Scenario] | None = None, *,
-    analysis: Analysis | None = None, url: str = "", stop: Callable[[], None] | None = None,
-) -> QuartTrio:
-    """The application: Aura's contract over the runs of this hub, and the control of both."""
-    app, journal = QuartTrio("aura_stream", static_folder=None), Journal(settings.max_journal)
-    app.url_map.merge_slashes = False  # an empty runId is a 400, not a redirect
-    app.config.update(MAX_CONTENT_LENGTH=settings.max_body, BODY_TIMEOUT=settings.body_timeout)
-    app.asgi_http_class = partial(Exchange, journal)  # type: ignore[assignment]
-    instance = settings.instance or f"{settings.host}:{os.getpid()}"
-    about = {"version": __version__, "instance": instance}
-    reception = Reception(hub, Desk(settings, catalogue or {}), instance, analysis)
-    admission(app, settings, hub)
-    client_routes(app, reception)
-    job_routes(app, reception)
-    operation_routes(app, hub, journal, about)
-    told = {**about, "pid": os.getpid(), "url": url}
-    control_routes(app, reception, journal, told, stop)
-    return app
 
 
 def admission(  # noqa: C901  # ruff adds the routes up; a test looks at each for itself
@@ -3198,6 +3178,70 @@ def client_routes(  # noqa: C901  # likewise
             error = "no completed analysis of this case"
             raise Refusal(404, {"error": error, "caseId": case_id, "hint": hint})
         return answer(result_of(run))
+
+
+def phase2_accepted(run_id: str, case_id: str, body: Mapping[str, Any]) -> dict[str, Any]:
+    ids, url = {"runId": run_id, "caseId": case_id}, f"/aura/analysis-runs/{encoded(run_id)}/stream"
+    return {"status": "ACCEPTED", **ids, "streamUrl": url}
+
+
+def phase3_accepted(run_id: str, case_id: str, body: Mapping[str, Any]) -> dict[str, Any]:
+    path = f"/aura/cases/{encoded(case_id)}/analysis/stream?runId={encoded(run_id)}"
+    return {"accepted": True, "runId": run_id, "streamPath": path}
+
+
+def job_accepted(job_id: str, case_id: str, body: Mapping[str, Any]) -> dict[str, Any]:
+    url, project = f"/api/v1/generations/{encoded(job_id)}", body.get("projectId")
+    urls = {"sseUrl": f"{url}/events", "cancelUrl": url, "projectId": project}
+    title = body.get("title") or (body.get("description") or "Untitled")[:80]
+    told = {"title": title, "estimatedDuration": 18}  # seconds, at the ordinary pace
+    return {"jobId": job_id, "status": "queued", **urls, **told}
+
+
+ACCEPTED = {
+    "phase2": (202, phase2_accepted), "phase3": (202, phase3_accepted),
+    "generation": (201, job_accepted),
+}
+
+
+def disabled(run_id: str, phase: str) -> Refusal:
+    """DEMO_OFF: nothing is started, and the old server's answer says so with a 200."""
+    off = {"accepted": False, "runId": run_id} if phase == "phase3" else {"status": "disabled"}
+    return Refusal(200, {**off, "message": "Analysis disabled (DEMO_OFF)"})
+
+
+def state_of(run: Run) -> dict[str, Any]:
+    ids = {"runId": run.facts.run_id, "caseId": run.facts.case_id, "phase": run.facts.phase}
+    counts = {"status": run.status, "events": run.log.last, "viewers": run.viewers}
+    return {**ids, **counts, "startedAt": run.started_at, "endedAt": run.ended_at}
+
+
+def said_last(log: Log, name: str, count: int, *, among: float = math.inf) -> list[Any]:
+    """The data of the last events of this name, read back from the bytes that viewers get; only
+    objects: text is not a result."""
+    first = int(max(log.first, log.last - among))
+    places = [at for at, one in enumerate(log.names(first - 1, log.last), first) if one == name]
+    found = []
+    for place in places[-count:]:
+        text = next(read_events(log.read(place - 1, most=1)[0].decode()))[2]
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(text))
+    return [data for data in found if isinstance(data, dict)]
+
+
+def result_of(run: Run) -> dict[str, Any]:
+    """The last result of a case, read from the log: what was streamed is what was found."""
+    last = (said_last(run.log, "completed", 1) or [{}])[0]
+    breakdown = (said_last(run.log, "confidence", 1) or [None])[0]
+    found = {"proposals": said_last(run.log, "proposal", 100) or None}
+    score = {"score": last.get("score"), "severity": last.get("severity")}
+    text = {"caseId": run.facts.case_id, "reasonText": last.get("summary"), **found}
+    return {**text, "confidenceBreakdown": breakdown, "ragRefs": [], "similarCases": [], **score}
+
+
+# ═══ 11  Operations ═══════════════════════════════════════════════════════════════════════════════
+# For whoever is on call, and for whoever tests: jobs, health, metrics, what an operator may do, the
+# control of the double. And the application, which has it all.
 
 
 def job_routes(  # noqa: C901  # likewise
@@ -3583,66 +3627,28 @@ def frames_of(task: trio.lowlevel.Task) -> Iterator[types.FrameType]:
         step = step.cr_await
 
 
-def phase2_accepted(run_id: str, case_id: str, body: Mapping[str, Any]) -> dict[str, Any]:
-    ids, url = {"runId": run_id, "caseId": case_id}, f"/aura/analysis-runs/{encoded(run_id)}/stream"
-    return {"status": "ACCEPTED", **ids, "streamUrl": url}
+def create_app(
+    settings: Settings, hub: Hub, catalogue: Mapping[str, Scenario] | None = None, *,
+    analysis: Analysis | None = None, url: str = "", stop: Callable[[], None] | None = None,
+) -> QuartTrio:
+    """The application: Aura's contract over the runs of this hub, and the control of both."""
+    app, journal = QuartTrio("aura_stream", static_folder=None), Journal(settings.max_journal)
+    app.url_map.merge_slashes = False  # an empty runId is a 400, not a redirect
+    app.config.update(MAX_CONTENT_LENGTH=settings.max_body, BODY_TIMEOUT=settings.body_timeout)
+    app.asgi_http_class = partial(Exchange, journal)  # type: ignore[assignment]
+    instance = settings.instance or f"{settings.host}:{os.getpid()}"
+    about = {"version": __version__, "instance": instance}
+    reception = Reception(hub, Desk(settings, catalogue or {}), instance, analysis)
+    admission(app, settings, hub)
+    client_routes(app, reception)
+    job_routes(app, reception)
+    operation_routes(app, hub, journal, about)
+    told = {**about, "pid": os.getpid(), "url": url}
+    control_routes(app, reception, journal, told, stop)
+    return app
 
 
-def phase3_accepted(run_id: str, case_id: str, body: Mapping[str, Any]) -> dict[str, Any]:
-    path = f"/aura/cases/{encoded(case_id)}/analysis/stream?runId={encoded(run_id)}"
-    return {"accepted": True, "runId": run_id, "streamPath": path}
-
-
-def job_accepted(job_id: str, case_id: str, body: Mapping[str, Any]) -> dict[str, Any]:
-    url, project = f"/api/v1/generations/{encoded(job_id)}", body.get("projectId")
-    urls = {"sseUrl": f"{url}/events", "cancelUrl": url, "projectId": project}
-    title = body.get("title") or (body.get("description") or "Untitled")[:80]
-    told = {"title": title, "estimatedDuration": 18}  # seconds, at the ordinary pace
-    return {"jobId": job_id, "status": "queued", **urls, **told}
-
-
-ACCEPTED = {
-    "phase2": (202, phase2_accepted), "phase3": (202, phase3_accepted),
-    "generation": (201, job_accepted),
-}
-
-
-def disabled(run_id: str, phase: str) -> Refusal:
-    """DEMO_OFF: nothing is started, and the old server's answer says so with a 200."""
-    off = {"accepted": False, "runId": run_id} if phase == "phase3" else {"status": "disabled"}
-    return Refusal(200, {**off, "message": "Analysis disabled (DEMO_OFF)"})
-
-
-def state_of(run: Run) -> dict[str, Any]:
-    ids = {"runId": run.facts.run_id, "caseId": run.facts.case_id, "phase": run.facts.phase}
-    counts = {"status": run.status, "events": run.log.last, "viewers": run.viewers}
-    return {**ids, **counts, "startedAt": run.started_at, "endedAt": run.ended_at}
-
-
-def said_last(log: Log, name: str, count: int, *, among: float = math.inf) -> list[Any]:
-    """The data of the last events of this name, read back from the bytes that viewers get; only
-    objects: text is not a result."""
-    first = int(max(log.first, log.last - among))
-    places = [at for at, one in enumerate(log.names(first - 1, log.last), first) if one == name]
-    found = []
-    for place in places[-count:]:
-        text = next(read_events(log.read(place - 1, most=1)[0].decode()))[2]
-        with contextlib.suppress(ValueError):
-            found.append(json.loads(text))
-    return [data for data in found if isinstance(data, dict)]
-
-
-def result_of(run: Run) -> dict[str, Any]:
-    """The last result of a case, read from the log: what was streamed is what was found."""
-    last = (said_last(run.log, "completed", 1) or [{}])[0]
-    breakdown = (said_last(run.log, "confidence", 1) or [None])[0]
-    found = {"proposals": said_last(run.log, "proposal", 100) or None}
-    score = {"score": last.get("score"), "severity": last.get("severity")}
-    text = {"caseId": run.facts.case_id, "reasonText": last.get("summary"), **found}
-    return {**text, "confidenceBreakdown": breakdown, "ragRefs": [], "similarCases": [], **score}
-
-
-# ═══ 11  What ASGI cannot say ═════════════════════════════════════════════════════════════════════
+# ═══ 12  What ASGI cannot say ═════════════════════════════════════════════════════════════════════
 # The fenced corner. ASGI knows no socket, no send deadline and no "close now"; and Hypercorn, whose
 # protocol engine we use, has bugs that a server for experiments with failure cannot afford.
 # Everything here leans on insides of the pinned versions of Hypercorn and h11, and has a test that
@@ -3963,7 +3969,7 @@ def engine(settings: Settings) -> Config:
     return config
 
 
-# ═══ 12  Catalogue ════════════════════════════════════════════════════════════════════════════════
+# ═══ 13  Catalogue ════════════════════════════════════════════════════════════════════════════════
 # The built-in scenarios, as data: name, the symptom and what a client sees, the scripts for it.
 
 _HELLO, _REST, _BYE = {"comment": "connected"}, {"relay": "all"}, {"raw": "data: [DONE]\n\n"}
@@ -4161,7 +4167,7 @@ def catalogue() -> dict[str, Scenario]:
     }
 
 
-# ═══ 13  Serving ══════════════════════════════════════════════════════════════════════════════════
+# ═══ 14  Serving ══════════════════════════════════════════════════════════════════════════════════
 # The nurseries, and the order in which they end: first nobody new, then the runs, so that their
 # streams end by themselves, then the connections, within the grace.
 
@@ -4417,7 +4423,7 @@ def running(
             raise crash
 
 
-# ═══ 14  Command line ═════════════════════════════════════════════════════════════════════════════
+# ═══ 15  Command line ═════════════════════════════════════════════════════════════════════════════
 
 COMMANDS = ("serve", "scenarios")
 ABOUT = "A local server that speaks Aura's analysis-stream contract, better behaved than Aura."

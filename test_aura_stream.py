@@ -3047,6 +3047,9 @@ async def test_the_log_tells_the_story_of_a_stream(autojump_clock, heard):
     assert re.search(r"INFO \[[0-9a-f]{32}\] GET /aura/cases/85116/analysis/stream - Status: 200 - Duration: \d\.\d{3}s", lines)
 
 
+# ═══ 11  Operations ══════════════════════════════════════════════════════════════════════════════
+
+
 async def control(client, method, path, expect=200, **body):
     answer = await client.open(f"/__aura/{path}", method=method, **({"json": body} if body or method == "POST" else {}))
     assert answer.status_code == expect, await answer.get_data()
@@ -3539,7 +3542,7 @@ async def test_a_full_journal_says_so_once_and_a_wait_for_more_than_it_holds_is_
         assert "1 gates" in (await control(client, "POST", "signal", 409, gate="b"))["error"]
 
 
-# ═══ 11  What ASGI cannot say ═══════════════════════════════════════════════════════════════════
+# ═══ 12  What ASGI cannot say ═══════════════════════════════════════════════════════════════════
 
 QUIET = {"name": "quiet", "run": [*says("a"), {"sleep": 100}]}
 FLOOD = {"name": "flood", "run": [{"repeat": 400, "steps": [{"event": {"data": "x" * 30_000}}]}, {"sleep": 100}]}
@@ -4022,7 +4025,7 @@ def test_bad_company_delays_nobody_and_does_not_hold_up_the_stop(heard):
         wire.close()
 
 
-# ═══ 12  Catalogue ══════════════════════════════════════════════════════════════════════════════
+# ═══ 13  Catalogue ══════════════════════════════════════════════════════════════════════════════
 
 
 class Seen:
@@ -4516,7 +4519,7 @@ def test_every_scenario_has_its_effect(name, jumping):
     check(Bench(jumping, name) if starts else types.SimpleNamespace(aura=jumping, name=name))
 
 
-# ═══ 13  Serving ════════════════════════════════════════════════════════════════════════════════
+# ═══ 14  Serving ════════════════════════════════════════════════════════════════════════════════
 
 
 def test_running_serves_on_a_free_port_and_leaves_nothing_behind():
@@ -5149,7 +5152,7 @@ def test_any_script_is_refused_with_a_pointer_or_played_to_an_end_the_journal_na
     eventually(lambda: descriptors() <= files)
 
 
-# ═══ 14  Command line ═══════════════════════════════════════════════════════════════════════════
+# ═══ 15  Command line ═══════════════════════════════════════════════════════════════════════════
 
 
 def test_what_goes_wrong_at_the_start_is_one_sentence_and_status_2(capsys):
