@@ -170,7 +170,7 @@ class Settings:
     max_ended_runs: int = knob(1000, "ended runs kept; the first to end is forgotten first")
     max_run_events: int = knob(100_000, "events kept of a run; the oldest go, viewers get `gap`")
     max_run_bytes: int = knob(16 * 2**20, "bytes kept of a run, likewise")
-    max_log_bytes: int = knob(256 * 2**20, "bytes kept of all runs together")
+    max_log_bytes: int = knob(256 * 2**20, "bytes kept of all runs together, their requests too")
     max_write: int = knob(64 * 2**10, "bytes of one write, or one event if that is more")
     send_timeout: float = knob(5.0, "seconds a viewer may refuse to read; then its stream ends")
     send_buffer: int = knob(64 * 2**10, "SO_SNDBUF, what the kernel hides of a stalled viewer")
@@ -3296,10 +3296,11 @@ def job_routes(  # noqa: C901  # likewise
 
     @app.get("/api/v1/generations/_stats")
     async def job_statistics() -> Response:
-        states = collections.Counter(job_status(run) for run in jobs())
+        here = jobs()
+        states = collections.Counter(map(job_status, here))
         counts = {name: states[name] for name in JOB_STATUSES}
-        viewers = {"active_connections": sum(run.viewers for run in jobs())}
-        told = {"total_jobs": states.total(), **counts, **viewers}
+        viewers = {"active_connections": sum(run.viewers for run in here)}
+        told = {"total_jobs": len(here), **counts, **viewers}
         operational = {"service_status": "operational", "timestamp": now_iso()}
         return answer({"job_statistics": told, **operational})
 
@@ -3351,8 +3352,8 @@ def operation_routes(
 
     @app.post("/api/admin/sse/broadcast-reconnect")
     async def broadcast_reconnect() -> Response:
-        """Each viewer at a time of its own: not all at once."""
-        def later() -> bytes:
+
+        def later() -> bytes:  # each viewer's own: they shall not come back all at once
             return b"retry: %d\n\n" % random.randint(1000, 5000)
 
         return answer({"notified": close_all(streams(), "end", farewell=later)})

@@ -1858,6 +1858,34 @@ async def test_a_portion_that_a_heartbeat_interrupts_is_whole_before_the_next_st
     assert done == [("1", "e", "x" * 50)]
 
 
+async def test_an_operator_s_end_is_heeded_while_interrupted_pieces_go(autojump_clock):
+    ended_at = []
+
+    async def send(message):
+        pass
+
+    async with hub_for() as hub, trio.open_nursery() as nursery:
+        run = hub.start(facts(hub.time), scenario({"wait": "end"}))
+        steps = [{"comment": "c"}, {"heartbeat": 1000}, {"chunk": 7, "every": 5}, {"relay": "all"}]
+        delivery = Faulty(parse_script(steps, "stream"), Entry("GET", "/", "test:1", "id", kind="stream", run_id="r1"), hub, run)
+
+        async def view():
+            await delivery.deliver(send)
+            ended_at.append(trio.current_time() - began)
+
+        nursery.start_soon(view)
+        await trio.sleep(100)
+        run.log.append(Event("e", "x" * 50))
+        run.log.announce()
+        delivery._till_beat.scope.cancel()
+        began = trio.current_time()
+        await trio.sleep(7)
+        delivery.close("end")
+        await trio.sleep(100)
+        hub.gates.signal("end")
+    assert ended_at and ended_at[0] < 10
+
+
 async def test_an_operator_s_end_is_heeded_behind_an_event_that_is_on_its_way(autojump_clock):
     async with in_memory() as (client, hub, _, _):
         await triggered(client, runId="r", scenario={"name": "s", "run": [*says("a"), {"wait": "never"}]})
