@@ -26,8 +26,10 @@ so nothing has to be taken on trust. Ten minutes? Read Runs, Deliveries and Serv
     11  Operations             on call, and in control of the double
     12  What ASGI cannot say   the fenced corner: sockets, deadlines, other people's bugs
     13  Catalogue              the built-in scenarios, as data
-    14  Serving                the nurseries, and the order in which they end
-    15  Command line
+    14  The page               a client with its eyes open: one run, live
+    15  Serving                the nurseries, and the order in which they end
+    16  Diagnosis              asks any stream what is wrong with it, and whose fault that is
+    17  Command line
 
 The task tree: who is inside whom is who ends with whom. (`curl localhost:9000/__aura/tasks` draws
 it as it is.)
@@ -67,6 +69,7 @@ import dataclasses
 import difflib
 import errno
 import gc
+import hashlib
 import hmac
 import http.client
 import itertools
@@ -76,6 +79,7 @@ import math
 import os
 import random
 import re
+import shlex
 import signal
 import socket
 import struct
@@ -164,6 +168,8 @@ class Settings:
     idle_timeout: float = knob(300.0, "seconds a run may say nothing before it fails")
     retrigger_window: float = knob(10.0, "seconds after its end a runId is still the same run")
     retention: float = knob(3600.0, "seconds an ended run stays readable")
+    max_retries: int = knob(10, "times that page and doctor ask again without news",
+                            "SSE_MAX_RETRIES")
     max_sse_connections: int = knob(1000, "streams open at once; one more is 503",
                                     "MAX_SSE_CONNECTIONS")
     max_live_runs: int = knob(5000, "runs alive at once; one more is 503")
@@ -304,12 +310,12 @@ def comment(text: str) -> bytes:
 DONE = b"data: [DONE]\n\n"
 
 
-def read_events(text: str) -> Iterator[tuple[str, str, str]]:
-    """(id, name, data) of every event in whole SSE text, as the WHATWG parser would dispatch
+def read_events(lines: Iterable[str]) -> Iterator[tuple[str, str, str]]:
+    """(id, name, data) of every event in these whole lines, as the WHATWG parser would dispatch
     them."""
     last_id = name = ""
     data: list[str] = []
-    for line in LINE_END.split(text.removeprefix("\ufeff"))[:-1]:  # behind the last, no line ends
+    for line in lines:
         key, _, value = line.partition(":")
         value = value.removeprefix(" ")
         if not line:
@@ -3223,7 +3229,8 @@ def said_last(log: Log, name: str, count: int, *, among: float = math.inf) -> li
     places = [at for at, one in enumerate(log.names(first - 1, log.last), first) if one == name]
     found = []
     for place in places[-count:]:
-        text = next(read_events(log.read(place - 1, most=1)[0].decode()))[2]
+        lines = LINE_END.split(log.read(place - 1, most=1)[0].decode())
+        text = next(read_events(lines))[2]
         with contextlib.suppress(ValueError):
             found.append(json.loads(text))
     return [data for data in found if isinstance(data, dict)]
@@ -3324,14 +3331,16 @@ def job_of(run: Run) -> dict[str, Any]:
     return {**state, "progress": last.get("value", 0), "createdAt": run.started_at}
 
 
-def operation_routes(
-    app: QuartTrio, hub: Hub, journal: Journal, about: Mapping[str, Any]
+def operation_routes(  # noqa: C901  # likewise
+    app: QuartTrio, hub: Hub, journal: Journal, about: Mapping[str, Any], page: str
 ) -> None:
-    """For whoever is on call."""
-    began = clock.perf_counter()
+    """For whoever comes by, and for whoever is on call."""
+    began, guard = clock.perf_counter(), {**GUARD, "Content-Security-Policy": policy(page)}
 
     @app.get("/")
     async def front() -> Response:
+        if page and "text/html" in header(b"accept"):
+            return Response(page, headers=guard, content_type="text/html; charset=utf-8")
         told = {"message": "Aura analysis stream", "version": about["version"]}
         return answer({**told, "status": "operational"})
 
@@ -3370,6 +3379,27 @@ def operation_routes(
             install = "pip install 'aura-stream[metrics]'"
             raise Refusal(501, {"error": f"metrics need an extra: {install}"}) from None
         return Response(text, content_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+GUARD = {
+    "Vary": "Accept", "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+
+
+def policy(page: str) -> str:
+    """What a browser may do with this page: run the script and the style that are in it, known by
+    their hashes, and ask this server. Nothing from elsewhere, and in nobody's frame."""
+
+    def hashes(tag: str) -> str:
+        found = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        sums = (hashlib.sha256(text.encode()).digest() for text in found)
+        return " ".join(f"'sha256-{base64.b64encode(one).decode()}'" for one in sums)
+
+    nothing = "; ".join(f"{what} 'none'" for what in (
+        "default-src", "base-uri", "form-action", "frame-ancestors"))
+    own = f"script-src {hashes('script')}; style-src {hashes('style')}"
+    return f"{nothing}; {own}; connect-src 'self'; img-src data:"
 
 
 def measured(figures: Figures, hub: Hub) -> Iterator[tuple[str, str, str, tuple[str, ...], Any]]:
@@ -3631,6 +3661,7 @@ def frames_of(task: trio.lowlevel.Task) -> Iterator[types.FrameType]:
 def create_app(
     settings: Settings, hub: Hub, catalogue: Mapping[str, Scenario] | None = None, *,
     analysis: Analysis | None = None, url: str = "", stop: Callable[[], None] | None = None,
+    page: str = "",
 ) -> QuartTrio:
     """The application: Aura's contract over the runs of this hub, and the control of both."""
     app, journal = QuartTrio("aura_stream", static_folder=None), Journal(settings.max_journal)
@@ -3643,7 +3674,7 @@ def create_app(
     admission(app, settings, hub)
     client_routes(app, reception)
     job_routes(app, reception)
-    operation_routes(app, hub, journal, about)
+    operation_routes(app, hub, journal, about, page.replace("{tries}", str(settings.max_retries)))
     told = {**about, "pid": os.getpid(), "url": url}
     control_routes(app, reception, journal, told, stop)
     return app
@@ -3977,7 +4008,9 @@ _HELLO, _REST, _BYE = {"comment": "connected"}, {"relay": "all"}, {"raw": "data:
 _USUAL = [_HELLO, "heartbeat", _REST, _BYE]
 _PAUSE = {"sleep": 0.2}  # what was sent is read before it breaks: some clients forget the rest
 _STARTED = _say("started", runId="{runId}", caseId="{caseId}", at="{now}")
-_COMPLETED = _say("completed", status="completed", runId="{runId}", caseId="{caseId}")
+_MADE_UP = _say("completed", status="completed", runId="{runId}", caseId="{caseId}")
+_FOUND = {"summary": "nothing unusual", "score": 0.5, "severity": "LOW"}
+_COMPLETED = _say("completed", **_MADE_UP["event"]["data"], **_FOUND)
 _FOUR = [
     _STARTED, _say("step", label="INPUT_NORM", detail="", percent=10),
     _say("step", label="RULE_SCORING", detail="", percent=45), _COMPLETED,
@@ -4023,10 +4056,11 @@ CATALOGUE: dict[str, tuple[str, dict[str, Any]]] = {
     "stepped": ("each event waits for its gate, go-1 to go-4: the test decides when it comes", {
         "run": [part for n in (1, 2, 3, 4) for part in ({"wait": f"go-{n}"}, _FOUR[n - 1])]}),
     "flood": ("20 000 events as fast as they come: does the client keep up?", {
-        "run": [{"repeat": 20_000, "steps": [_say("step", label="FLOOD", turn="{n}")]},
+        "run": [_STARTED, {"repeat": 20_000, "steps": [_say("step", label="FLOOD", turn="{n}")]},
                 _COMPLETED]}),
     "big-event": ("one event of 5 MB on one line: does a line buffer overflow?", {
-        "run": [{**_say("evidence", type="COLLECTED"), "pad": 5_000_000}, _COMPLETED]}),
+        "run": [_STARTED, {**_say("evidence", type="COLLECTED"), "pad": 5_000_000},
+                _COMPLETED]}),
     "korean": ("long multi-byte text: characters that straddle every buffer", {
         "run": [_STARTED, {"repeat": 5, "steps": [_say("step", label="설명", detail=_KOREAN)]},
                 _COMPLETED]}),
@@ -4064,7 +4098,7 @@ CATALOGUE: dict[str, tuple[str, dict[str, Any]]] = {
     "after-done": ("two empty `data:` blocks after [DONE]", {
         "stream": [*_USUAL, {"raw": "data:\n\ndata:\n\n"}]}),
     "fallback-completed": ("the run hangs, and the old server invents a completed without score", {
-        "run": [*_FOUR[:2], "hang"], "stream": [_HELLO, {"relay": 2}, _COMPLETED, _BYE]}),
+        "run": [*_FOUR[:2], "hang"], "stream": [_HELLO, {"relay": 2}, _MADE_UP, _BYE]}),
     # Time
     "slow-headers": ("8 s pass before the status line", {"stream": [{"sleep": 8}, *_USUAL]}),
     "slow-stream": ("an event every 2 s, however fast the run was", {
@@ -4077,7 +4111,8 @@ CATALOGUE: dict[str, tuple[str, dict[str, Any]]] = {
     "heartbeat-then-silence": ("three heartbeats, then a connection that is open and dead", {
         "stream": [_HELLO, {"heartbeat": 15}, {"sleep": 46}, "hang"]}),
     "gateway-timeout": ("an event every 10 s, and a gateway cuts at 300 s although all is well", {
-        "run": [{"repeat": 60, "steps": [_say("step", label="LONG", turn="{n}"), {"sleep": 10}]}],
+        "run": [_STARTED, {"repeat": 60, "steps": [
+            {"sleep": 10}, _say("step", label="LONG", turn="{n}")]}, _COMPLETED],
         "stream": [_HELLO, "heartbeat", {"relay": 30}, {"sleep": 10}, "drop"]}),
     # Shape
     "buffered": ("a proxy holds everything back: one arrival, at the end", {
@@ -4168,7 +4203,573 @@ def catalogue() -> dict[str, Scenario]:
     }
 
 
-# ═══ 14  Serving ══════════════════════════════════════════════════════════════════════════════════
+# ═══ 14  The page ═════════════════════════════════════════════════════════════════════════════════
+# The live page: what a careful client does, where it can be seen. No build, no request to anybody
+# else; what comes from outside is only ever text.
+
+PAGE = r"""<!doctype html>
+<html lang="en" data-tries="{tries}">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,">
+<title>Aura stream</title>
+<style>
+:root { color-scheme: light dark; --back: #fff; --card: #f4f5f7; --text: #1b1d21; --quiet: #565c66;
+  --line: #c4c8cf; --blue: #0b57d0; --on-blue: #fff; --red: #b3261e; --green: #14692f; }
+@media (prefers-color-scheme: dark) { :root { --back: #15171b; --card: #1f2228; --text: #e6e8ec;
+  --quiet: #a9afba; --line: #454b55; --blue: #8ab4f8; --on-blue: #10203a; --red: #f2a59f;
+  --green: #86d39a; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 78rem; padding: 1rem; background: var(--back); color: var(--text);
+  font: 1rem/1.5 system-ui, "Noto Sans KR", "Malgun Gothic", sans-serif; word-break: keep-all;
+  overflow-wrap: anywhere; }
+h1 { font-size: 1.4rem; margin: 0; } h2 { font-size: 1.05rem; margin: 0 0 .5rem; }
+p { margin: .25rem 0 .75rem; max-width: 68ch; } small, .quiet { color: var(--quiet); }
+main { display: grid; gap: 1rem; grid-template-columns: minmax(0, 3fr) minmax(0, 2fr); }
+@media (max-width: 56rem) { main { grid-template-columns: minmax(0, 1fr); } }
+section { background: var(--card); border-radius: .5rem; padding: 1rem; }
+.wide { grid-column: 1 / -1; }
+form { display: flex; flex-wrap: wrap; gap: .75rem; align-items: end; }
+label { display: grid; gap: .15rem; font-weight: 600; max-width: 100%; }
+input, select, button { font: inherit; font-weight: 400; padding: .35rem .6rem; color: inherit;
+  min-height: 2.5rem; max-width: 100%; border: 1px solid var(--quiet); border-radius: .35rem;
+  background: var(--back); }
+button { cursor: pointer; } button:disabled { cursor: default; opacity: .55; }
+button.first { background: var(--blue); border-color: var(--blue); color: var(--on-blue); }
+:focus-visible { outline: 3px solid var(--blue); outline-offset: 2px; }
+[hidden] { display: none !important; }
+#doc { flex-basis: 100%; margin: 0; }
+#state { font-weight: 600; min-height: 1.5em; }
+#state.bad { color: var(--red); } #state.good { color: var(--green); }
+progress { width: 100%; height: .7rem; accent-color: var(--blue); }
+dl { display: flex; flex-wrap: wrap; gap: .25rem 1.5rem; margin: .5rem 0; }
+dl div { display: flex; gap: .4rem; } dt { color: var(--quiet); white-space: nowrap; }
+dd { margin: 0; } a { color: var(--blue); } section + section { margin-top: 1rem; }
+main > section { margin: 0; }
+svg { display: block; width: 100%; height: 3rem; background: var(--back);
+  border: 1px solid var(--line); border-radius: .35rem; }
+svg path { stroke-width: 2px; vector-effect: non-scaling-stroke; fill: none; }
+#bars { stroke: var(--blue); } #beats { stroke: var(--green); } #breaks { stroke: var(--red); }
+.axis { display: flex; justify-content: space-between; gap: 1rem; font-size: .85rem; }
+.axis :not(#spread) { white-space: nowrap; }
+.scroll { overflow: auto; max-height: 24rem; margin-top: .75rem; }
+table { border-collapse: collapse; width: 100%; font-size: .9rem; }
+caption { text-align: left; color: var(--quiet); }
+th, td { text-align: left; padding: .2rem .5rem .2rem 0; vertical-align: top; }
+th { position: sticky; top: 0; background: var(--card); white-space: nowrap; }
+td { border-top: 1px solid var(--line); } td:nth-child(2) { min-width: 6.5rem; }
+td:first-child { min-width: 2.2rem; }
+.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+pre { margin: 0; overflow: auto; font: .85rem/1.45 ui-monospace, monospace; white-space: pre; }
+.gone { color: var(--red); text-decoration: line-through; } .new { color: var(--green); }
+ol { margin: 0; padding-left: 1.4rem; }
+</style>
+<header>
+<h1>Aura stream</h1>
+<p>A stream is one answer that stays open: the server writes an event whenever it has one. A
+<b>run</b> writes a log; a <b>delivery</b> plays that log to one viewer, well or badly. Press Start,
+then choose a scenario and see it go wrong.</p>
+</header>
+<main>
+<section class="wide" aria-label="What to run">
+<form id="ask">
+<label>Scenario <select id="scenario"><option value="">(nobody chooses)</option></select></label>
+<label>Phase <select id="phase"><option value="phase2">Phase2</option>
+<option value="phase3">Phase3</option><option value="job">generation job</option></select></label>
+<label>Case <input id="case" value="85116" size="10" maxlength="200" required></label>
+<button class="first" id="start">Start</button>
+<button type="button" id="cancel" disabled>Cancel the run</button>
+<button type="button" id="leave" disabled>Leave</button>
+<button type="button" id="again" hidden>Try again</button>
+<p id="doc" class="quiet">the ordinary run and the ordinary stream, or what --scenario says</p>
+</form>
+<form id="lock" hidden>
+<label>ADMIN_TOKEN of this server <input id="token" type="password" autocomplete="off"></label>
+<button>Use it</button>
+<p id="why" class="quiet" role="alert"></p>
+</form>
+</section>
+<section aria-labelledby="h-stream">
+<h2 id="h-stream">The stream</h2>
+<p id="state" role="status">Nothing runs yet.</p>
+<progress id="progress" max="100" value="0" aria-label="percent of the analysis"></progress>
+<dl id="facts"></dl>
+<svg id="line" role="img" viewBox="0 0 1000 10" preserveAspectRatio="none" aria-label="no events">
+<path id="beats"/><path id="bars"/><path id="breaks"/></svg>
+<div class="axis quiet"><span>0 s</span><span id="spread"></span><span id="until"></span></div>
+<small>A blue bar is an event, where it came in time; green is a comment, red a break.</small>
+<div class="scroll" tabindex="0" role="region" aria-label="events"><table id="events">
+<caption id="kept"></caption>
+<thead><tr><th scope="col">id<th scope="col">event<th scope="col" class="number">at
+<th scope="col" class="number">after<th scope="col">data</thead><tbody></tbody></table></div>
+</section>
+<div>
+<section aria-labelledby="h-tree">
+<h2 id="h-tree">Who is inside whom</h2>
+<p class="quiet">The server's tasks. Leave: one delivery ends, the run goes on. Cancel: the run's
+branch ends, and its deliveries finish by themselves.
+<a id="second" target="_blank" rel="noopener" hidden>Watch this run in a second tab</a></p>
+<pre id="tree" tabindex="0"></pre>
+</section>
+<section aria-labelledby="h-said">
+<h2 id="h-said">Who closed first</h2>
+<p class="quiet">What the server's journal says of each attempt, when it is over.</p>
+<ol id="said"></ol>
+</section>
+</div>
+</main>
+<script>
+"use strict";
+const $ = (id) => document.getElementById(id);
+const given = new URLSearchParams(location.hash.slice(1));
+const SHORTER = Number(given.get("waits") || 1);  // #waits=0.01, for those who cannot wait
+const BACK_OFF = [1, 2, 5, 15], LEAST = 0.5, OFFER = 60, SILENCE = 45, KEPT = 300;
+const TRIES = Number(document.documentElement.dataset.tries);  // SSE_MAX_RETRIES
+const now = () => performance.now() / 1000;
+const seconds = (s) => `${s.toFixed(s < 10 ? 2 : 1)} s`;
+const sleep = (s, signal) => new Promise((soon) => {
+  const timer = setTimeout(soon, 1000 * s);
+  signal?.addEventListener("abort", () => { clearTimeout(timer); soon(); });
+});
+const path = (text) => encodeURIComponent(text);
+
+const PHASES = {
+  phase2: { trigger: (it) => `/aura/cases/${path(it)}/analysis-runs`,
+    run: (r) => `/aura/cases/${path(r.case)}/analysis-runs/${path(r.id)}`,
+    stream: (r) => `/aura/cases/${path(r.case)}/analysis/stream?runId=${path(r.id)}` },
+  job: { trigger: () => "/api/v1/generations", run: (r) => `/api/v1/generations/${path(r.id)}`,
+    stream: (r) => `/api/v1/generations/${path(r.id)}/events` },
+};
+PHASES.phase3 = { ...PHASES.phase2,
+  trigger: (it) => `/aura/internal/cases/${path(it)}/analysis-runs` };
+
+// The bytes of a stream, as the WHATWG reads them: lines, and what a blank line completes.
+class Parser {
+  #line = ""; #cr = false; #id = ""; #name = ""; #data = [];
+  *feed(text) {
+    if (this.#cr && text.startsWith("\n")) text = text.slice(1);
+    this.#cr = text.endsWith("\r");
+    const lines = text.split(/\r\n|\r|\n/);
+    lines[0] = this.#line + lines[0];
+    this.#line = lines.pop();
+    for (const line of lines) yield* this.#take(line);
+  }
+  *#take(line) {
+    const [, key, value] = /^([^:]*)(?:: ?([^]*))?$/.exec(line);
+    if (line.startsWith(":")) yield { beat: line };
+    else if (key === "data") this.#data.push(value ?? "");
+    else if (key === "event") this.#name = value ?? "";
+    else if (key === "id" && !value?.includes("\0")) this.#id = value ?? "";
+    else if (key === "retry" && /^\d+$/.test(value)) yield { retry: value / 1000 };
+    else if (line === "") {
+      const event = { id: this.#id, name: this.#name || "message", data: this.#data.join("\n") };
+      if (this.#data.length) yield event;
+      this.#name = ""; this.#data = [];
+    }
+  }
+}
+
+// What the viewer knows of its run, and what of it is on the page.
+let run = null;
+let token = "";
+
+function fresh(phase, caseId, id) {
+  run?.stop.abort();
+  run = { phase, case: caseId, id, stop: new AbortController(), began: now(), lastId: "", tries: 0,
+    attempt: 0, count: 0, arrivals: 0, previous: 0, longest: 0, missed: 0, percent: 0, retry: null,
+    over: "", latency: null, heard: now(), open: false, finished: false, rows: [], marks: [],
+    bars: new Set() };
+  $("events").tBodies[0].replaceChildren();
+  $("said").replaceChildren();
+  $("again").hidden = true;
+  return run;
+}
+
+function say(text, mood = "") {
+  $("state").textContent = text;
+  $("state").className = mood;
+}
+
+// One attempt: "done", or "final" (asking again will not help), or "again"; and why.
+async function attempt(mine) {
+  const quiet = new AbortController(), stopped = AbortSignal.any([mine.stop.signal, quiet.signal]);
+  let patience, asked = now(), first = true;
+  const heard = () => {
+    clearTimeout(patience);
+    patience = setTimeout(() => quiet.abort(), 1000 * SILENCE);
+    mine.heard = now();
+    if (first) { mine.latency = 1000 * (mine.heard - asked); first = false; }
+  };
+  heard(); first = true;
+  mine.attempt += 1;
+  try {
+    const headers = { Accept: "text/event-stream", Authorization: "Bearer page" };
+    if (mine.lastId) headers["Last-Event-ID"] = mine.lastId;
+    const url = PHASES[mine.phase].stream(mine);
+    const answer = await fetch(url, { headers, signal: stopped, cache: "no-store" });
+    const refusal = await refused(mine, answer);
+    if (refusal) return refusal;
+    mine.open = true;
+    say(mine.attempt > 1 ? `Connected again, attempt ${mine.attempt}.` : "Connected.");
+    const parser = new Parser(), decoder = new TextDecoder(), body = answer.body.getReader();
+    for (let piece; !(piece = await body.read()).done;) {
+      heard();
+      arrived(mine, parser.feed(decoder.decode(piece.value, { stream: true })));
+    }
+    return mine.over ? ["done"] : ["again", "The answer ended properly, but without a last event"];
+  } catch (error) {
+    if (mine.over) return ["done"];
+    if (quiet.signal.aborted) return ["again", `Nothing came for ${SILENCE} s`];
+    return ["again", mine.open ? "The connection broke" : `No answer came (${error.message})`];
+  } finally {
+    clearTimeout(patience);
+    mine.open = false;
+  }
+}
+
+async function refused(mine, answer) {
+  const { status, headers } = answer, type = headers.get("content-type") ?? "";
+  if (status === 204) return ["done"];
+  if (status === 200 && type.startsWith("text/event-stream")) return null;
+  const about = `The answer is ${status}, ${type || "without a type"}`;
+  const text = (await answer.text().catch(() => "")).slice(0, 300);
+  if (status !== 429 && status < 500) return ["final", `${about}: ${text}`];
+  mine.retry = Number(headers.get("retry-after")) || mine.retry;
+  return ["again", about];
+}
+
+function arrived(mine, parts) {
+  const at = now() - mine.began;
+  let news = false;
+  for (const part of parts) {
+    if (part.beat) mine.marks.push(["beats", at]);
+    else if (part.retry) mine.retry = part.retry;
+    else if (part.data === "[DONE]") mine.over ||= "[DONE]";
+    else { happened(mine, part, at); news = true; }
+  }
+  if (news) {
+    mine.arrivals += 1;
+    mine.tries = mine.missed = 0;
+  }
+  later(draw);
+}
+
+function happened(mine, { id, name, data }, at) {
+  mine.count += 1;
+  mine.lastId = id;
+  const since = at - mine.previous;
+  mine.longest = Math.max(mine.longest, since);
+  mine.rows.push([id, name, at.toFixed(2), `+${since.toFixed(2)}`, data.slice(0, 300)]);
+  if (mine.rows.length > KEPT) mine.rows.shift();
+  mine.previous = at;
+  mine.bars.add(at.toFixed(3));
+  if (mine.bars.size > 5000) mine.bars = new Set([...mine.bars].filter((_, nth) => nth % 2));
+  if (["completed", "failed"].includes(name)) mine.over = name;
+  try { mine.percent = JSON.parse(data).percent ?? mine.percent; } catch { /* it is only text */ }
+  if (mine.over === "completed") mine.percent = 100;
+}
+
+// Ask again after 1, 2, 5, 15 s, or when the server says, until it is over or the tries are.
+async function watch(mine) {
+  buttons();
+  look();
+  for (;;) {
+    const [outcome, why] = await attempt(mine);
+    if (mine !== run) return;
+    if (mine.stop.signal.aborted) return leftIt(mine);
+    later(draw);
+    if (outcome === "done") say(ending(mine), mine.over === "failed" ? "bad" : "good");
+    if (outcome === "final") say(why, "bad");
+    if (outcome !== "again") return finish(mine, outcome === "final");
+    mine.missed += 1;
+    mine.marks.push(["breaks", now() - mine.began]);
+    if (mine.tries >= TRIES) return exhausted(mine, why);
+    const usual = mine.retry ?? BACK_OFF[Math.min(mine.tries, BACK_OFF.length - 1)];
+    const pause = Math.max(LEAST, usual * (0.9 + 0.2 * Math.random()));
+    mine.tries += 1;
+    say(`${why}. Try ${mine.tries} of ${TRIES} in ${seconds(pause)}.`, "bad");
+    await sleep(pause * SHORTER, mine.stop.signal);
+    if (mine !== run) return;
+    if (mine.stop.signal.aborted) return leftIt(mine);
+  }
+}
+
+const ENDS = {
+  completed: "Completed: the last event came.",
+  failed: "The analysis failed; its last event says why.",
+  "[DONE]": "Done, though neither completed nor failed came.",
+};
+
+function ending(mine) {
+  const held = mine.count > 2 && mine.arrivals === 1 && mine.previous > 0.5;
+  const said = ENDS[mine.over] ?? "Finished: everything was seen.";
+  return said + (held ? " All came at once, at the end: somebody held them back." : "");
+}
+
+async function exhausted(mine, why) {
+  finish(mine, false);
+  for (let left = OFFER; left > 0 && mine === run; left -= 1) {
+    say(`${why}, and all ${TRIES} tries are used up. You can try again in ${left} s.`, "bad");
+    await sleep(SHORTER);
+  }
+  if (mine !== run) return;
+  say(`${why}, and all ${TRIES} tries are used up.`, "bad");
+  $("again").hidden = false;
+}
+
+function leftIt(mine) {
+  say(`You left after ${mine.count} events; the run goes on. Come back, and the rest comes.`);
+  finish(mine, true);
+}
+
+function finish(mine, offer) {
+  mine.finished = true;
+  $("again").hidden = !offer;
+  $("again").textContent = mine.stop.signal.aborted ? "Come back" : "Try again";
+  buttons();
+  tell(mine);
+}
+
+function buttons() {
+  $("cancel").disabled = !run?.id || Boolean(run.over);
+  $("leave").disabled = !run || run.finished;
+  $("second").hidden = !run?.id;
+  const { phase, case: caseId, id } = run ?? {};
+  if (run?.id) $("second").href = `#${new URLSearchParams({ phase, case: caseId, run: id })}`;
+}
+
+// Trigger as the back end does: once more with the same id if no answer comes.
+async function start(event) {
+  event?.preventDefault();
+  const phase = $("phase").value, caseId = $("case").value, scenario = $("scenario").value;
+  const mine = fresh(phase, caseId, ""), runId = `page-${Math.random().toString(36).slice(2, 12)}`;
+  const headers = { "Content-Type": "application/json", Authorization: "Bearer page" };
+  if (scenario) headers["X-Aura-Scenario"] = scenario;
+  const body = JSON.stringify(phase === "job" ? { projectId: caseId } : { runId });
+  const ask = () => fetch(PHASES[phase].trigger(caseId), { method: "POST", headers, body });
+  say("Asking for a run …");
+  buttons();
+  later(draw);
+  try {
+    const answer = await ask().catch(ask), text = await answer.text();
+    if (mine !== run) return;
+    const told = answer.ok && JSON.parse(text);
+    mine.id = told && (told.runId ?? told.jobId);
+    if (!mine.id) throw new Error(`${answer.status}, ${text.slice(0, 300)}`);
+  } catch (error) {
+    if (mine !== run) return;
+    say(`The trigger was not accepted: ${error.message}`, "bad");
+    mine.finished = true;
+    return buttons();
+  }
+  await watch(mine);
+}
+
+// The picture: drawn once a frame at most, however many events come.
+let drawn = new Set();
+function later(task) {
+  if (!drawn.size) requestAnimationFrame(() => {
+    const due = drawn;
+    drawn = new Set();
+    due.forEach((one) => one());
+  });
+  drawn.add(task);
+}
+
+function draw() {
+  if (!run) return;
+  const running = !run.finished && run.id;
+  const latest = running ? now() - run.began : run.previous;
+  const span = Math.max(0.1, latest, ...run.marks.map((mark) => mark[1]));
+  const strokes = (times, low, high) => {
+    const places = new Set(times.map((time) => Math.round(996 * time / span) + 2));
+    return [...places].map((x) => `M${x} ${low}V${high}`).join("");
+  };
+  const marks = (kind) => run.marks.filter((mark) => mark[0] === kind).map((mark) => mark[1]);
+  run.marks.splice(0, run.marks.length - KEPT);
+  $("bars").setAttribute("d", strokes([...run.bars].map(Number), 1, 9));
+  $("beats").setAttribute("d", strokes(marks("beats"), 7, 9));
+  $("breaks").setAttribute("d", strokes(marks("breaks"), 0, 10));
+  const many = (n, word) => `${n} ${word}${n === 1 ? "" : "s"}`;
+  const spread = `${many(run.count, "event")} in ${many(run.arrivals, "arrival")}`;
+  $("spread").textContent = run.count ? `${spread}, longest wait ${seconds(run.longest)}` : "";
+  $("line").setAttribute("aria-label", $("spread").textContent || "no events yet");
+  $("until").textContent = seconds(span);
+  $("progress").value = run.percent;
+  rows();
+  facts();
+}
+
+function rows() {
+  const body = $("events").tBodies[0], skipped = run.count - run.rows.length;
+  const have = body.rows.length ? Number(body.rows[body.rows.length - 1].dataset.n) : 0;
+  const fresh = run.rows.slice(Math.max(0, have - skipped)).map((cells, index) => {
+    const row = document.createElement("tr");
+    row.dataset.n = Math.max(have, skipped) + index + 1;
+    cells.forEach((text, at) => {
+      const cell = row.insertCell();
+      cell.textContent = text;
+      if (at === 2 || at === 3) cell.className = "number";
+    });
+    return row;
+  });
+  body.append(...fresh);
+  while (body.rows.length > KEPT) body.rows[0].remove();
+  $("kept").textContent = skipped > 0 ? `the last ${KEPT} of ${run.count}` : "";
+  if (fresh.length) $("events").parentElement.scrollTop = 1e9;
+}
+
+// Contract: latency, seconds since the last byte, what was missed since the last event.
+const QUALITY = [["excellent", 100, 35, 0], ["good", 500, 40, 1], ["poor", 1000, 60, 2]];
+function quality() {
+  const silent = now() - run.heard, missed = run.missed + Math.floor(silent / 35);
+  const fits = ([, latency, most, miss]) =>
+    run.latency < latency && silent < most && missed <= miss;
+  return (QUALITY.find(fits) ?? ["critical"])[0];
+}
+
+function facts() {
+  const tries = `${run.tries} of ${TRIES}`;
+  const told = { run: run.id || "none", attempt: run.attempt, "tries used": tries };
+  if (run.latency !== null) {
+    if (!run.finished) told["connection"] = quality();
+    told["first byte after"] = seconds(run.latency / 1000);
+    if (run.open) told["last byte"] = `${Math.floor(now() - run.heard)} s ago`;
+  }
+  $("facts").replaceChildren(...Object.entries(told).map(([name, value]) => {
+    const pair = document.createElement("div");
+    for (const [tag, text] of [["dt", name], ["dd", value]])
+      pair.appendChild(document.createElement(tag)).textContent = text;
+    return pair;
+  }));
+}
+
+// The server's own view: its scenarios, its tasks, its journal. With ADMIN_TOKEN set it asks.
+async function control(where, form = "json") {
+  const headers = token ? { Authorization: `Bearer ${token}` } : {};
+  const answer = await fetch(`/__aura/${where}`, { headers });
+  if (answer.ok) return answer[form]();
+  const said = await answer.json().catch(() => ({}));
+  $("lock").hidden = answer.status !== 401;
+  if (answer.status === 401) $("why").textContent = token ? "That is not the token." : said.detail;
+  throw new Error(said.error ?? said.detail ?? answer.status);
+}
+
+async function scenarios() {
+  const { scenarios: known } = await control("scenarios");
+  $("lock").hidden = true;
+  const options = known.map(({ name, doc }) => Object.assign(new Option(name), { title: doc }));
+  $("scenario").replaceChildren($("scenario").options[0], ...options);
+  $("scenario").value = given.get("scenario") ?? "";
+  if ($("scenario").selectedIndex < 0) $("scenario").selectedIndex = 0;
+  explain();
+}
+
+const ORDINARY = $("doc").textContent;
+function explain() {
+  $("doc").textContent = ($("scenario").selectedOptions[0].title || ORDINARY).replaceAll("`", "");
+}
+
+async function tell(mine) {
+  for (let look = 0; look < 20 && mine === run; look += 1) {
+    let entries;
+    try { ({ entries } = await control(`journal?kind=stream&runId=${path(mine.id)}`)); }
+    catch (error) { entries = [{ end: true, said: `the journal does not say: ${error.message}` }]; }
+    if (mine !== run) return;
+    $("said").replaceChildren(...entries.slice(-KEPT).map((entry) => {
+      const line = document.createElement("li");
+      line.textContent = entry.said;
+      return line;
+    }));
+    if (entries.length && entries.every((entry) => entry.end)) return;
+    await sleep(0.1 + look / 20);
+  }
+}
+
+let before = [];
+function branches(text) {
+  const lines = text.trimEnd().split("\n").map((line) => {
+    const [, indent, name, place] = /^( *)(.*?)(?:  <- (.*))?$/.exec(line);
+    return { depth: indent.length / 3, name, place: place ?? "" };
+  });
+  for (const [at, line] of lines.entries()) {  // a connection is known by what it carries
+    let end = at + 1;
+    while (end < lines.length && lines[end].depth > line.depth) end += 1;
+    const inside = lines.slice(at, end).find((one) => one.name.startsWith("delivery"))?.name;
+    const plumbing = /^(connection|request)$/.test(line.name);
+    line.key = plumbing ? inside && `${line.name} ${inside}` : `${line.depth} ${line.name}`;
+  }
+  return lines.filter((line) => line.key);
+}
+
+function grow(text) {
+  const lines = branches(text), keys = new Set(lines.map((line) => line.key)), time = now();
+  const known = new Map(before.map((line) => [line.key, line]));
+  for (const line of lines)
+    line.since = known.get(line.key)?.since ?? (before.length ? time : 0);
+  before.forEach((line, at) => {  // what has ended stays a while, struck out, where it was
+    if (keys.has(line.key) || time - (line.ended ??= time) > 5) return;
+    const above = lines.findLastIndex((one) => before.slice(0, at).some((b) => b.key === one.key));
+    let place = lines.findIndex((one) => one.key === before[at - 1]?.key) + 1;
+    lines.splice(place || above + 1, 0, line);
+  });
+  before = lines;
+  $("tree").replaceChildren(...lines.flatMap(({ depth, name, place, since, ended }) => {
+    const one = document.createElement("span"), where = document.createElement("small");
+    one.textContent = name;
+    one.className = ended ? "gone" : since && time - since < 2 ? "new" : "";
+    if (ended) one.ariaLabel = `ended: ${name}`;
+    where.textContent = place && !ended ? `  ${place}` : "";
+    return ["  ".repeat(depth), one, where, "\n"];
+  }));
+}
+
+// Look at the tasks each second while something happens here, and five seconds longer.
+let looking = 0;
+async function look() {
+  if (looking++) return;
+  try {
+    for (let calm = 0; calm < 6; calm = run && !run.finished && run.id ? 0 : calm + 1) {
+      if (!document.hidden) grow(await control("tasks", "text"));
+      later(draw);
+      await sleep(1);
+    }
+  } catch (error) {
+    $("tree").textContent = `not to be seen: ${error.message}`;
+  } finally { looking = 0; }
+}
+
+$("ask").addEventListener("submit", start);
+$("scenario").addEventListener("change", explain);
+$("leave").addEventListener("click", () => run.stop.abort());
+$("cancel").addEventListener("click", async () => {
+  $("cancel").disabled = true;
+  const headers = { Authorization: "Bearer page" };
+  const answer = await fetch(PHASES[run.phase].run(run), { method: "DELETE", headers });
+  if (!answer.ok) say(`The run was not cancelled: ${await answer.text()}`, "bad");
+  look();
+});
+$("again").addEventListener("click", () => {
+  Object.assign(run, { stop: new AbortController(), tries: 0, missed: 0, finished: false });
+  $("again").hidden = true;
+  watch(run);
+});
+$("lock").addEventListener("submit", (event) => {
+  event.preventDefault();
+  token = $("token").value;
+  scenarios().then(look, () => {});
+});
+
+scenarios().then(look, (error) => { $("doc").textContent = `No scenarios: ${error.message}`; });
+if (given.get("run")) {
+  $("phase").value = given.get("phase") ?? "phase2";
+  watch(fresh($("phase").value, $("case").value = given.get("case") ?? "", given.get("run")));
+}
+</script>
+"""
+
+
+# ═══ 15  Serving ══════════════════════════════════════════════════════════════════════════════════
 # The nurseries, and the order in which they end: first nobody new, then the runs, so that their
 # streams end by themselves, then the connections, within the grace.
 
@@ -4299,7 +4900,7 @@ async def serve(
     ):
         hub, url = Hub(settings, runs), url_of(settings.host, port)
         app = ASGIWrapper(create_app(
-            settings, hub, known, analysis=analysis, url=url, stop=stopping.set))
+            settings, hub, known, analysis=analysis, url=url, stop=stopping.set, page=PAGE))
         make = partial(Connection, app, engine(settings), context, settings)
         attend = partial(attend_to, make, open_ones)
         async with trio.open_nursery() as accept:
@@ -4424,71 +5025,926 @@ def running(
             raise crash
 
 
-# ═══ 15  Command line ═════════════════════════════════════════════════════════════════════════════
+# ═══ 16  Diagnosis ════════════════════════════════════════════════════════════════════════════════
+# The debugging guide as a program. A careful client asks, and writes down all that the wire shows;
+# then it is judged, by questions and by a table of ills. Nothing here knows the server but by its
+# contract: the stream may be anybody's, behind whatever proxy.
 
-COMMANDS = ("serve", "scenarios")
+QUIET = 120.0  # seconds without a byte; then a stream is dead: real clients give up after 45
+BEARABLE = 45.0  # seconds of silence that the contract's clients bear
+LATE = 2.0  # seconds to the head, which goes out at once
+HELD = 0.4  # seconds that the first bytes came late, with events among them: they were held back
+BACK = 30.0  # seconds spent on coming back to a stream that breaks
+MOST_HEARD = 64 * 2**20  # bytes; whoever says more has said enough
+
+
+class Heard(NamedTuple):
+    """An event as a client saw it, and when."""
+
+    at: float
+    id: str
+    name: str
+    data: str
+
+    @property
+    def number(self) -> int:
+        """The one its id ends in; 0 if none."""
+        found = re.search(r"\d{1,18}$", self.id)
+        return int(found[0]) if found else 0
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """Its data, if that is an object."""
+        with contextlib.suppress(ValueError):
+            found = json.loads(self.data)
+            return found if isinstance(found, dict) else {}
+        return {}
+
+
+@dataclass
+class Visit:
+    """One request, and all that the wire showed of its answer. Times are seconds since it was
+    sent."""
+
+    url: str
+    after: str = ""  # its Last-Event-ID
+    sent: float = 0.0  # Trio's clock
+    status: int = 0
+    headers: dict[str, str] = field(default_factory=dict)
+    head_at: float = 0.0
+    pieces: list[tuple[float, bytes]] = field(default_factory=list)  # of the body, as they came
+    size: int = 0
+    chunks: int = 0
+    torn: int = 0  # chunks that ended within a line
+    ending: str = ""  # one of ENDINGS, or what else went wrong
+    ended_at: float = 0.0
+    body: bytes = b""
+    lines: list[tuple[float, str]] = field(default_factory=list)
+    rest: bytes = b""  # behind the last whole line
+    events: list[Heard] = field(default_factory=list)  # without beats and [DONE]
+
+    @property
+    def streams(self) -> bool:
+        kind = self.headers.get("content-type", "")
+        return self.status == 200 and kind.startswith("text/event-stream")
+
+    @property
+    def done(self) -> int | None:
+        """The place of [DONE] among the lines."""
+        ends = (at for at, (_, line) in enumerate(self.lines) if line.endswith("[DONE]"))
+        return next(ends, None)
+
+    @property
+    def over(self) -> bool:
+        """A client would not come back: it has seen the end."""
+        return self.done is not None or any(one.name in TERMINAL for one in self.events)
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.body[:200].decode("utf-8", "replace").split()) or "an empty body"
+
+    @property
+    def how(self) -> str:
+        return ENDINGS.get(self.ending, self.ending)
+
+    def take(self, wire: h11.Connection, data: bytes, at: float) -> None:
+        """What the answer says in these bytes."""
+        self.size += len(data)
+        self.ending = "limit" if self.size > MOST_HEARD else ""
+        try:
+            wire.receive_data(data)
+            while not self.ending:
+                match wire.next_event():
+                    case h11.Response() as head:
+                        self.status, self.head_at = head.status_code, at
+                        self.headers = {k.decode(): v.decode("latin-1") for k, v in head.headers}
+                    case h11.Data(data=piece, chunk_end=whole):
+                        self.pieces.append((at, bytes(piece)))
+                        self.chunks += whole
+                        self.torn += whole and not piece.endswith((b"\n", b"\r"))
+                    case h11.EndOfMessage():
+                        self.ending = "end"
+                    case h11.NEED_DATA | h11.PAUSED:
+                        return
+        except h11.RemoteProtocolError as error:
+            self.ending = f"it is no HTTP: {error}" if data else "cut"
+
+    def read(self) -> None:
+        """Lines and events, each with the time at which it was whole."""
+        self.body, start = b"".join(piece for _, piece in self.pieces), 0
+        ends = list(itertools.accumulate(len(piece) for _, piece in self.pieces))
+        for found in re.finditer(rb"\r\n|\r|\n", self.body):
+            at = self.pieces[bisect.bisect_left(ends, found.end())][0]
+            line = self.body[start : found.start()].removeprefix(BOM if start == 0 else b"")
+            self.lines.append((at, line.decode("utf-8", "replace")))
+            start = found.end()
+        self.rest, now = self.body[start:], 0.0
+
+        def told() -> Iterator[str]:
+            nonlocal now
+            for at, line in self.lines:
+                now = at
+                yield line
+
+        for id_, name, data in read_events(told()):
+            if data != "[DONE]" and name != "heartbeat" and (data or name != "message"):
+                self.events.append(Heard(now, id_, name, data))
+
+
+BOM = b"\xef\xbb\xbf"
+ENDINGS = {
+    "end": "it was properly ended", "cut": "the connection was closed without an end",
+    "reset": "the connection was reset", "quiet": f"it is open, but nothing came for {QUIET:g} s",
+    "limit": "it still went on when the time was over",
+}
+
+
+def target_of(url: str) -> tuple[str, str, int, str]:
+    """Scheme, host, port and target of a URL; or a ValueError that says what is wrong with it."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"a URL is like http://localhost:9000/…, and {url!r} is not")
+    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    return parts.scheme, parts.hostname, port, quote(target, safe="/?&=%:~+,;@!$'()*-._")
+
+
+async def reach(url: str) -> trio.abc.Stream:
+    """A connection to the URL's host, or an OSError that says why not."""
+    scheme, host, port, _ = target_of(url)
+    try:
+        with trio.fail_after(10):
+            if scheme == "http":
+                return await trio.open_tcp_stream(host, port)
+            secure = await trio.open_ssl_over_tcp_stream(host, port, https_compatible=True)
+            await secure.do_handshake()
+            return secure
+    except trio.TooSlowError:
+        raise OSError(f"{host}:{port} did not answer within 10 s") from None
+    except trio.BrokenResourceError as error:
+        raise OSError(f"no TLS with {host}:{port}: {error.__cause__}") from None
+
+
+async def visit(
+    seen: Visit, headers: Mapping[str, str], *, limit: float, post: bytes | None = None
+) -> Visit:
+    """Ask, and listen to the answer's end; or until nothing has come for long, or for `limit`."""
+    target, host = target_of(seen.url)[3], urlsplit(seen.url).netloc.rpartition("@")[2]
+    named = {"host": host, "accept": "text/event-stream", **headers}
+    named |= {"last-event-id": seen.after} if seen.after else {}
+    named |= {} if post is None else {"content-length": str(len(post)), "accept": "*/*"}
+    wire = h11.Connection(h11.CLIENT, max_incomplete_event_size=2**18)
+    pairs = [(name.encode(), to_bytes(text)) for name, text in named.items()]
+    method = "GET" if post is None else "POST"
+    parts = [h11.Request(method=method, target=target, headers=pairs), h11.Data(data=post or b"")]
+    request = b"".join(wire.send(part) or b"" for part in (*parts, h11.EndOfMessage()))
+    seen.sent = trio.current_time()
+    with trio.move_on_after(limit):
+        try:
+            async with await reach(seen.url) as stream:
+                seen.sent = trio.current_time()
+                await stream.send_all(request)
+                await listen_to(stream, wire, seen)
+        except trio.BrokenResourceError:
+            seen.ending = "reset"
+        except OSError as error:
+            seen.ending = f"no connection: {error}"
+    seen.ending, seen.ended_at = seen.ending or "limit", trio.current_time() - seen.sent
+    seen.read()
+    return seen
+
+
+async def listen_to(stream: trio.abc.Stream, wire: h11.Connection, seen: Visit) -> None:
+    patience = QUIET
+    while not seen.ending:
+        data = b""
+        with trio.move_on_after(patience) as silence:
+            data = bytes(await stream.receive_some(2**16))
+        if silence.cancelled_caught:
+            seen.ending = "quiet"
+        else:
+            seen.take(wire, data, trio.current_time() - seen.sent)
+            patience = 10 if b"[DONE]" in data else patience
+
+
+class Examination:
+    """What visits to one stream have shown."""
+
+    def __init__(self, url: str, headers: Mapping[str, str], limit: float) -> None:
+        self.url, self.headers, self.limit = url, headers, limit
+        self.triggers: list[Visit] = []
+        self.visits: list[Visit] = []  # until one is a stream, or it is hopeless
+        self.back: list[Visit] = []  # those that came back with a Last-Event-ID
+        self.journal: Mapping[str, Any] | None = None  # what the server says, if it is ours
+
+    @property
+    def first(self) -> Visit:
+        return self.visits[0] if self.visits else Visit(self.url)
+
+    @property
+    def main(self) -> Visit:
+        """The visit that is judged as a stream."""
+        return self.visits[-1] if self.visits else Visit(self.url)
+
+    @property
+    def events(self) -> list[Heard]:
+        return self.main.events
+
+    async def trigger(self, case_id: str) -> str:
+        """Ask for a run as the back end does, once more with the same id if no answer comes; the
+        path of its stream, if it has one."""
+        url = f"{self.url.rstrip('/')}/aura/cases/{encoded(case_id)}/analysis-runs"
+        body = to_bytes(to_json({"runId": f"doctor-{uuid.uuid4().hex[:12]}"}))
+        headers = {"content-type": "application/json", **self.headers}
+        while len(self.triggers) < 2 and not (self.triggers and self.triggers[0].status):
+            self.triggers.append(await visit(Visit(url), headers, limit=10, post=body))
+            reached(self.triggers)
+        with contextlib.suppress(ValueError, AttributeError):
+            told = json.loads(self.triggers[-1].body)
+            return str(told.get("streamUrl") or told.get("streamPath") or "")
+        return ""
+
+    async def look(self) -> None:
+        """Ask for the stream, again where that may help, and come back to it."""
+        while len(self.visits) < 4 and self.main.status in (0, 429, 500, 502, 503, 504):
+            if self.visits:
+                later = self.main.headers.get("retry-after", "")
+                await trio.sleep(min(float(later), 10.0) if later.isdigit() else 1.0)
+            self.visits.append(Visit(self.url))
+            await visit(self.main, self.headers, limit=self.limit)
+            reached(self.visits)
+        if self.main.streams and self.main.ending != "limit":
+            await (self.resume_whole() if self.main.over and self.events else self.resume_broken())
+        if self.main.streams:
+            self.journal = await asked_of_journal(self.main, self.headers)
+
+    @property
+    def half(self) -> int:
+        """How many events a client has that comes back to a whole stream: all but five, or half."""
+        count = len(self.events)
+        return count if not self.main.over else max(count // 2, count - 5, 1)
+
+    async def resume_whole(self) -> None:
+        """Twice, if the run is not there: is it gone, or elsewhere every second time?"""
+        while not self.back or (self.back[-1].status == 404 and len(self.back) < 2):
+            self.back.append(await self.again(self.events[self.half - 1].id))
+
+    async def resume_broken(self) -> None:
+        """Until the end comes, or nothing new."""
+        since, news = trio.current_time(), True
+        while news and trio.current_time() - since < BACK and len(self.back) < 4:
+            known = [one.id for visit in (self.main, *self.back) for one in visit.events]
+            self.back.append(await self.again(known[-1] if known else ""))
+            news = bool(self.back[-1].events) and not self.back[-1].over
+            await trio.sleep(1 if news else 0)
+
+    async def again(self, after: str) -> Visit:
+        return await visit(Visit(self.url, after), self.headers, limit=BACK)
+
+    @property
+    def returned(self) -> tuple[list[Heard], list[Heard], list[Heard]]:
+        """What came to a client that came back; what of it twice; what of the rest did not."""
+        seen, owed = self.events[: self.half], self.events[self.half :]
+        rest = [one for visit in self.back for one in visit.events]
+        had, got = ({one[1:] for one in some} for some in (seen, rest))
+        twice = [one for one in rest if one[1:] in had]
+        return rest, twice, [one for one in owed if one[1:] not in got]
+
+    @property
+    def ills(self) -> dict[str, str]:
+        """What is wrong, that which explains most first."""
+        found = ((code, ill.shows(self)) for code, ill in ILLS.items())
+        return {code: says for code, says in found if says}
+
+    def blame(self, code: str) -> tuple[str, str]:
+        """Whose fault it is, and what to change."""
+        fault, change, _ = ILLS[code]
+        ended = (self.journal or {}).get("end") if fault is SOMEBODY and code in BREAKS else None
+        return (BY.get(ended["by"], THE_SERVER) if ended else fault), change
+
+    def report(self) -> dict[str, Any]:
+        ills = [{"ill": code, "says": says, "fault": self.blame(code)[0],
+                 "change": self.blame(code)[1]} for code, says in self.ills.items()]
+        going = ", and it is still going on" if self.main.ending == "limit" else ""
+        says = f"nothing is wrong: {len(self.events)} events in {self.main.ended_at:.1f} s{going}"
+        if ills:
+            says = "{says} — {fault} is at fault: {change}".format(**ills[0])
+        asked = self.main.streams
+        answers = {name: answer(self) for name, answer in QUESTIONS.items() if asked} or {
+            "answer": shown_answer(self)}
+        verdict = ills[0]["ill"] if ills else "healthy"
+        return {"url": self.url, "verdict": verdict, "says": says, "ills": ills, "answers": answers}
+
+
+def reached(visits: list[Visit]) -> None:
+    """An OSError where the first of them found nobody."""
+    if visits[0].ending.startswith("no connection"):
+        raise OSError(visits[0].ending)
+
+
+async def asked_of_journal(main: Visit, headers: Mapping[str, str]) -> Mapping[str, Any] | None:
+    """What the server itself says of this visit, if it is one of ours and tells us."""
+    attempt, run_id = main.headers.get("x-aura-attempt"), main.headers.get("x-aura-run-id")
+    where = urlsplit(main.url)._replace(path="/__aura/journal", query=f"kind=stream&runId={run_id}")
+    if not attempt or not run_id:
+        return None
+    said = await visit(Visit(where.geturl()), headers, limit=5)
+    with contextlib.suppress(ValueError, LookupError, TypeError):
+        found = [one for one in json.loads(said.body)["entries"] if str(one["attempt"]) == attempt]
+        return dict(found[0])
+    return None
+
+
+# The questions, in the order of the guide, and their answers.
+
+
+def shown_answer(this: Examination) -> str:
+    first, tries = this.first, len(this.visits)
+    kind = first.headers.get("content-type", "no type").partition(";")[0]
+    then = f"; at try {tries} all was well" if this.main.streams else f", {tries} times"
+    return f"{first.status}, {kind}, after {first.head_at:.2f} s{then if tries > 1 else ''}"
+
+
+def shown_headers(this: Examination) -> str:
+    wanted = {"x-accel-buffering": "no", "cache-control": "no-"}
+    missing = [name for name, text in wanted.items() if text not in this.main.headers.get(name, "")]
+    eaten = " (nginx keeps it to itself)" if missing == ["x-accel-buffering"] else ""
+    told = f"no {' and no '.join(missing)}{eaten}" if missing else "they"
+    return f"{told} tell{'s' * bool(missing)} proxies to pass bytes on"
+
+
+def shown_beginning(this: Examination) -> str:
+    if not (main := this.main).lines:
+        return f"{len(main.body)} bytes, no line"
+    expected = "" if main.lines[0][1] == ": connected" else ", not `: connected`"
+    return f"{shown(main.lines[0][1])} after {main.pieces[0][0]:.2f} s{expected}"
+
+
+def shown_events(this: Examination) -> str:
+    if not (events := this.events):
+        return "none"
+    ids = f"ids {events[0].id} to {events[-1].id}" if events[0].id else "no ids: nobody can resume"
+    return f"{len(events)}, {ids}; the last is {events[-1].name}"
+
+
+def shown_arrival(this: Examination) -> str:
+    times = sorted({one.at for one in this.events})
+    waits = [b - a for a, b in itertools.pairwise([this.main.head_at, *times])]
+    span = f"over {times[-1] - this.main.head_at:.2f} s" if times else ""
+    return f"{len(times)} arrivals {span}, the longest wait {max(waits, default=0):.2f} s"
+
+
+def longest_silence(this: Examination) -> float:
+    times = [this.main.head_at, *(at for at, _ in this.main.pieces)]
+    return max((b - a for a, b in itertools.pairwise(times)), default=0.0)
+
+
+def shown_beats(this: Examination) -> str:
+    count = sum(line.startswith(": heartbeat") for _, line in this.main.lines)
+    return f"{count}, the longest silence {longest_silence(this):.1f} s"
+
+
+def shown_end(this: Examination) -> str:
+    main, said = this.main, (this.journal or {}).get("said")
+    told = f"{main.how} after {main.ended_at:.1f} s, {len(main.events)} events"
+    if main.ending == "end" and not main.headers.keys() & {"transfer-encoding", "content-length"}:
+        told += "; it has no chunks, so a cut would look the same"
+    return told + (f"; its journal says: {said}" if said else "")
+
+
+def shown_resume(this: Examination) -> str:
+    if not this.back or not this.back[0].after:
+        return "not tried: there is no id to come back with"
+    rest, twice, missing = this.returned
+    refused = [str(one.status) for one in this.back if one.status not in (200, 204)]
+    count = f"{len(rest)} more, {len(twice)} of them twice, {len(missing)} missing"
+    then = f", refused with {' and '.join(refused)}" if refused else ""
+    return f"after {this.back[0].after} came {count}{then}"
+
+
+QUESTIONS: dict[str, Callable[[Examination], str]] = {
+    "answer": shown_answer, "headers": shown_headers, "first bytes": shown_beginning,
+    "events": shown_events, "arrival": shown_arrival, "heartbeats": shown_beats, "end": shown_end,
+    "resume": shown_resume,
+}
+
+# The ills: how each one shows. What has no function of its own says it in its row.
+
+Shows = Callable[[Examination], Any]  # a sentence, or nothing
+
+
+def status(*ones: int) -> Shows:
+    return lambda it: it.first.status in ones and f"{shown_answer(it)}: {it.first.text}"
+
+
+def broken(code: str) -> Shows:
+    """What kind of break it is, by what came before."""
+
+    def shows(it: Examination) -> Any:
+        main, kind = it.main, it.main.ending
+        if not main.streams or kind in ("end", "limit"):
+            return None
+        silence = main.ended_at - (main.pieces[-1][0] if main.pieces else main.head_at)
+        near = abs(main.ended_at / 30 - round(main.ended_at / 30)) < 0.05
+        if kind == "quiet":
+            kind = "dead" if main.done is None else "unclosed"
+        elif silence > 20:
+            kind = "idle-cut"
+        elif main.ended_at > 25 and near:
+            kind = "time-limit"
+        return (kind if kind in BREAKS else "cut") == code and shown_end(it)
+
+    return shows
+
+
+def disorder(it: Examination) -> Any:
+    numbers = [one.number for one in it.events if one.number]
+    for before, after in itertools.pairwise(numbers):
+        if after < before:
+            return f"event {after} came after event {before}"
+    return None
+
+
+def again(it: Examination) -> Any:
+    """An event that came before, with its id."""
+    seen = set[tuple[str, ...]]()
+    for one in it.events:
+        if one.id and one[1:] in seen:
+            return f"event {one.id} ({one.name}) came twice"
+        seen.add(one[1:])
+    return None
+
+
+def pipelines(it: Examination) -> Any:
+    names = [one.name for one in it.events]
+    starts, ends = names.count("started"), sum(names.count(name) for name in TERMINAL)
+    more = starts > 1 or ends > 1
+    return more and not again(it) and f"{starts} times started, {ends} times ended, in one run"
+
+
+def made_up(it: Examination) -> Any:
+    """A completed that is not from the log: it has no id of its own, or says nothing."""
+    for before, one in itertools.pairwise([Heard(0, "", "", ""), *it.events]):
+        told = one.fields.keys() if one.name == "completed" else set[str]()
+        if told and one.id and one.id == before.id and again(it) is None:
+            return "the completed has no id of its own: it is not from the log"
+        if "caseId" in told and not told & {"score", "summary"}:
+            return "the completed has neither score nor summary: somebody made it up"
+    return None
+
+
+def no_json(it: Examination) -> Any:
+    for one in it.events:
+        if one.name in KNOWN_EVENTS or one.data.startswith(("{", "[")):
+            try:
+                json.loads(one.data)
+            except ValueError:
+                return f"the data of a {one.name} is no JSON: {shown(one.data)}"
+    return None
+
+
+def holes(it: Examination) -> Any:
+    """Ids that never came, though nobody said that they are gone; or a rest that did not."""
+    numbers = {one.number for one in it.events if one.number}
+    missing = sorted(set(range(1, max(numbers, default=0))) - numbers)
+    if missing and not forgotten(it) and len(numbers) > 1:
+        return f"{len(missing)} events never came, the first of them {missing[0]}"
+    owed = len(it.events) - it.half
+    if it.back and it.back[0].after and it.back[0].streams and (lost := it.returned[2]):
+        return f"whoever comes back after {it.back[0].after} misses {len(lost)} of {owed} events"
+    return None
+
+
+def forgotten(it: Examination) -> Any:
+    gaps = [one.data for one in (*it.events, *it.returned[0]) if one.name == "gap"]
+    return gaps and f"the server has forgotten events, and says so: {gaps[0]}"
+
+
+def replayed(it: Examination) -> Any:
+    twice = it.back and it.back[0].after and it.returned[1]
+    return twice and f"whoever comes back after {it.back[0].after} gets {len(twice)} events again"
+
+
+def turned_away(it: Examination) -> Any:
+    refused = [one.status for one in it.back if one.status not in (200, 204)]
+    then = ", then 200: every second time" if len(refused) < len(it.back) else ""
+    return refused and it.main.over and f"whoever comes back is answered {refused[0]}{then}"
+
+
+def ended(it: Examination) -> str:
+    """Which parts of an end a properly ended stream lacks."""
+    main, done = it.main, it.main.done is not None
+    last = any(one.name in TERMINAL for one in it.events)
+    if main.ending != "end" or not it.events or (done and last):
+        return ""
+    if not done and (main.rest or main.lines[-1][1]):
+        return "blank line"
+    return "both" if not done and not last else "[DONE]" if not done else "terminal"
+
+
+def held(it: Examination) -> Any:
+    """The first bytes came late, and events with them; but not when somebody asks again."""
+    if not (events := it.events) or slow_head(it):
+        return None
+    usual = it.back[0].pieces[0][0] if it.back and it.back[0].pieces else 0.0
+    came = it.main.pieces[0][0]
+    together = sum(one.at == came for one in events)
+    late = came - usual > HELD and together + it.main.lines[0][1].startswith(":") > 1
+    some = "all" if together == len(events) else f"{together} of {len(events)}"
+    return together and late and f"nothing came for {came:.2f} s, then {some} events at once"
+
+
+def slow_head(it: Examination) -> Any:
+    slow = it.main.head_at > LATE and (not it.back or it.back[0].head_at > LATE)
+    return slow and f"the head of the answer took {it.main.head_at:.1f} s"
+
+
+def dawdling(it: Examination) -> Any:
+    """A run that has ended is in the log, and could come at once."""
+    back = it.back[0].events if it.back and it.main.over and it.back[0].size < 2**16 else []
+    took = back[-1].at - back[0].at if back else 0.0
+    return took > 1 and f"a run that has ended takes {took:.1f} s for its last {len(back)} events"
+
+
+def shredded(it: Examination) -> Any:
+    chunks, torn = it.main.chunks, it.main.torn
+    size = len(it.main.body) / max(chunks, 1)
+    many = torn > 20 and torn * 2 > chunks and size < 24
+    return many and f"it comes in {chunks} pieces of {size:.0f} bytes, torn anywhere"
+
+
+def fails(it: Examination) -> Any:
+    last = next((one.fields for one in it.events if one.name == "failed"), None)
+    if last is None:
+        return None
+    error = last.get("error")
+    told = error if isinstance(error, dict) else {**last, "message": error}
+    return f"the analysis failed (stage {told.get('stage', 'unknown')}): {told.get('message')}"
+
+
+def regress(it: Examination) -> Any:
+    told = (one.fields.get("percent", one.fields.get("value")) for one in it.events)
+    values = [value for value in told if isinstance(value, (int, float))]
+    for before, after in itertools.pairwise(values):
+        if after < before:
+            return f"progress goes from {before:g} back to {after:g}"
+    return None
+
+
+def strangers(it: Examination) -> Any:
+    names = {one.name for one in it.events} - {*KNOWN_EVENTS, "gap", "message"}
+    return names and f"events that nobody documented: {', '.join(sorted(names)[:5])}"
+
+
+def line_ends(it: Examination) -> Any:
+    ends = "CR LF" if b"\r\n" in it.main.body else "CR"
+    return b"\r" in it.main.body and f"lines end in {ends}"
+
+
+class Ill(NamedTuple):
+    """What may be wrong: whose fault it is, what to change, how it shows."""
+
+    fault: str
+    change: str
+    shows: Shows
+
+
+THE_SERVER, THE_RUN, THE_CALLER = "the server", "the analysis", "the caller"
+BETWEEN, SOMEBODY = "a proxy on the way", "the server or a proxy on the way"
+BY = {"client": BETWEEN, "admin": "an operator", "shutdown": "who stopped the server"}
+BREAKS = ("idle-cut", "time-limit", "reset", "cut", "dead", "unclosed")
+ILLS = {  # what explains more stands before what explains less
+    "disabled": Ill(THE_SERVER, "unset DEMO_OFF", lambda it: (
+        it.triggers and b'"disabled"' in it.triggers[-1].body and "the trigger says: disabled")),
+    "trigger-refused": Ill(THE_SERVER, "its answer says what it wants", lambda it: (
+        it.triggers and not it.visits
+        and f"the trigger was answered {it.triggers[-1].status}: {it.triggers[-1].text}")),
+    "no-answer": Ill(SOMEBODY, "look for a crash at that moment in its log", lambda it: (
+        it.visits and not it.first.status and f"no answer: {it.first.how}")),
+    "gone": Ill(THE_SERVER, "send 204 to who has seen everything; an EventSource stops at it",
+                status(204)),
+    "unauthorized": Ill(THE_CALLER, "send a good token: -H 'Authorization: Bearer …'", status(401)),
+    "forbidden": Ill(THE_CALLER, "send the token and the tenant of who may see this", status(403)),
+    "not-found": Ill(THE_SERVER, "send all requests of a run to the instance that runs it, after"
+                     " its trigger", status(404)),
+    "too-many": Ill(THE_CALLER, "ask less often; Retry-After says when", status(429)),
+    "unavailable": Ill(THE_SERVER, "ask again after Retry-After: it is full or not up",
+                       status(502, 503, 504)),
+    "refused": Ill(THE_CALLER, "its answer says what it wants",
+                   status(*{*range(201, 500)} - {204, 401, 403, 404, 429})),
+    "server-error": Ill(THE_SERVER, "look in its log for this request",
+                        status(*{*range(500, 600)} - {502, 503, 504})),
+    "unknown-run": Ill(THE_SERVER, "send all requests of a run to the instance that runs it; and"
+                       " this should be a 404", lambda it: (
+        it.first.status == 200 and not it.first.streams and "runId not found" in it.first.text
+        and f"{shown_answer(it)}: {it.first.text}")),
+    "not-a-stream": Ill(SOMEBODY, "find out who answers: a login page? a wrong path?", lambda it: (
+        it.first.status == 200 and not it.first.streams
+        and f"{shown_answer(it)}: {it.first.text}")),
+    "compressed": Ill(BETWEEN, "compress no text/event-stream", lambda it: (
+        it.main.headers.get("content-encoding", "identity") != "identity"
+        and f"the stream is compressed: {it.main.headers['content-encoding']}")),
+    "empty": Ill(THE_SERVER, "look for what cancels its stream before the first byte: a middleware,"
+                 " a request's scope", lambda it: (
+        it.main.streams and not it.main.body and it.main.ending == "end"
+        and "200 and an empty body, properly ended")),
+    "no-events": Ill(THE_SERVER, "look for what ends its stream early, or for another reader of the"
+                     " run's queue", lambda it: (
+        it.main.body and not it.events and it.main.streams and it.main.ending == "end"
+        and f"{len(it.main.body)} bytes without an event, properly ended")),
+    "double-wrapped": Ill("the relaying back end", "write lines as they came, or events: not lines"
+                          " as data", lambda it: (
+        re.search(rb"^data: ?(id|event|data):", it.main.body, re.MULTILINE)
+        and "every line is wrapped once more, as data")),
+    "duplicate-run": Ill(THE_SERVER, "start one run per runId, whoever asks twice", pipelines),
+    "out-of-order": Ill(THE_SERVER, "write events in the order of their ids", disorder),
+    "duplicates": Ill(THE_SERVER, "write each event once", again),
+    "invented": Ill(THE_SERVER, "say `failed` and why, where the analysis did not end", made_up),
+    "bad-json": Ill(THE_SERVER, "write data as one whole line of JSON", no_json),
+    "unterminated": Ill(THE_SERVER, "end every event with a blank line: else no client sees it",
+                        lambda it: ended(it) == "blank line" and "the last event has no end"),
+    "after-done": Ill(THE_SERVER, "end the answer behind [DONE]", lambda it: (
+        it.main.done is not None and any(line for _, line in it.main.lines[it.main.done + 1 :])
+        and "more came behind [DONE]")),
+    "gap": Ill(THE_SERVER, "keep more events of a run", forgotten),
+    "lost": Ill(THE_SERVER, "keep a log per run, and a place in it per viewer: readers of one queue"
+                " steal from each other", holes),
+    "doubled": Ill(SOMEBODY, "use ids that the server can resume from; nobody may replace them",
+                   replayed),
+    "resume-refused": Ill(THE_SERVER, "send all requests of a run to one instance, and keep what"
+                          " has ended", turned_away),
+    "idle-cut": Ill(BETWEEN, "beat more often than its idle time-out", broken("idle-cut")),
+    "time-limit": Ill(BETWEEN, "raise its limit on the time of a request; clients should resume",
+                      broken("time-limit")),
+    "reset": Ill(SOMEBODY, "look at that moment in the log of each hop", broken("reset")),
+    "cut": Ill(SOMEBODY, "look at that moment in the log of each hop", broken("cut")),
+    "dead": Ill(SOMEBODY, "send heartbeats; clients should leave after 45 s", broken("dead")),
+    "unclosed": Ill(SOMEBODY, "end the answer behind [DONE]", broken("unclosed")),
+    "ended-early": Ill(THE_SERVER, "end a stream behind its last event only", lambda it: (
+        ended(it) == "both" and f"it was properly ended after {it.events[-1].name}")),
+    "no-terminal": Ill(THE_RUN, "end every run with completed or failed", lambda it: (
+        ended(it) == "terminal" and f"[DONE] came after {it.events[-1].name}")),
+    "no-done": Ill(THE_SERVER, "write `data: [DONE]` last", lambda it: (
+        ended(it) == "[DONE]" and "no [DONE] came")),
+    "slow-headers": Ill(THE_SERVER, "send status and `: connected` before any work", slow_head),
+    "buffered": Ill(BETWEEN, "switch buffering off (nginx: proxy_buffering off, gzip off)", held),
+    "no-heartbeat": Ill(THE_SERVER, "send `: heartbeat` after 30 quiet seconds", lambda it: (
+        it.main.streams and longest_silence(it) > BEARABLE
+        and f"{longest_silence(it):.1f} s passed without a byte")),
+    "slow-stream": Ill(THE_SERVER, "write at once what is in the log", dawdling),
+    "line-ends": Ill(SOMEBODY, "end lines in LF: hand-written clients split there", line_ends),
+    "bom": Ill(THE_SERVER, "write no byte order mark", lambda it: (
+        it.main.body.startswith(BOM) and "it begins with a byte order mark")),
+    "shredded": Ill(SOMEBODY, "write whole events: some clients decode piece by piece", shredded),
+    "failed": Ill(THE_RUN, "its last event says why; the stream did its work", fails),
+    "missing-started": Ill(THE_RUN, "begin every run with `started`", lambda it: (
+        it.events and it.events[0].name in KNOWN_EVENTS[1:6] + KNOWN_EVENTS[7:8]
+        and f"the first event is {it.events[0].name}")),
+    "progress-regress": Ill(THE_RUN, "let percent only grow", regress),
+    "unknown-events": Ill(THE_RUN, "tell the clients of these names", strangers),
+    "slow-trigger": Ill(THE_SERVER, "answer 202 first, analyse afterwards", lambda it: (
+        it.triggers and it.triggers[-1].ended_at > 5
+        and f"the trigger was answered after {it.triggers[-1].ended_at:.1f} s; BE waits for 5")),
+    "trigger-lost": Ill(SOMEBODY, "look in its log; the same runId saved it", lambda it: (
+        len(it.triggers) > 1 and f"the first trigger got no answer: {it.triggers[0].how}")),
+}
+
+
+async def diagnose(
+    url: str, *, case: str | None = None, via: str | None = None,
+    headers: Mapping[str, str] | None = None, limit: float = 600.0,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Ask the stream at `url`, or at this server the stream of a new run of `case`; and the same
+    one via another URL. What was seen, and a verdict; an OSError if nobody could be asked."""
+    headers = {"authorization": "Bearer test-token", **(headers or {})}
+    both = [Examination(one, headers, limit) for one in (url, via) if one]
+    if case is not None:
+        path = await both[0].trigger(case)
+        for one in both if path else ():
+            one.url = one.url.rstrip("/") + path
+    if case is None or path:
+        async with trio.open_nursery() as watching, ending(watching):
+            watching.start_soon(tell_progress, both, say)
+            async with trio.open_nursery() as nursery:
+                for one in both:
+                    nursery.start_soon(one.look)
+    report = both[0].report()
+    return report if len(both) == 1 else compared(report, both[1].report())
+
+
+def compared(direct: dict[str, Any], via: dict[str, Any]) -> dict[str, Any]:
+    """The verdict on two ways to one stream: which hop loses what."""
+    known = [ill["ill"] for ill in direct["ills"]]
+    added = [ill for ill in via["ills"] if ill["ill"] not in known]
+    own = any(ill["fault"] != THE_RUN for ill in direct["ills"])
+    found = {"verdict": direct["verdict"], "says": f"{direct['says']}; that way too"}
+    if added and own:
+        found["says"] = f"{direct['says']} (that way also: {added[0]['says']})"
+    elif added:
+        counts = f"events directly: {direct['answers']['events']}; that way: " + (
+            via["answers"].get("events", "none"))
+        hop = f"what stands between {direct['url']} and {via['url']}"
+        change = added[0]["change"]
+        says = f"{added[0]['says']} ({counts}) — {hop} is at fault: {change}"
+        found = {"verdict": added[0]["ill"], "says": says}
+    return {**direct, **found, "via": via}
+
+
+async def tell_progress(these: list[Examination], say: Callable[[str], None]) -> None:
+    while True:
+        await trio.sleep(5)
+        for main in (one.main for one in these):
+            age = trio.current_time() - main.sent
+            last = f", the last {age - main.pieces[-1][0]:.0f} s ago" if main.pieces else ""
+            say(f"… {main.url}: {age:.0f} s, {main.size} bytes{last}")
+
+
+# ═══ 17  Command line ═════════════════════════════════════════════════════════════════════════════
+# A flag for each setting, a sentence for each mistake, exit status 2 for what could not begin.
+
 ABOUT = "A local server that speaks Aura's analysis-stream contract, better behaved than Aura."
-TRY_IT = """try it:
-  aura-stream
-  curl -X POST localhost:9000/aura/cases/85116/analysis-runs \\
-       -H "Authorization: Bearer test-token" -d '{"runId": "test-run-001"}'
-  curl -N localhost:9000/aura/analysis-runs/test-run-001/stream \\
-       -H "Authorization: Bearer test-token"
+FIRST_STEPS = """try it, in a second terminal or in a browser at {url}/ :
+  curl -N -X POST {url}/aura/cases/85116/analysis/trigger -H "Authorization: Bearer t"
+  curl -N -X POST {url}/aura/cases/85116~drop/analysis/trigger -H "Authorization: Bearer t"
+  {me} diagnose {url} --case 85116~buffered
+The first shows a stream, the second breaks it, the third says what is wrong with one.
+"""
+AFTER_READY = "for Spring: aura.base-url={url}\n" + FIRST_STEPS + "Ctrl-C stops it."
+DIAGNOSES = """Ask a stream as a careful client would, and say what is wrong with it, whose fault
+that is, and what to change. It may be anybody's: this server's, Aura's, one behind a proxy."""
+DIAGNOSED = """for example:
+  aura-stream diagnose http://localhost:9000 --case 85116
+  aura-stream diagnose "http://localhost:9000/aura/analysis-runs/r1/stream"
+  aura-stream diagnose http://localhost:9000 --case 85116 --via http://localhost:8080/api
+exit status: 0 the stream is healthy, 1 it is not, 2 nobody could be asked
 """
 
 
-def parser() -> argparse.ArgumentParser:
-    """The flags are the settings; each names its environment variable."""
-    about = argparse.ArgumentParser(
-        prog="aura-stream", description=ABOUT, epilog=TRY_IT, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="%(prog)s [serve] [settings]\n       %(prog)s scenarios [NAME] [--scenarios FILE]",
-    )
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is one sentence, and an unknown flag gets a suggestion."""
+
+    def __init__(self, command: str, about: str, after: str, usage: str) -> None:
+        super().__init__(
+            prog="aura-stream", description=about, epilog=after, allow_abbrev=False,
+            usage=f"aura-stream {usage}", formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.command = command
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; 'aura-stream {self.command} --help' says more")
+
+    def read(self, words: list[str]) -> dict[str, Any]:
+        found, unknown = self.parse_known_args(words)
+        for word in (word.partition("=")[0] for word in unknown):
+            known = re.findall(r"--[\w-]+", self.format_help())
+            close = difflib.get_close_matches(word, known, n=1)
+            help_ = f"'aura-stream {self.command} --help' lists all there is"
+            advice = f"did you mean {close[0]}?" if close else help_
+            raise ValueError(f"there is no {word}; {advice}")
+        return vars(found)
+
+
+def add_flag(about: Any, one: dataclasses.Field[Any]) -> None:
+    """The flag of a setting; its help names its environment variable."""
+    says = one.metadata["says"].replace("`", "").replace("%", "%%")
+    says += f" ({'none' if one.default == '' else one.default}; {variable(one)})"
+    alone = "?" if isinstance(one.default, bool) else None
+    const = None if alone is None else "true"
+    kinds = {bool: "true|false", int: "N", float: "N"}
+    form = "|".join(one.metadata["choices"]) or kinds.get(type(one.default), "TEXT")
+    about.add_argument(flag(one), dest=one.name, metavar=form, nargs=alone, const=const, help=says)
+
+
+def serve_command(words: list[str]) -> int:
+    """Serve until a signal."""
+    usage = "[serve] [settings]\n       aura-stream diagnose URL …\n       aura-stream scenarios …"
+    steps = FIRST_STEPS.format(url="http://localhost:9000", me="aura-stream")
+    about = Parser("serve", ABOUT, steps, usage)
     about.add_argument("--version", action="version", version=f"aura-stream {__version__}")
-    command, name = "serve, the default; or scenarios: list them", "print one, ready to change"
-    about.add_argument("command", nargs="?", default="serve", choices=COMMANDS, help=command)
-    about.add_argument("name", nargs="?", metavar="NAME", help=name)
-    settings = about.add_argument_group("settings: flag, meaning (default; environment variable)")
+    about.add_argument("name", nargs="?", help=argparse.SUPPRESS)
+    group = about.add_argument_group("settings: flag, meaning (default; environment variable)")
     for one in dataclasses.fields(Settings):
-        says = one.metadata["says"].replace("`", "").replace("%", "%%")
-        says += f" ({'none' if one.default == '' else one.default}; {variable(one)})"
-        alone = "?" if isinstance(one.default, bool) else None
-        const = None if alone is None else "true"
-        kinds = {bool: "true|false", int: "N", float: "N"}
-        form = "|".join(one.metadata["choices"]) or kinds.get(type(one.default), "TEXT")
-        settings.add_argument(
-            flag(one), dest=one.name, metavar=form, nargs=alone, const=const, help=says)
-    return about
+        add_flag(group, one)
+    flags = about.read(words)
+    if (name := flags["name"]) is not None:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        raise ValueError(f"there is no command {name!r}{did_you_mean(name, COMMANDS)}" if close else
+                         f"'serve' takes no name; did you mean --scenario {name}?")
+    settings = Settings.read(flags, os.environ)
+    shape = "%(asctime)s - %(name)s - %(levelname)s - %(message)s"
+    logging.basicConfig(stream=sys.stderr, level=settings.log_level, format=shape)
+    warn_of_strangers(os.environ)
+    prepare_process()
+    try:
+        trio.run(serve_until_signalled, settings)
+    except* OSError as group:
+        raise ValueError(cannot_listen(settings, innermost(group))) from None
+    return 0
+
+
+def cannot_listen(settings: Settings, error: BaseException) -> str:
+    """Why not, and what to do."""
+    where, code = f"{settings.host}:{settings.port}", getattr(error, "errno", None)
+    if code != errno.EADDRINUSE:
+        return f"cannot listen on {where}: {error}; is it an address of this machine?"
+    who = holder_of(settings.port) or "another program"
+    return f"cannot listen on {where}: {who} does already; stop that, or --port 0 takes a free port"
+
+
+def holder_of(port: int) -> str:
+    """The process that listens on this port, where this machine tells (Linux, one's own)."""
+    inodes = set()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/net/tcp").read_text() + Path("/proc/net/tcp6").read_text()
+        parts = (line.split() for line in lines.splitlines())
+        inodes = {f"socket:[{one[9]}]" for one in parts if one[1].endswith(f":{port:04X}")
+                  and one[3] == "0A"}  # it listens
+    for link in Path("/proc").glob("[0-9]*/fd/*") if inodes else ():
+        with contextlib.suppress(OSError):
+            if os.readlink(link) in inodes:
+                command = link.parents[1].joinpath("cmdline").read_bytes().split(b"\0")
+                shown = " ".join(part.decode("utf-8", "replace") for part in command)
+                return f"process {link.parts[2]} ({safe(shown.strip())[:80]})"
+    return ""
+
+
+def scenarios_command(words: list[str]) -> int:
+    """List the scenarios, or print one."""
+    about = Parser("scenarios", "List what can go wrong, or print one of it, ready to change.",
+                   "A changed one goes into a file: aura-stream --scenarios FILE --scenario NAME",
+                   "scenarios [NAME] [--scenarios FILE]")
+    about.add_argument("name", nargs="?", metavar="NAME", help="print this one, as JSON")
+    fields = {one.name: one for one in dataclasses.fields(Settings)}
+    add_flag(about, fields["scenarios"])
+    flags = about.read(words)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
+    print(listed(known_scenarios(Settings.read(flags, os.environ)), flags["name"]))
+    return 0
+
+
+def diagnose_command(words: list[str]) -> int:
+    """Examine a stream; 0 if it is healthy, 1 if not."""
+    about = Parser("diagnose", DIAGNOSES, DIAGNOSED, "diagnose URL [--case ID] [--via URL] …")
+    about.add_argument("url", metavar="URL", help="a stream's; or with --case, the server's")
+    for name, form, says in (
+        ("--case", "ID", "trigger an analysis of this case first, and ask for its stream"),
+        ("--via", "URL", "ask the same stream this way too: which hop loses what?"),
+    ):
+        about.add_argument(name, metavar=form, help=says)
+    about.add_argument("--limit", metavar="S", type=float, default=600.0,
+                       help="listen so many seconds at most (600)")
+    about.add_argument("-H", dest="headers", metavar="'NAME: VALUE'", action="append", default=[],
+                       help="send this header; without one: 'Authorization: Bearer test-token'")
+    about.add_argument("--json", action="store_true", help="print all that was found as JSON")
+    flags = about.read(words)
+    given = [header.partition(":") for header in flags["headers"]]
+    named = {name.strip().lower(): value.strip() for name, _, value in given}
+    headers(named)
+    if flags["case"] is None and urlsplit(flags["url"]).path in ("", "/"):
+        raise ValueError("give the URL of a stream, or that of a server and --case ID")
+    within("--limit", number(1, 10**6), limit := flags["limit"])
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    asks = partial(diagnose, flags["url"], case=flags["case"], via=flags["via"], headers=named)
+    try:
+        report = trio.run(partial(asks, limit=limit, say=say))
+    except* OSError as group:
+        raise ValueError(f"nobody could be asked: {innermost(group)}") from None
+    print(json.dumps(report, indent=2, ensure_ascii=False) if flags["json"] else in_lines(report))
+    return 0 if report["verdict"] == "healthy" else 1
+
+
+def in_lines(report: Mapping[str, Any]) -> str:
+    """A diagnosis as a person reads it: the answers, then one sentence."""
+    lines = []
+    for one in (report, *([report["via"]] if "via" in report else [])):
+        lines += [one["url"], *(f"  {name:12} {text}" for name, text in one["answers"].items())]
+        lines += [f"  {'ill':12} {ill['ill']}: {ill['says']}" for ill in one["ills"]]
+    found = report["verdict"] != "healthy"
+    return "\n".join([*lines, f"faulty ({report['verdict']}): {report['says']}" if found else
+                      f"healthy: {report['says']}"])
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "serve": serve_command, "diagnose": diagnose_command, "scenarios": scenarios_command,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Serve until a signal; the exit status. What goes wrong at the start is one sentence."""
-    given, complaint = sys.argv[1:] if arguments is None else arguments, None
-    shape = "%(asctime)s - %(name)s - %(levelname)s - %(message)s"
+    """The exit status. What goes wrong at the start is one sentence, and 2."""
+    words, complaint, status = sys.argv[1:] if arguments is None else arguments, "", 0
+    command, *rest = words if words and words[0] in COMMANDS else ["serve", *words]
     try:
-        refuse_unknown_flags(given)
-        flags = vars(parser().parse_args(given))
-        settings = Settings.read(flags, os.environ)
-        if flags["command"] == "scenarios":
-            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
-            print(listed(known_scenarios(settings), flags["name"]))
-            return 0
-        if flags["name"]:
-            raise ValueError(f"'serve' takes no name; did you mean --scenario {flags['name']}?")
-        logging.basicConfig(stream=sys.stderr, level=settings.log_level, format=shape)
-        warn_of_strangers(os.environ)
-        prepare_process()
-        trio.run(serve_until_signalled, settings)
+        status = COMMANDS[command](rest)
     except* ValueError as group:
         complaint = str(innermost(group))
-    except* OSError as group:
-        error, where = innermost(group), f"{settings.host}:{settings.port}"
-        taken = getattr(error, "errno", None) == errno.EADDRINUSE
-        advice = "; --port 0 takes a free port" if taken else "; is it an address of this machine?"
-        complaint = f"cannot listen on {where}: {error}{advice}"
+    except* KeyboardInterrupt:
+        status = 130
     if complaint:
         print(f"aura-stream: {complaint}", file=sys.stderr)
-    return 2 if complaint else 0
+    return 2 if complaint else status
 
 
 def warn_of_strangers(environment: Iterable[str]) -> None:
@@ -4497,16 +5953,6 @@ def warn_of_strangers(environment: Iterable[str]) -> None:
     for name in sorted(set(environment) - set(known)):
         if name.startswith("AURA_") and (close := difflib.get_close_matches(name, known, n=1)):
             log.warning("there is no %s; did you mean %s?", name, close[0])
-
-
-def refuse_unknown_flags(given: list[str]) -> None:
-    """argparse would complain of the word behind it."""
-    known = ["--help", "--version", *map(flag, dataclasses.fields(Settings))]
-    for word in (word.partition("=")[0] for word in given if word.startswith("--")):
-        close = difflib.get_close_matches(word, known, n=1)
-        if word not in known:
-            advice = f"did you mean {close[0]}?" if close else "--help lists them all"
-            raise ValueError(f"there is no {word}; {advice}")
 
 
 def listed(known: Mapping[str, Scenario], name: str | None) -> str:
@@ -4540,11 +5986,19 @@ async def serve_until_signalled(settings: Settings) -> None:
         async with trio.open_nursery() as nursery:
             aura = await nursery.start(to_its_end, name="serve")
             print(f"Aura stream ready on {aura.url}", flush=True)
+            if sys.stdout.isatty() and sys.stderr.isatty():
+                print(AFTER_READY.format(url=aura.url, me=how_called()), file=sys.stderr)
             if settings.exit_with_stdin:
                 nursery.start_soon(stop_with_stdin, aura)
             await anext(signals)
             aura.stop()
             os._exit(128 + await anext(signals))
+
+
+def how_called() -> str:
+    """The command that started this, to be typed again."""
+    me = sys.argv[0]
+    return shlex.join(["python", me] if me.endswith(".py") else [me])
 
 
 async def stop_with_stdin(aura: Aura) -> None:

@@ -547,8 +547,8 @@ def test_text_arrives_line_by_line(text):
 
 
 def test_an_event_without_its_blank_line_is_none():
-    assert list(aura_stream.read_events("id: 1\ndata: a\n\nid: 2\ndata: {}\n")) == [("1", "message", "a")]
-    assert list(aura_stream.read_events("data: a")) == []
+    assert list(aura_stream.read_events(["id: 1", "data: a", "", "id: 2", "data: {}"])) == [("1", "message", "a")]
+    assert list(aura_stream.read_events(["data: a"])) == []
 
 
 # ═══ 3  Time ════════════════════════════════════════════════════════════════════════════════════
