@@ -168,7 +168,7 @@ class Settings:
     idle_timeout: float = knob(300.0, "seconds a run may say nothing before it fails")
     retrigger_window: float = knob(10.0, "seconds after its end a runId is still the same run")
     retention: float = knob(3600.0, "seconds an ended run stays readable")
-    max_retries: int = knob(10, "times that page and doctor ask again without news",
+    max_retries: int = knob(10, "times that the page asks again without news",
                             "SSE_MAX_RETRIES")
     max_sse_connections: int = knob(1000, "streams open at once; one more is 503",
                                     "MAX_SSE_CONNECTIONS")
@@ -1260,7 +1260,11 @@ def scripted(scenario: Scenario, gates: Gates, own: Analysis | None = None) -> A
 def safe(value: object) -> str:
     """A value from outside, for a log line: nothing that could forge another line, at most 200
     characters."""
-    text = str(value)[:200]
+    return printable(str(value)[:200])
+
+
+def printable(text: str) -> str:
+    """The text in one line, its control characters as escapes."""
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
@@ -4322,7 +4326,7 @@ branch ends, and its deliveries finish by themselves.
 "use strict";
 const $ = (id) => document.getElementById(id);
 const given = new URLSearchParams(location.hash.slice(1));
-const SHORTER = Number(given.get("waits") || 1);  // #waits=0.01, for those who cannot wait
+const SHORTER = Math.min(1, Math.abs(given.get("waits")) || 1);  // #waits=0.01, for the impatient
 const BACK_OFF = [1, 2, 5, 15], LEAST = 0.5, OFFER = 60, SILENCE = 45, KEPT = 300;
 const TRIES = Number(document.documentElement.dataset.tries);  // SSE_MAX_RETRIES
 const now = () => performance.now() / 1000;
@@ -4332,6 +4336,7 @@ const sleep = (s, signal) => new Promise((soon) => {
   signal?.addEventListener("abort", () => { clearTimeout(timer); soon(); });
 });
 const path = (text) => encodeURIComponent(text);
+const many = (n, word) => `${n} ${word}${n === 1 ? "" : "s"}`;
 
 const PHASES = {
   phase2: { trigger: (it) => `/aura/cases/${path(it)}/analysis-runs`,
@@ -4390,7 +4395,7 @@ function say(text, mood = "") {
   $("state").className = mood;
 }
 
-// One attempt: "done", or "final" (asking again will not help), or "again"; and why.
+// One attempt: "done", or "final" (asking again will not help), or "again"; why, and after when.
 async function attempt(mine) {
   const quiet = new AbortController(), stopped = AbortSignal.any([mine.stop.signal, quiet.signal]);
   let patience, asked = now(), first = true;
@@ -4434,15 +4439,14 @@ async function refused(mine, answer) {
   const about = `The answer is ${status}, ${type || "without a type"}`;
   const text = (await answer.text().catch(() => "")).slice(0, 300);
   if (status !== 429 && status < 500) return ["final", `${about}: ${text}`];
-  mine.retry = Number(headers.get("retry-after")) || mine.retry;
-  return ["again", about];
+  return ["again", about, Number(headers.get("retry-after")) || null];
 }
 
 function arrived(mine, parts) {
   const at = now() - mine.began;
   let news = false;
   for (const part of parts) {
-    if (part.beat) mine.marks.push(["beats", at]);
+    if (part.beat) mark(mine, "beats", at);
     else if (part.retry) mine.retry = part.retry;
     else if (part.data === "[DONE]") mine.over ||= "[DONE]";
     else { happened(mine, part, at); news = true; }
@@ -4452,6 +4456,11 @@ function arrived(mine, parts) {
     mine.tries = mine.missed = 0;
   }
   later(draw);
+}
+
+function mark(mine, kind, at) {
+  mine.marks.push([kind, at]);
+  if (mine.marks.length > KEPT) mine.marks.shift();
 }
 
 function happened(mine, { id, name, data }, at) {
@@ -4474,7 +4483,7 @@ async function watch(mine) {
   buttons();
   look();
   for (;;) {
-    const [outcome, why] = await attempt(mine);
+    const [outcome, why, after] = await attempt(mine);
     if (mine !== run) return;
     if (mine.stop.signal.aborted) return leftIt(mine);
     later(draw);
@@ -4482,10 +4491,10 @@ async function watch(mine) {
     if (outcome === "final") say(why, "bad");
     if (outcome !== "again") return finish(mine, outcome === "final");
     mine.missed += 1;
-    mine.marks.push(["breaks", now() - mine.began]);
+    mark(mine, "breaks", now() - mine.began);
     if (mine.tries >= TRIES) return exhausted(mine, why);
-    const usual = mine.retry ?? BACK_OFF[Math.min(mine.tries, BACK_OFF.length - 1)];
-    const pause = Math.max(LEAST, usual * (0.9 + 0.2 * Math.random()));
+    const usual = after ?? mine.retry ?? BACK_OFF[Math.min(mine.tries, BACK_OFF.length - 1)];
+    const pause = pauseOf(usual);
     mine.tries += 1;
     say(`${why}. Try ${mine.tries} of ${TRIES} in ${seconds(pause)}.`, "bad");
     await sleep(pause * SHORTER, mine.stop.signal);
@@ -4499,6 +4508,8 @@ const ENDS = {
   failed: "The analysis failed; its last event says why.",
   "[DONE]": "Done, though neither completed nor failed came.",
 };
+
+const pauseOf = (usual) => Math.max(LEAST, usual * (0.9 + 0.2 * Math.random()));
 
 function ending(mine) {
   const held = mine.count > 2 && mine.arrivals === 1 && mine.previous > 0.5;
@@ -4518,7 +4529,8 @@ async function exhausted(mine, why) {
 }
 
 function leftIt(mine) {
-  say(`You left after ${mine.count} events; the run goes on. Come back, and the rest comes.`);
+  const seen = many(mine.count, "event");
+  say(`You left after ${seen}; the run goes on. Come back, and the rest comes.`);
   finish(mine, true);
 }
 
@@ -4586,11 +4598,9 @@ function draw() {
     return [...places].map((x) => `M${x} ${low}V${high}`).join("");
   };
   const marks = (kind) => run.marks.filter((mark) => mark[0] === kind).map((mark) => mark[1]);
-  run.marks.splice(0, run.marks.length - KEPT);
   $("bars").setAttribute("d", strokes([...run.bars].map(Number), 1, 9));
   $("beats").setAttribute("d", strokes(marks("beats"), 7, 9));
   $("breaks").setAttribute("d", strokes(marks("breaks"), 0, 10));
-  const many = (n, word) => `${n} ${word}${n === 1 ? "" : "s"}`;
   const spread = `${many(run.count, "event")} in ${many(run.arrivals, "arrival")}`;
   $("spread").textContent = run.count ? `${spread}, longest wait ${seconds(run.longest)}` : "";
   $("line").setAttribute("aria-label", $("spread").textContent || "no events yet");
@@ -4692,12 +4702,14 @@ function branches(text) {
     const [, indent, name, place] = /^( *)(.*?)(?:  <- (.*))?$/.exec(line);
     return { depth: indent.length / 3, name, place: place ?? "" };
   });
-  for (const [at, line] of lines.entries()) {  // a connection is known by what it carries
+  const above = [];
+  for (const [at, line] of lines.entries()) {  // known by place, or by what it carries
     let end = at + 1;
     while (end < lines.length && lines[end].depth > line.depth) end += 1;
     const inside = lines.slice(at, end).find((one) => one.name.startsWith("delivery"))?.name;
     const plumbing = /^(connection|request)$/.test(line.name);
-    line.key = plumbing ? inside && `${line.name} ${inside}` : `${line.depth} ${line.name}`;
+    above.splice(line.depth, Infinity, plumbing ? `${line.name} ${inside}` : line.name);
+    line.key = plumbing && !inside ? "" : above.join("/");
   }
   return lines.filter((line) => line.key);
 }
@@ -4709,9 +4721,8 @@ function grow(text) {
     line.since = known.get(line.key)?.since ?? (before.length ? time : 0);
   before.forEach((line, at) => {  // what has ended stays a while, struck out, where it was
     if (keys.has(line.key) || time - (line.ended ??= time) > 5) return;
-    const above = lines.findLastIndex((one) => before.slice(0, at).some((b) => b.key === one.key));
-    let place = lines.findIndex((one) => one.key === before[at - 1]?.key) + 1;
-    lines.splice(place || above + 1, 0, line);
+    const place = lines.findIndex((one) => one.key === before[at - 1]?.key);
+    lines.splice(place < 0 ? lines.length : place + 1, 0, line);
   });
   before = lines;
   $("tree").replaceChildren(...lines.flatMap(({ depth, name, place, since, ended }) => {
@@ -4762,7 +4773,8 @@ $("lock").addEventListener("submit", (event) => {
 
 scenarios().then(look, (error) => { $("doc").textContent = `No scenarios: ${error.message}`; });
 if (given.get("run")) {
-  $("phase").value = given.get("phase") ?? "phase2";
+  $("phase").value = given.get("phase");
+  $("phase").selectedIndex = Math.max(0, $("phase").selectedIndex);
   watch(fresh($("phase").value, $("case").value = given.get("case") ?? "", given.get("run")));
 }
 </script>
@@ -5034,6 +5046,7 @@ QUIET = 120.0  # seconds without a byte; then a stream is dead: real clients giv
 BEARABLE = 45.0  # seconds of silence that the contract's clients bear
 LATE = 2.0  # seconds to the head, which goes out at once
 HELD = 0.4  # seconds that the first bytes came late, with events among them: they were held back
+TICK = 0.2  # seconds between looks at our own lateness; shorter than HELD
 BACK = 30.0  # seconds spent on coming back to a stream that breaks
 MOST_HEARD = 64 * 2**20  # bytes; whoever says more has said enough
 
@@ -5053,12 +5066,12 @@ class Heard(NamedTuple):
         return int(found[0]) if found else 0
 
     @property
-    def fields(self) -> dict[str, Any]:
-        """Its data, if that is an object."""
-        with contextlib.suppress(ValueError):
+    def fields(self) -> dict[str, Any] | None:
+        """Its data, where that is an object; None where it is no JSON."""
+        with contextlib.suppress(ValueError, RecursionError):
             found = json.loads(self.data)
             return found if isinstance(found, dict) else {}
-        return {}
+        return None
 
 
 @dataclass
@@ -5069,6 +5082,7 @@ class Visit:
     url: str
     after: str = ""  # its Last-Event-ID
     sent: float = 0.0  # Trio's clock
+    reached_in: float = 0.0  # before it was sent
     status: int = 0
     headers: dict[str, str] = field(default_factory=dict)
     head_at: float = 0.0
@@ -5107,6 +5121,10 @@ class Visit:
     def how(self) -> str:
         return ENDINGS.get(self.ending, self.ending)
 
+    @property
+    def unreached(self) -> bool:
+        return self.ending.startswith("no connection")
+
     def take(self, wire: h11.Connection, data: bytes, at: float) -> None:
         """What the answer says in these bytes."""
         self.size += len(data)
@@ -5127,7 +5145,8 @@ class Visit:
                     case h11.NEED_DATA | h11.PAUSED:
                         return
         except h11.RemoteProtocolError as error:
-            self.ending = f"it is no HTTP: {error}" if data else "cut"
+            broken = not data and (self.status or not self.size)
+            self.ending = "cut" if broken else f"it is no HTTP: {error}"
 
     def read(self) -> None:
         """Lines and events, each with the time at which it was whole."""
@@ -5177,7 +5196,11 @@ async def reach(url: str) -> trio.abc.Stream:
             if scheme == "http":
                 return await trio.open_tcp_stream(host, port)
             secure = await trio.open_ssl_over_tcp_stream(host, port, https_compatible=True)
-            await secure.do_handshake()
+            try:
+                await secure.do_handshake()
+            except BaseException:
+                await trio.aclose_forcefully(secure)
+                raise
             return secure
     except trio.TooSlowError:
         raise OSError(f"{host}:{port} did not answer within 10 s") from None
@@ -5202,7 +5225,8 @@ async def visit(
     with trio.move_on_after(limit):
         try:
             async with await reach(seen.url) as stream:
-                seen.sent = trio.current_time()
+                asked, seen.sent = seen.sent, trio.current_time()
+                seen.reached_in = seen.sent - asked
                 await stream.send_all(request)
                 await listen_to(stream, wire, seen)
         except trio.BrokenResourceError:
@@ -5235,11 +5259,13 @@ class Examination:
         self.triggers: list[Visit] = []
         self.visits: list[Visit] = []  # until one is a stream, or it is hopeless
         self.back: list[Visit] = []  # those that came back with a Last-Event-ID
-        self.journal: Mapping[str, Any] | None = None  # what the server says, if it is ours
+        self.journal: dict[str, str] = {}  # what the server says of it, if it is ours
+        self.hiccups: list[tuple[float, float]] = []  # when this process was late, and how much
 
     @property
     def first(self) -> Visit:
-        return self.visits[0] if self.visits else Visit(self.url)
+        """What was answered first; where there is no stream to ask for, by the trigger."""
+        return [*self.visits[:1], *self.triggers[-1:], Visit(self.url)][0]
 
     @property
     def main(self) -> Visit:
@@ -5258,25 +5284,34 @@ class Examination:
         headers = {"content-type": "application/json", **self.headers}
         while len(self.triggers) < 2 and not (self.triggers and self.triggers[0].status):
             self.triggers.append(await visit(Visit(url), headers, limit=10, post=body))
-            reached(self.triggers)
-        with contextlib.suppress(ValueError, AttributeError):
+            if self.first.unreached:
+                return ""
+        with contextlib.suppress(ValueError, AttributeError, RecursionError):
             told = json.loads(self.triggers[-1].body)
-            return str(told.get("streamUrl") or told.get("streamPath") or "")
+            where = urlsplit(str(told.get("streamUrl") or told.get("streamPath") or ""))
+            return where._replace(scheme="", netloc="", fragment="").geturl()
         return ""
 
     async def look(self) -> None:
         """Ask for the stream, again where that may help, and come back to it."""
         while len(self.visits) < 4 and self.main.status in (0, 429, 500, 502, 503, 504):
             if self.visits:
-                later = self.main.headers.get("retry-after", "")
-                await trio.sleep(min(float(later), 10.0) if later.isdigit() else 1.0)
+                later = re.fullmatch("[0-9]{1,9}", self.main.headers.get("retry-after", ""))
+                await trio.sleep(min(float(later[0]), 10.0) if later else 1.0)
             self.visits.append(Visit(self.url))
             await visit(self.main, self.headers, limit=self.limit)
-            reached(self.visits)
+            if self.first.unreached:
+                return
         if self.main.streams and self.main.ending != "limit":
             await (self.resume_whole() if self.main.over and self.events else self.resume_broken())
         if self.main.streams:
-            self.journal = await asked_of_journal(self.main, self.headers)
+            self.journal = await asked_of_journal(self.main, self.headers) or {}
+
+    @property
+    def our_delay(self) -> float:
+        """Seconds that this process was late itself, until the first bytes came."""
+        came = self.main.pieces[0][0] if self.main.pieces else self.main.head_at
+        return sum(late for at, late in self.hiccups if at < came + 0.1)
 
     @property
     def half(self) -> int:
@@ -5293,7 +5328,7 @@ class Examination:
         """Until the end comes, or nothing new."""
         since, news = trio.current_time(), True
         while news and trio.current_time() - since < BACK and len(self.back) < 4:
-            known = [one.id for visit in (self.main, *self.back) for one in visit.events]
+            known = [one.id for each in (self.main, *self.back) for one in each.events]
             self.back.append(await self.again(known[-1] if known else ""))
             news = bool(self.back[-1].events) and not self.back[-1].over
             await trio.sleep(1 if news else 0)
@@ -5305,7 +5340,7 @@ class Examination:
     def returned(self) -> tuple[list[Heard], list[Heard], list[Heard]]:
         """What came to a client that came back; what of it twice; what of the rest did not."""
         seen, owed = self.events[: self.half], self.events[self.half :]
-        rest = [one for visit in self.back for one in visit.events]
+        rest = [one for each in self.back for one in each.events]
         had, got = ({one[1:] for one in some} for some in (seen, rest))
         twice = [one for one in rest if one[1:] in had]
         return rest, twice, [one for one in owed if one[1:] not in got]
@@ -5319,8 +5354,9 @@ class Examination:
     def blame(self, code: str) -> tuple[str, str]:
         """Whose fault it is, and what to change."""
         fault, change, _ = ILLS[code]
-        ended = (self.journal or {}).get("end") if fault is SOMEBODY and code in BREAKS else None
-        return (BY.get(ended["by"], THE_SERVER) if ended else fault), change
+        if self.journal and fault is SOMEBODY and code in BREAKS:
+            fault = BY.get(self.journal["by"], THE_SERVER)
+        return fault, change
 
     def report(self) -> dict[str, Any]:
         ills = [{"ill": code, "says": says, "fault": self.blame(code)[0],
@@ -5329,38 +5365,37 @@ class Examination:
         says = f"nothing is wrong: {len(self.events)} events in {self.main.ended_at:.1f} s{going}"
         if ills:
             says = "{says} — {fault} is at fault: {change}".format(**ills[0])
-        asked = self.main.streams
-        answers = {name: answer(self) for name, answer in QUESTIONS.items() if asked} or {
-            "answer": shown_answer(self)}
+        asked = list(QUESTIONS)[: None if self.main.streams else 2]
+        answers = {name: QUESTIONS[name](self) for name in asked}
         verdict = ills[0]["ill"] if ills else "healthy"
         return {"url": self.url, "verdict": verdict, "says": says, "ills": ills, "answers": answers}
 
 
-def reached(visits: list[Visit]) -> None:
-    """An OSError where the first of them found nobody."""
-    if visits[0].ending.startswith("no connection"):
-        raise OSError(visits[0].ending)
-
-
-async def asked_of_journal(main: Visit, headers: Mapping[str, str]) -> Mapping[str, Any] | None:
+async def asked_of_journal(main: Visit, headers: Mapping[str, str]) -> dict[str, str] | None:
     """What the server itself says of this visit, if it is one of ours and tells us."""
     attempt, run_id = main.headers.get("x-aura-attempt"), main.headers.get("x-aura-run-id")
     where = urlsplit(main.url)._replace(path="/__aura/journal", query=f"kind=stream&runId={run_id}")
     if not attempt or not run_id:
         return None
     said = await visit(Visit(where.geturl()), headers, limit=5)
-    with contextlib.suppress(ValueError, LookupError, TypeError):
+    with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
         found = [one for one in json.loads(said.body)["entries"] if str(one["attempt"]) == attempt]
-        return dict(found[0])
+        return {"by": str(found[0]["end"]["by"]), "said": str(found[0]["said"])}
     return None
 
 
 # The questions, in the order of the guide, and their answers.
 
 
+def shown_reach(this: Examination) -> str:
+    _, host, port, _ = target_of(this.url)
+    return f"{host}:{port} in {this.first.reached_in:.3f} s"
+
+
 def shown_answer(this: Examination) -> str:
     first, tries = this.first, len(this.visits)
     kind = first.headers.get("content-type", "no type").partition(";")[0]
+    kind += f", elsewhere: {first.headers['location']}" if "location" in first.headers else ""
     then = f"; at try {tries} all was well" if this.main.streams else f", {tries} times"
     return f"{first.status}, {kind}, after {first.head_at:.2f} s{then if tries > 1 else ''}"
 
@@ -5390,8 +5425,9 @@ def shown_events(this: Examination) -> str:
 def shown_arrival(this: Examination) -> str:
     times = sorted({one.at for one in this.events})
     waits = [b - a for a, b in itertools.pairwise([this.main.head_at, *times])]
-    span = f"over {times[-1] - this.main.head_at:.2f} s" if times else ""
-    return f"{len(times)} arrivals {span}, the longest wait {max(waits, default=0):.2f} s"
+    span = f" over {times[-1] - this.main.head_at:.2f} s" if times else ""
+    many = f"{len(times)} arrival{'s' * (len(times) != 1)}{span}"
+    return f"{many}, the longest wait {max(waits, default=0):.2f} s"
 
 
 def longest_silence(this: Examination) -> float:
@@ -5400,12 +5436,12 @@ def longest_silence(this: Examination) -> float:
 
 
 def shown_beats(this: Examination) -> str:
-    count = sum(line.startswith(": heartbeat") for _, line in this.main.lines)
+    count = sum(line in (": heartbeat", "event: heartbeat") for _, line in this.main.lines)
     return f"{count}, the longest silence {longest_silence(this):.1f} s"
 
 
 def shown_end(this: Examination) -> str:
-    main, said = this.main, (this.journal or {}).get("said")
+    main, said = this.main, this.journal.get("said")
     told = f"{main.how} after {main.ended_at:.1f} s, {len(main.events)} events"
     if main.ending == "end" and not main.headers.keys() & {"transfer-encoding", "content-length"}:
         told += "; it has no chunks, so a cut would look the same"
@@ -5423,9 +5459,9 @@ def shown_resume(this: Examination) -> str:
 
 
 QUESTIONS: dict[str, Callable[[Examination], str]] = {
-    "answer": shown_answer, "headers": shown_headers, "first bytes": shown_beginning,
-    "events": shown_events, "arrival": shown_arrival, "heartbeats": shown_beats, "end": shown_end,
-    "resume": shown_resume,
+    "reached": shown_reach, "answer": shown_answer, "headers": shown_headers,
+    "first bytes": shown_beginning, "events": shown_events, "arrival": shown_arrival,
+    "heartbeats": shown_beats, "end": shown_end, "resume": shown_resume,
 }
 
 # The ills: how each one shows. What has no function of its own says it in its row.
@@ -5445,7 +5481,7 @@ def broken(code: str) -> Shows:
         if not main.streams or kind in ("end", "limit"):
             return None
         silence = main.ended_at - (main.pieces[-1][0] if main.pieces else main.head_at)
-        near = abs(main.ended_at / 30 - round(main.ended_at / 30)) < 0.05
+        near = abs(main.ended_at - 30 * round(main.ended_at / 30)) < 0.01 * main.ended_at
         if kind == "quiet":
             kind = "dead" if main.done is None else "unclosed"
         elif silence > 20:
@@ -5465,7 +5501,7 @@ def disorder(it: Examination) -> Any:
     return None
 
 
-def again(it: Examination) -> Any:
+def repeated(it: Examination) -> Any:
     """An event that came before, with its id."""
     seen = set[tuple[str, ...]]()
     for one in it.events:
@@ -5479,14 +5515,14 @@ def pipelines(it: Examination) -> Any:
     names = [one.name for one in it.events]
     starts, ends = names.count("started"), sum(names.count(name) for name in TERMINAL)
     more = starts > 1 or ends > 1
-    return more and not again(it) and f"{starts} times started, {ends} times ended, in one run"
+    return more and not repeated(it) and f"{starts} times started, {ends} times ended, in one run"
 
 
 def made_up(it: Examination) -> Any:
     """A completed that is not from the log: it has no id of its own, or says nothing."""
     for before, one in itertools.pairwise([Heard(0, "", "", ""), *it.events]):
-        told = one.fields.keys() if one.name == "completed" else set[str]()
-        if told and one.id and one.id == before.id and again(it) is None:
+        told = (one.fields or {}).keys() if one.name == "completed" else set[str]()
+        if told and one.id and one.id == before.id and repeated(it) is None:
             return "the completed has no id of its own: it is not from the log"
         if "caseId" in told and not told & {"score", "summary"}:
             return "the completed has neither score nor summary: somebody made it up"
@@ -5495,22 +5531,22 @@ def made_up(it: Examination) -> Any:
 
 def no_json(it: Examination) -> Any:
     for one in it.events:
-        if one.name in KNOWN_EVENTS or one.data.startswith(("{", "[")):
-            try:
-                json.loads(one.data)
-            except ValueError:
-                return f"the data of a {one.name} is no JSON: {shown(one.data)}"
+        expected = one.name in KNOWN_EVENTS or one.data.startswith(("{", "["))
+        if expected and one.fields is None:
+            return f"the data of a {one.name} is no JSON: {shown(one.data)}"
     return None
 
 
 def holes(it: Examination) -> Any:
     """Ids that never came, though nobody said that they are gone; or a rest that did not."""
-    numbers = {one.number for one in it.events if one.number}
-    missing = sorted(set(range(1, max(numbers, default=0))) - numbers)
-    if missing and not forgotten(it) and len(numbers) > 1:
-        return f"{len(missing)} events never came, the first of them {missing[0]}"
-    owed = len(it.events) - it.half
-    if it.back and it.back[0].after and it.back[0].streams and (lost := it.returned[2]):
+    rest, _, lost = it.returned
+    numbers = sorted({one.number for one in (*it.events, *rest) if one.number})
+    count = numbers[-1] - len(numbers) if numbers else 0
+    if 0 < count < 10_000 and not forgotten(it) and len(numbers) > 1:  # more: other kinds of ids
+        first = next(at for at, number in enumerate(numbers, 1) if at != number)
+        return f"{count} event{'s' * (count != 1)} never came, the first of them {first}"
+    if lost and it.back[0].after and it.back[0].streams:
+        owed = len(it.events) - it.half
         return f"whoever comes back after {it.back[0].after} misses {len(lost)} of {owed} events"
     return None
 
@@ -5549,13 +5585,13 @@ def held(it: Examination) -> Any:
     usual = it.back[0].pieces[0][0] if it.back and it.back[0].pieces else 0.0
     came = it.main.pieces[0][0]
     together = sum(one.at == came for one in events)
-    late = came - usual > HELD and together + it.main.lines[0][1].startswith(":") > 1
+    late = came - usual - it.our_delay > HELD and 2 * len({one.at for one in events}) < len(events)
     some = "all" if together == len(events) else f"{together} of {len(events)}"
-    return together and late and f"nothing came for {came:.2f} s, then {some} events at once"
+    return together > 1 and late and f"nothing came for {came:.2f} s, then {some} events at once"
 
 
 def slow_head(it: Examination) -> Any:
-    slow = it.main.head_at > LATE and (not it.back or it.back[0].head_at > LATE)
+    slow = it.main.head_at - it.our_delay > LATE and (not it.back or it.back[0].head_at > LATE)
     return slow and f"the head of the answer took {it.main.head_at:.1f} s"
 
 
@@ -5574,7 +5610,7 @@ def shredded(it: Examination) -> Any:
 
 
 def fails(it: Examination) -> Any:
-    last = next((one.fields for one in it.events if one.name == "failed"), None)
+    last = next((one.fields or {} for one in it.events if one.name == "failed"), None)
     if last is None:
         return None
     error = last.get("error")
@@ -5583,8 +5619,9 @@ def fails(it: Examination) -> Any:
 
 
 def regress(it: Examination) -> Any:
-    told = (one.fields.get("percent", one.fields.get("value")) for one in it.events)
-    values = [value for value in told if isinstance(value, (int, float))]
+    told = (one.fields or {} for one in it.events if one.name in KNOWN_EVENTS)
+    given = (fields.get("percent", fields.get("value")) for fields in told)
+    values = [value for value in given if isinstance(value, (int, float))]
     for before, after in itertools.pairwise(values):
         if after < before:
             return f"progress goes from {before:g} back to {after:g}"
@@ -5615,16 +5652,16 @@ BY = {"client": BETWEEN, "admin": "an operator", "shutdown": "who stopped the se
 BREAKS = ("idle-cut", "time-limit", "reset", "cut", "dead", "unclosed")
 ILLS = {  # what explains more stands before what explains less
     "disabled": Ill(THE_SERVER, "unset DEMO_OFF", lambda it: (
-        it.triggers and b'"disabled"' in it.triggers[-1].body and "the trigger says: disabled")),
-    "trigger-refused": Ill(THE_SERVER, "its answer says what it wants", lambda it: (
-        it.triggers and not it.visits
-        and f"the trigger was answered {it.triggers[-1].status}: {it.triggers[-1].text}")),
+        not it.visits and b'"disabled"' in it.first.body and "the trigger says: disabled")),
     "no-answer": Ill(SOMEBODY, "look for a crash at that moment in its log", lambda it: (
-        it.visits and not it.first.status and f"no answer: {it.first.how}")),
+        not it.first.status and f"no answer: {it.first.how}")),
     "gone": Ill(THE_SERVER, "send 204 to who has seen everything; an EventSource stops at it",
                 status(204)),
     "unauthorized": Ill(THE_CALLER, "send a good token: -H 'Authorization: Bearer …'", status(401)),
     "forbidden": Ill(THE_CALLER, "send the token and the tenant of who may see this", status(403)),
+    "trigger-refused": Ill(THE_SERVER, "its answer says what it wants", lambda it: (
+        not it.visits and it.first.status
+        and f"the trigger was answered {it.first.status}: {it.first.text}")),
     "not-found": Ill(THE_SERVER, "send all requests of a run to the instance that runs it, after"
                      " its trigger", status(404)),
     "too-many": Ill(THE_CALLER, "ask less often; Retry-After says when", status(429)),
@@ -5650,15 +5687,15 @@ ILLS = {  # what explains more stands before what explains less
         and "200 and an empty body, properly ended")),
     "no-events": Ill(THE_SERVER, "look for what ends its stream early, or for another reader of the"
                      " run's queue", lambda it: (
-        it.main.body and not it.events and it.main.streams and it.main.ending == "end"
-        and f"{len(it.main.body)} bytes without an event, properly ended")),
+        it.main.body and not it.events and it.main.streams and it.main.ending in ("end", "limit")
+        and f"{len(it.main.body)} bytes without an event, and {it.main.how}")),
     "double-wrapped": Ill("the relaying back end", "write lines as they came, or events: not lines"
                           " as data", lambda it: (
         re.search(rb"^data: ?(id|event|data):", it.main.body, re.MULTILINE)
         and "every line is wrapped once more, as data")),
     "duplicate-run": Ill(THE_SERVER, "start one run per runId, whoever asks twice", pipelines),
     "out-of-order": Ill(THE_SERVER, "write events in the order of their ids", disorder),
-    "duplicates": Ill(THE_SERVER, "write each event once", again),
+    "duplicates": Ill(THE_SERVER, "write each event once", repeated),
     "invented": Ill(THE_SERVER, "say `failed` and why, where the analysis did not end", made_up),
     "bad-json": Ill(THE_SERVER, "write data as one whole line of JSON", no_json),
     "unterminated": Ill(THE_SERVER, "end every event with a blank line: else no client sees it",
@@ -5724,11 +5761,13 @@ async def diagnose(
         for one in both if path else ():
             one.url = one.url.rstrip("/") + path
     if case is None or path:
-        async with trio.open_nursery() as watching, ending(watching):
-            watching.start_soon(tell_progress, both, say)
-            async with trio.open_nursery() as nursery:
-                for one in both:
-                    nursery.start_soon(one.look)
+        async with trio.open_nursery() as watching, ending(watching), trio.open_nursery() as asking:
+            watching.start_soon(keep_watch, both, say)
+            for one in both:
+                asking.start_soon(one.look)
+    for one in both:
+        if one.first.unreached:
+            raise OSError(one.first.ending)
     report = both[0].report()
     return report if len(both) == 1 else compared(report, both[1].report())
 
@@ -5751,13 +5790,19 @@ def compared(direct: dict[str, Any], via: dict[str, Any]) -> dict[str, Any]:
     return {**direct, **found, "via": via}
 
 
-async def tell_progress(these: list[Examination], say: Callable[[str], None]) -> None:
-    while True:
-        await trio.sleep(5)
-        for main in (one.main for one in these):
-            age = trio.current_time() - main.sent
-            last = f", the last {age - main.pieces[-1][0]:.0f} s ago" if main.pieces else ""
-            say(f"… {main.url}: {age:.0f} s, {main.size} bytes{last}")
+async def keep_watch(these: list[Examination], say: Callable[[str], None]) -> None:
+    """Say how it goes, every five seconds; and notice when it is we who are late."""
+    for tick in itertools.count(1):
+        began = trio.current_time()
+        await trio.sleep(TICK)
+        late = trio.current_time() - began - TICK
+        for one in these:
+            main, age = one.main, trio.current_time() - one.main.sent
+            if late > 0.05:
+                one.hiccups.append((age, late))
+            if tick % 25 == 0:
+                last = f", the last {age - main.pieces[-1][0]:.0f} s ago" if main.pieces else ""
+                say(f"… {main.url}: {age:.0f} s, {main.size} bytes{last}")
 
 
 # ═══ 17  Command line ═════════════════════════════════════════════════════════════════════════════
@@ -5796,6 +5841,10 @@ class Parser(argparse.ArgumentParser):
     def read(self, words: list[str]) -> dict[str, Any]:
         found, unknown = self.parse_known_args(words)
         for word in (word.partition("=")[0] for word in unknown):
+            if word in COMMANDS:
+                raise ValueError(f"the command comes first: aura-stream {word} …")
+            if not word.startswith("-"):
+                raise ValueError(f"{self.command!r} takes no {word!r}")
             known = re.findall(r"--[\w-]+", self.format_help())
             close = difflib.get_close_matches(word, known, n=1)
             help_ = f"'aura-stream {self.command} --help' lists all there is"
@@ -5821,15 +5870,10 @@ def serve_command(words: list[str]) -> int:
     steps = FIRST_STEPS.format(url="http://localhost:9000", me="aura-stream")
     about = Parser("serve", ABOUT, steps, usage)
     about.add_argument("--version", action="version", version=f"aura-stream {__version__}")
-    about.add_argument("name", nargs="?", help=argparse.SUPPRESS)
     group = about.add_argument_group("settings: flag, meaning (default; environment variable)")
     for one in dataclasses.fields(Settings):
         add_flag(group, one)
     flags = about.read(words)
-    if (name := flags["name"]) is not None:
-        close = difflib.get_close_matches(name, COMMANDS, n=1)
-        raise ValueError(f"there is no command {name!r}{did_you_mean(name, COMMANDS)}" if close else
-                         f"'serve' takes no name; did you mean --scenario {name}?")
     settings = Settings.read(flags, os.environ)
     shape = "%(asctime)s - %(name)s - %(levelname)s - %(message)s"
     logging.basicConfig(stream=sys.stderr, level=settings.log_level, format=shape)
@@ -5853,12 +5897,10 @@ def cannot_listen(settings: Settings, error: BaseException) -> str:
 
 def holder_of(port: int) -> str:
     """The process that listens on this port, where this machine tells (Linux, one's own)."""
-    inodes = set()
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/net/tcp").read_text() + Path("/proc/net/tcp6").read_text()
-        parts = (line.split() for line in lines.splitlines())
-        inodes = {f"socket:[{one[9]}]" for one in parts if one[1].endswith(f":{port:04X}")
-                  and one[3] == "0A"}  # it listens
+    tables = (table.read_text() for table in Path("/proc/net").glob("tcp*"))
+    lines = (line.split() for table in tables for line in table.splitlines())
+    ours = (one for one in lines if one[1].endswith(f":{port:04X}") and one[3] == "0A")  # listening
+    inodes = {f"socket:[{one[9]}]" for one in ours}
     for link in Path("/proc").glob("[0-9]*/fd/*") if inodes else ():
         with contextlib.suppress(OSError):
             if os.readlink(link) in inodes:
@@ -5868,100 +5910,12 @@ def holder_of(port: int) -> str:
     return ""
 
 
-def scenarios_command(words: list[str]) -> int:
-    """List the scenarios, or print one."""
-    about = Parser("scenarios", "List what can go wrong, or print one of it, ready to change.",
-                   "A changed one goes into a file: aura-stream --scenarios FILE --scenario NAME",
-                   "scenarios [NAME] [--scenarios FILE]")
-    about.add_argument("name", nargs="?", metavar="NAME", help="print this one, as JSON")
-    fields = {one.name: one for one in dataclasses.fields(Settings)}
-    add_flag(about, fields["scenarios"])
-    flags = about.read(words)
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
-    print(listed(known_scenarios(Settings.read(flags, os.environ)), flags["name"]))
-    return 0
-
-
-def diagnose_command(words: list[str]) -> int:
-    """Examine a stream; 0 if it is healthy, 1 if not."""
-    about = Parser("diagnose", DIAGNOSES, DIAGNOSED, "diagnose URL [--case ID] [--via URL] …")
-    about.add_argument("url", metavar="URL", help="a stream's; or with --case, the server's")
-    for name, form, says in (
-        ("--case", "ID", "trigger an analysis of this case first, and ask for its stream"),
-        ("--via", "URL", "ask the same stream this way too: which hop loses what?"),
-    ):
-        about.add_argument(name, metavar=form, help=says)
-    about.add_argument("--limit", metavar="S", type=float, default=600.0,
-                       help="listen so many seconds at most (600)")
-    about.add_argument("-H", dest="headers", metavar="'NAME: VALUE'", action="append", default=[],
-                       help="send this header; without one: 'Authorization: Bearer test-token'")
-    about.add_argument("--json", action="store_true", help="print all that was found as JSON")
-    flags = about.read(words)
-    given = [header.partition(":") for header in flags["headers"]]
-    named = {name.strip().lower(): value.strip() for name, _, value in given}
-    headers(named)
-    if flags["case"] is None and urlsplit(flags["url"]).path in ("", "/"):
-        raise ValueError("give the URL of a stream, or that of a server and --case ID")
-    within("--limit", number(1, 10**6), limit := flags["limit"])
-
-    def say(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
-
-    asks = partial(diagnose, flags["url"], case=flags["case"], via=flags["via"], headers=named)
-    try:
-        report = trio.run(partial(asks, limit=limit, say=say))
-    except* OSError as group:
-        raise ValueError(f"nobody could be asked: {innermost(group)}") from None
-    print(json.dumps(report, indent=2, ensure_ascii=False) if flags["json"] else in_lines(report))
-    return 0 if report["verdict"] == "healthy" else 1
-
-
-def in_lines(report: Mapping[str, Any]) -> str:
-    """A diagnosis as a person reads it: the answers, then one sentence."""
-    lines = []
-    for one in (report, *([report["via"]] if "via" in report else [])):
-        lines += [one["url"], *(f"  {name:12} {text}" for name, text in one["answers"].items())]
-        lines += [f"  {'ill':12} {ill['ill']}: {ill['says']}" for ill in one["ills"]]
-    found = report["verdict"] != "healthy"
-    return "\n".join([*lines, f"faulty ({report['verdict']}): {report['says']}" if found else
-                      f"healthy: {report['says']}"])
-
-
-COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "serve": serve_command, "diagnose": diagnose_command, "scenarios": scenarios_command,
-}
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The exit status. What goes wrong at the start is one sentence, and 2."""
-    words, complaint, status = sys.argv[1:] if arguments is None else arguments, "", 0
-    command, *rest = words if words and words[0] in COMMANDS else ["serve", *words]
-    try:
-        status = COMMANDS[command](rest)
-    except* ValueError as group:
-        complaint = str(innermost(group))
-    except* KeyboardInterrupt:
-        status = 130
-    if complaint:
-        print(f"aura-stream: {complaint}", file=sys.stderr)
-    return 2 if complaint else status
-
-
 def warn_of_strangers(environment: Iterable[str]) -> None:
     """A variable that looks like one of ours and is none is perhaps misspelt."""
     known = [variable(one) for one in dataclasses.fields(Settings)]
     for name in sorted(set(environment) - set(known)):
         if name.startswith("AURA_") and (close := difflib.get_close_matches(name, known, n=1)):
             log.warning("there is no %s; did you mean %s?", name, close[0])
-
-
-def listed(known: Mapping[str, Scenario], name: str | None) -> str:
-    """The catalogue, a line each; or one scenario as JSON, ready to change."""
-    if name is None:
-        return "\n".join(f"{one.name:25} {one.doc}" for one in known.values())
-    if name not in known:
-        raise ValueError(f"there is no scenario {name!r}{did_you_mean(name, known)}")
-    return json.dumps(known[name].source, indent=2, ensure_ascii=False)
 
 
 def prepare_process() -> None:
@@ -5997,8 +5951,10 @@ async def serve_until_signalled(settings: Settings) -> None:
 
 def how_called() -> str:
     """The command that started this, to be typed again."""
-    me = sys.argv[0]
-    return shlex.join(["python", me] if me.endswith(".py") else [me])
+    me, python = sys.argv[0], sys.executable
+    if os.name == "posix":
+        python = min(python, os.path.relpath(python), key=len)
+    return shlex.join([python, me] if me.endswith(".py") else [me])
 
 
 async def stop_with_stdin(aura: Aura) -> None:
@@ -6007,6 +5963,97 @@ async def stop_with_stdin(aura: Aura) -> None:
         while await trio.to_thread.run_sync(os.read, 0, 4096, abandon_on_cancel=True):
             pass
     aura.stop()
+
+
+def scenarios_command(words: list[str]) -> int:
+    """List the scenarios, or print one."""
+    about = Parser("scenarios", "List what can go wrong, or print one of it, ready to change.",
+                   "A changed one goes into a file: aura-stream --scenarios FILE --scenario NAME",
+                   "scenarios [NAME] [--scenarios FILE]")
+    about.add_argument("name", nargs="?", metavar="NAME", help="print this one, as JSON")
+    fields = {one.name: one for one in dataclasses.fields(Settings)}
+    add_flag(about, fields["scenarios"])
+    flags = about.read(words)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
+    print(listed(known_scenarios(Settings.read(flags, os.environ)), flags["name"]))
+    return 0
+
+
+def listed(known: Mapping[str, Scenario], name: str | None) -> str:
+    """The catalogue, a line each; or one scenario as JSON, ready to change."""
+    if name is None:
+        return "\n".join(f"{one.name:25} {one.doc}" for one in known.values())
+    if name not in known:
+        raise ValueError(f"there is no scenario {name!r}{did_you_mean(name, known)}")
+    return json.dumps(known[name].source, indent=2, ensure_ascii=False)
+
+
+def diagnose_command(words: list[str]) -> int:
+    """Examine a stream; 0 if it is healthy, 1 if not."""
+    about = Parser("diagnose", DIAGNOSES, DIAGNOSED, "diagnose URL [--case ID] [--via URL] …")
+    about.add_argument("url", metavar="URL", help="a stream's; or with --case, the server's")
+    for name, form, says in (
+        ("--case", "ID", "trigger an analysis of this case first, and ask for its stream"),
+        ("--via", "URL", "ask the same stream this way too: which hop loses what?"),
+    ):
+        about.add_argument(name, metavar=form, help=says)
+    about.add_argument("--limit", metavar="S", type=float, default=600.0,
+                       help="listen so many seconds at most (600)")
+    about.add_argument("-H", dest="headers", metavar="'NAME: VALUE'", action="append", default=[],
+                       help="send this header; without one: 'Authorization: Bearer test-token'")
+    about.add_argument("--json", action="store_true", help="print all that was found as JSON")
+    flags = about.read(words)
+    given = [header.partition(":") for header in flags["headers"]]
+    named = {name.strip().lower(): value.strip() for name, _, value in given}
+    headers(named)
+    if flags["case"] is None and urlsplit(flags["url"]).path in ("", "/"):
+        raise ValueError("give the URL of a stream, or that of a server and --case ID")
+    within("--limit", number(1, 10**6), limit := flags["limit"])
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    asks = partial(diagnose, flags["url"], case=flags["case"], via=flags["via"], headers=named)
+    try:
+        report = trio.run(partial(asks, limit=limit, say=say))
+    except* OSError as group:
+        raise ValueError(f"nobody could be asked: {innermost(group)}") from None
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
+    print(json.dumps(report, indent=2, ensure_ascii=False) if flags["json"] else in_lines(report))
+    return 0 if report["verdict"] == "healthy" else 1
+
+
+def in_lines(report: Mapping[str, Any]) -> str:
+    """A diagnosis as a person reads it: the answers, then one sentence."""
+    lines = []
+    for one in (report, *([report["via"]] if "via" in report else [])):
+        lines += [one["url"], *(f"  {name:12} {text}" for name, text in one["answers"].items())]
+        lines += [f"  {'ill':12} {ill['ill']}: {ill['says']}" for ill in one["ills"]]
+    found = report["verdict"] != "healthy"
+    verdict = f"faulty ({report['verdict']})" if found else "healthy"
+    return "\n".join(map(printable, [*lines, f"{verdict}: {report['says']}"]))
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "serve": serve_command, "diagnose": diagnose_command, "scenarios": scenarios_command,
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The exit status. What goes wrong at the start is one sentence, and 2."""
+    words, complaint, status = sys.argv[1:] if arguments is None else arguments, "", 0
+    command, *rest = words if words and not words[0].startswith("-") else ["serve", *words]
+    try:
+        if command not in COMMANDS:
+            raise ValueError(f"there is no command {command!r}{did_you_mean(command, COMMANDS)}")
+        status = COMMANDS[command](rest)
+    except* ValueError as group:
+        complaint = str(innermost(group))
+    except* KeyboardInterrupt:
+        status = 130
+    if complaint:
+        print(f"aura-stream: {printable(complaint)}", file=sys.stderr)
+    return 2 if complaint else status
 
 
 if __name__ == "__main__":

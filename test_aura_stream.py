@@ -8,9 +8,11 @@ that needs a program (Java, Node, curl, nginx, Chromium) skips where it is missi
 """
 
 import ast
+import base64
 import contextlib
 import dataclasses
 import errno
+import hashlib
 import http.client
 import http.server
 import json
@@ -30,6 +32,7 @@ import threading
 import time
 import types
 import uuid
+from functools import partial
 from pathlib import Path
 from urllib.parse import quote, unquote
 
@@ -201,7 +204,7 @@ def test_the_module_stays_small_enough_to_be_read():
     sizes = {title: code_lines(line, starts[i + 1][1] - 1) for i, (title, line) in enumerate(starts[:-1])}
     lesson = sum(sizes[title] for title in ("Events", "Time", "Runs", "Deliveries"))
     assert lesson <= 535, f"the lesson has {lesson} lines of code"
-    assert sum(size for title, size in sizes.items() if title != "Catalogue") <= 3100, sizes
+    assert sum(size for title, size in sizes.items() if title not in ("Catalogue", "The page")) <= 3900, sizes
 
 
 def test_the_module_has_no_state_and_configures_nothing():
@@ -4119,8 +4122,8 @@ class Bench:
 
 @pytest.fixture(scope="module")
 def jumping():
-    """A server whose script time jumps: 300 seconds take milliseconds."""
-    with running(speed="max") as aura:
+    """A server whose script time jumps: 300 seconds take milliseconds. (A jump takes 20 of them, so events need none.)"""
+    with running(speed="max", event_delay=0.001) as aura:
         yield aura
 
 
@@ -4218,15 +4221,15 @@ def _(bench):
 @effect("flood")
 def _(bench):
     seen = bench.see()
-    assert len(seen.events) == 20_001 and seen.names[-1] == "completed"
-    assert [int(id) for id, _, _ in seen.events] == list(range(1, 20_002))
-    assert seen.entry.chunks < 20_001, "many events in one write"
+    assert seen.names == ["started", *["step"] * 20_000, "completed"]
+    assert [int(id) for id, _, _ in seen.events] == list(range(1, 20_003))
+    assert seen.entry.chunks < 20_000, "many events in one write"
 
 
 @effect("big-event")
 def _(bench):
-    seen = whole(bench.see(), ["evidence", "completed"])
-    assert len(json.loads(seen.events[0][2])["pad"]) == 5_000_000
+    seen = whole(bench.see(), ["started", "evidence", "completed"])
+    assert len(json.loads(seen.events[1][2])["pad"]) == 5_000_000
 
 
 @effect("korean")
@@ -4547,7 +4550,203 @@ def test_every_scenario_has_its_effect(name, jumping):
     check(Bench(jumping, name) if starts else types.SimpleNamespace(aura=jumping, name=name))
 
 
-# ═══ 14  Serving ════════════════════════════════════════════════════════════════════════════════
+# ═══ 14  The page ═══════════════════════════════════════════════════════════════════════════════
+
+
+class Live:
+    """The live page in the browser, and the hands of somebody who uses it."""
+
+    def __init__(self, browser, aura, fragment="waits=0.01"):
+        self._browser = browser
+        browser.open("about:blank")
+        browser.logged()
+        browser.open(f"{aura.url}/#{fragment}")
+        self.url = aura.url
+
+    def start(self, scenario="", phase="phase2"):
+        self.until(f"[...$('scenario').options].some((one) => one.value === '{scenario}')")
+        self.run(f"$('scenario').value = '{scenario}'; $('phase').value = '{phase}'; $('start').click();")
+
+    def run(self, script):
+        return self._browser.run(script)
+
+    def text(self, id):
+        return self.run(f"return $('{id}').innerText")
+
+    def rows(self):
+        return self.run("return [...$('events').tBodies[0].rows].map((row) => [...row.cells].map((cell) => cell.innerText))")
+
+    def until(self, condition):
+        assert self.run(f"while (!({condition})) await new Promise((soon) => setTimeout(soon, 10)); return true") is True, condition
+
+    def over(self):
+        """Wait for the end, and for what the journal says of each attempt."""
+        self.until("run?.finished && $('said').children.length && !$('said').innerText.includes('still open')")
+        self.run("await new Promise((drawn) => requestAnimationFrame(() => requestAnimationFrame(drawn)))")
+        return self.text("state")
+
+    def complaints(self):
+        """What went wrong in the browser, but for connections that were to break."""
+        foreign = self.run("return performance.getEntriesByType('resource').map((one) => one.name)")
+        assert all(name.startswith((f"{self.url}/", "data:")) for name in foreign), foreign
+        return [line for line in self._browser.logged() if "ERR_INCOMPLETE_CHUNKED_ENCODING" not in line]
+
+
+def test_the_page_is_for_browsers_and_runs_nothing_but_itself():
+    with running() as aura:
+        shown = httpx.get(aura.url, headers={"Accept": "text/html,*/*;q=0.8"})
+        assert shown.headers["content-type"] == "text/html; charset=utf-8" and "<title>Aura stream</title>" in shown.text
+        assert httpx.get(aura.url, headers={"Accept": "*/*"}).json()["status"] == "operational"
+    rules = dict(rule.split(" ", 1) for rule in shown.headers["content-security-policy"].split("; "))
+    assert rules.pop("connect-src") == "'self'" and rules.pop("img-src") == "data:"
+    for kind in ("script", "style"):
+        (text,) = re.findall(f"<{kind}>(.*?)</{kind}>", shown.text, re.S)
+        assert rules.pop(f"{kind}-src") == f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+    assert rules == dict.fromkeys(("default-src", "base-uri", "form-action", "frame-ancestors"), "'none'")
+    assert not re.search(r"https?:|innerHTML|insertAdjacent|document\.write|eval\(|\bstyle=|\bon\w+=", aura_stream.PAGE)
+
+
+async def test_a_page_is_shown_only_where_there_is_one():
+    async with in_memory() as (client, _, _, _):
+        assert (await (await client.get("/", headers={"Accept": "text/html"})).get_json())["status"] == "operational"
+
+
+@pytest.mark.parametrize(("phase", "count"), [("phase2", 11), ("phase3", 9), ("job", 10)])
+def test_the_page_shows_a_run_from_its_first_event_to_its_last(browser, phase, count):
+    with running(event_delay=0.005 if phase == "job" else 0.02) as aura:
+        live = Live(browser, aura)
+        live.start("" if phase == "job" else "ok", phase)
+        assert live.over() == "Completed: the last event came."
+        rows = live.rows()
+        assert len(rows) == count and rows[-1][1] == "completed" and live.run("return $('progress').value") == 100
+        assert all(re.fullmatch(r"\d+\.\d\d \+\d+\.\d\d", f"{at} {after}") for _, _, at, after, _ in rows)
+        arrivals = int(re.search(r"in (\d+) arrival", live.text("spread"))[1])
+        assert arrivals > count / 2 and live.run("return $('bars').getAttribute('d').split('M').length - 1") >= arrivals - 1
+        assert live.text("said").startswith("the server ended the answer properly (step ") and live.complaints() == []
+        assert "connection" not in live.text("facts") and "attempt\n1" in live.text("facts")
+
+
+def test_the_page_comes_back_to_a_stream_that_breaks_and_sees_each_event_once(browser):
+    with running(event_delay=0.01) as aura:
+        live = Live(browser, aura)
+        live.start("drop-resume")
+        assert live.over() == "Completed: the last event came."
+        assert [row[0] for row in live.rows()] == [str(n) for n in range(1, 12)]
+        first, second = live.text("said").splitlines()
+        assert first.startswith("the server dropped the connection on purpose") and second.startswith("the server ended the answer properly")
+        assert live.run("return $('breaks').getAttribute('d').split('M').length - 1") == 1 and live.complaints() == []
+        entries = aura.journal(live.run("return run.id"))
+        assert [entry.last_event_id for entry in entries] == [None, "2"]
+
+
+def test_on_the_page_buffering_is_seen(browser):
+    with running(event_delay=0.08) as aura:
+        live = Live(browser, aura)
+        live.start("buffered")
+        assert live.over() == "Completed: the last event came. All came at once, at the end: somebody held them back."
+        assert live.text("spread").startswith("11 events in 1 arrival, ")
+        (bar,) = re.findall(r"M(\d+)", live.run("return $('bars').getAttribute('d')"))
+        assert int(bar) > 950 and live.complaints() == []
+
+
+def test_the_page_runs_out_of_tries_and_offers_to_try_again(browser):
+    with running(speed="50", max_retries=3) as aura:
+        live = Live(browser, aura)
+        live.start("always-drop")
+        live.until("$('state').innerText.includes('You can try again in')")
+        assert live.run("return $('again').hidden") is True, "not yet: everybody would come back at once"
+        live.until("!$('again').hidden")
+        assert live.text("state") == "The connection broke, and all 3 tries are used up."
+        assert len(aura.journal(count=4, within=WAIT)) == 4
+        live.run("$('again').click()")
+        assert len(aura.journal(count=8, within=WAIT)) == 8
+        live.until("run.finished && !$('again').hidden")
+        waits = live.run("return BACK_OFF.map((s) => Array.from({ length: 200 }, () => pauseOf(s)))")
+        for seconds, drawn in zip((1, 2, 5, 15), waits, strict=True):
+            assert 0.9 * seconds <= min(drawn) < max(drawn) <= 1.1 * seconds
+        assert live.run("return pauseOf(0.1)") == 0.5
+
+
+def test_to_cancel_on_the_page_ends_one_branch_of_the_tree(browser):
+    with running() as aura:
+        other = aura.trigger("1", scenario="silent")
+        live = Live(browser, aura)
+        live.start("silent")
+        live.until("$('tree').innerText.includes('delivery page-') && $('tree').innerText.includes('analysis page-')")
+        live.run("$('cancel').click()")
+        assert live.over() == "The analysis failed; its last event says why."
+        live.until("[...document.querySelectorAll('#tree .gone')].length >= 6")
+        ended = live.run("return [...document.querySelectorAll('#tree .gone')].map((one) => one.innerText)")
+        run_id = live.run("return run.id")
+        assert [name for name in ended if "nursery" not in name] == [
+            "connection", "request", ended[2], f"run {run_id}", f"analysis {run_id}"] and ended[2].startswith(f"delivery {run_id}")
+        assert f"run {other}" in live.text("tree") and live.complaints() == []
+
+
+def test_to_leave_on_the_page_ends_a_delivery_and_the_run_goes_on(browser):
+    with running() as aura:
+        live = Live(browser, aura)
+        live.start("stepped")
+        aura.signal("go-1")
+        live.until("$('events').tBodies[0].rows.length === 1")
+        live.run("$('leave').click()")
+        assert live.over() == "You left after 1 event; the run goes on. Come back, and the rest comes."
+        assert live.text("said").startswith("the client closed the connection")
+        for gate in ("go-2", "go-3", "go-4"):
+            aura.signal(gate)
+        assert live.text("again") == "Come back"
+        second = live.run("return $('second').href")
+        live.run("$('again').click()")
+        assert live.over() == "Completed: the last event came." and [row[0] for row in live.rows()] == ["1", "2", "3", "4"]
+        assert live.complaints() == []
+        watcher = Live(browser, aura, second.partition("#")[2])
+        assert watcher.over() == "Completed: the last event came." and len(watcher.rows()) == 4
+
+
+def test_what_comes_from_outside_is_only_text_on_the_page(browser, tmp_path):
+    bad = "<img src=x onerror=window.hit=1>"
+    (tmp_path / "own.json").write_text(json.dumps({
+        "name": "hostile", "doc": bad, "run": [{"event": {"event": bad, "data": {"percent": bad, "증거": bad}}}],
+        "stream": [{"frame": {"id": bad}}, {"relay": "all"}, {"event": {"event": "completed", "data": bad}}],
+    }))  # fmt: skip
+    with running(scenarios=str(tmp_path / "own.json")) as aura:
+        live = Live(browser, aura, f"run={quote(bad)}&case={quote(bad)}&scenario=hostile")
+        live.until("run?.finished")
+        assert "404" in live.text("state") and live.text("doc") == bad
+        live.start("hostile")
+        assert live.over() == "Completed: the last event came." and live.rows()[0][:2] == [bad, bad]
+        assert live.run("return [window.hit ?? 0, document.images.length, document.scripts.length]") == [0, 0, 1]
+
+
+def test_the_page_says_what_was_answered_where_it_is_no_stream(browser):
+    with running(event_delay=0) as aura:
+        live = Live(browser, aura)
+        for scenario, said in (
+            ("html", "The answer is 200, text/html; charset=utf-8: <!doctype html>"), ("forbidden", "The answer is 403, application/json: "),
+            ("trigger-503", "The trigger was not accepted: 503, "), ("trigger-lost", "Completed: the last event came."),
+            ("failed", "The analysis failed; its last event says why."), ("unavailable", "Completed: the last event came."),
+            ("flood", "Completed: the last event came."),
+        ):  # fmt: skip
+            live.start(scenario)
+            live.until(f"run.finished && $('state').innerText.startsWith({json.dumps(said)})")
+        live.until("$('kept').innerText === 'the last 300 of 20002'")
+        assert len(live.rows()) == 300 and live.rows()[-1][0] == "20002"
+
+
+def test_with_an_admin_token_the_page_asks_for_it(browser):
+    with running(admin_token="s3cret", event_delay=0) as aura:
+        live = Live(browser, aura)
+        live.until("!$('lock').hidden")
+        assert "ADMIN_TOKEN" in live.text("why")
+        live.run("$('token').value = 'wrong'; $('lock').requestSubmit()")
+        live.until("$('why').innerText === 'That is not the token.'")
+        live.run("$('token').value = 's3cret'; $('lock').requestSubmit()")
+        live.until("$('lock').hidden && $('tree').innerText.includes('nursery runs')")
+        live.start("ok")
+        assert live.over() == "Completed: the last event came."
+
+
+# ═══ 15  Serving ════════════════════════════════════════════════════════════════════════════════
 
 
 def test_running_serves_on_a_free_port_and_leaves_nothing_behind():
@@ -5096,8 +5295,8 @@ def test_hostile_scripts_are_bounded():
 
     big = {"event": {"event": "big", "data": {"n": "{n}"}}, "pad": 5_000_000}
     with running(send_timeout=0.5) as aura:
-        run_id = aura.trigger("1", scenario={"name": "big", "run": [{"repeat": 20, "steps": [big]}]})
-        viewer = {"name": "v", "stream": [{"buffer": "all"}, {"repeat": 20, "steps": [big]}]}
+        run_id = aura.trigger("1", scenario={"name": "big", "run": [{"repeat": 8, "steps": [big]}]})
+        viewer = {"name": "v", "stream": [{"buffer": "all"}, {"repeat": 8, "steps": [big]}]}
         with connect(aura, get(f"/aura/analysis-runs/{run_id}/stream", headers={"X-Aura-Scenario": json.dumps(viewer)})):
             (entry,) = aura.journal(run_id, count=1, within=WAIT)
         assert (entry.end.by, entry.end.how) == ("client", "stalled") and "the buffer was full" in entry.said
@@ -5156,7 +5355,7 @@ def test_any_script_is_refused_with_a_pointer_or_played_to_an_end_the_journal_na
     before, files = tasks(), descriptors()
 
     @given(A_SCENARIO)
-    @hypothesis_settings(max_examples=40, deadline=None, database=None)
+    @hypothesis_settings(max_examples=25, deadline=None, database=None)
     def play(wanted):
         checked = httpx.post(f"{jumping.url}/__aura/check", json=wanted)
         if checked.status_code != 200:
@@ -5180,7 +5379,191 @@ def test_any_script_is_refused_with_a_pointer_or_played_to_an_end_the_journal_na
     eventually(lambda: descriptors() <= files)
 
 
-# ═══ 15  Command line ═══════════════════════════════════════════════════════════════════════════
+# ═══ 16  Diagnosis ══════════════════════════════════════════════════════════════════════════════
+
+HEALTHY = "ok phase3 generation slow-first slow-run stepped flood big-event korean retry-field"
+DIAGNOSES = dict.fromkeys(HEALTHY.split(), "healthy") | {
+    "failed": "failed", "crash": "failed", "silent": "failed", "no-terminal": "no-terminal", "progress-regress": "progress-regress",
+    "missing-started": "missing-started", "unknown-events": "unknown-events", "empty": "empty", "empty-truncated": "cut",
+    "no-response": "no-answer", "first-chunk-then-close": "no-events", "first-chunk-then-drop": "cut", "drop": "cut", "drop-mid-event": "cut",
+    "drop-resume": "cut", "always-drop": "cut", "reset": "reset", "no-done": "no-done", "done-only": "no-events",
+    "unterminated-last-event": "unterminated", "after-done": "after-done", "fallback-completed": "invented", "slow-headers": "slow-headers",
+    "slow-stream": "slow-stream", "idle-cut": "idle-cut", "no-heartbeat": "no-heartbeat", "heartbeat-then-silence": "dead",
+    "gateway-timeout": "time-limit", "buffered": "buffered", "buffered-4k": "buffered", "coalesced": "buffered", "dribble": "shredded",
+    "split-utf8": "shredded", "mid-line": "shredded", "crlf": "line-ends", "cr-only": "line-ends", "bom": "bom",
+    "double-wrapped": "double-wrapped", "gateway-ids": "doubled", "duplicate-events": "duplicates", "out-of-order": "out-of-order",
+    "bad-json": "bad-json", "unauthorized": "unauthorized", "forbidden": "forbidden", "rate-limited": "too-many",
+    "unavailable": "unavailable", "refuse-3-then-ok": "unavailable", "gone-204": "gone", "html": "not-a-stream",
+    "json-instead": "not-a-stream", "sse-500": "server-error", "unknown-run": "unknown-run", "unknown-run-404": "not-found",
+    "expired-run": "resume-refused", "other-worker": "resume-refused", "resume-unknown-id": "doubled", "resume-gap": "gap",
+    "two-subscribers": "lost", "slow-trigger": "slow-trigger", "trigger-503": "trigger-refused", "trigger-lost": "trigger-lost",
+    "trigger-disabled": "disabled", "duplicate-run": "duplicate-run",
+}  # fmt: skip
+TAKE_LONG = """slow-first slow-run silent fallback-completed slow-stream slow-headers idle-cut no-heartbeat heartbeat-then-silence
+    gateway-timeout"""
+
+
+def examine_at(speed, names):
+    """What the doctor says of these scenarios, all at once, he and the server so much faster than real time."""
+    found = {}
+
+    async def examine(url, name):
+        found[name] = await aura_stream.diagnose(url, case=f"85116~{name}")
+
+    async def everybody(url):
+        async with trio.open_nursery() as nursery:
+            for name in names:
+                nursery.start_soon(examine, url, name)
+                await trio.testing.wait_all_tasks_blocked()
+
+    with running(speed=str(speed), event_delay=0.3 if speed == 1 else 0.15) as aura:
+        for gate in ("go-1", "go-2", "go-3", "go-4"):
+            aura.signal(gate)
+        trio.run(everybody, aura.url, clock=trio.testing.MockClock(rate=speed))
+    return found
+
+
+BIG, JOBS, LONG = ["flood", "big-event"], ["generation"], TAKE_LONG.split()
+OTHERS = [name for name in DIAGNOSES if name not in (*BIG, *JOBS, *LONG)]
+GROUPS = [(1, OTHERS), (1, BIG), (5, JOBS), (40, LONG)]  # so many times faster than real time
+
+
+@pytest.fixture(scope="session", autouse=True)
+def doctors(request):
+    """They begin with the first test: what they wait for passes while others work. A process for each speed."""
+    wanted = any("test_the_doctor_names_what_is_wrong" in one.name for one in request.session.items)
+    code = "import json, sys, test_aura_stream as t; print(json.dumps(t.examine_at(int(sys.argv[1]), sys.argv[2:])))"
+    commands = [[sys.executable, "-c", code, str(speed), *names] for speed, names in GROUPS if wanted]
+    begun = [subprocess.Popen(one, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) for one in commands]
+    yield begun
+    for one in begun:
+        one.kill()
+        one.communicate()
+
+
+@pytest.fixture(scope="module")
+def diagnosed(doctors):
+    """What the doctor says of each scenario of the catalogue."""
+    found = {}
+    for one in doctors:
+        found |= json.loads(one.communicate(timeout=3 * WAIT)[0])
+    late = [name for name in LONG if found[name]["verdict"] != DIAGNOSES[name]]  # for them 10 ms are 0.4 s, and this machine is busy
+    return found | (examine_at(40, late) if late else {})
+
+
+@pytest.mark.parametrize("name", aura_stream.CATALOGUE)
+def test_the_doctor_names_what_is_wrong(name, diagnosed):
+    found = diagnosed[name]
+    assert found["verdict"] == DIAGNOSES[name], json.dumps(found, indent=1, ensure_ascii=False)
+    if found["verdict"] == "healthy":
+        assert found["ills"] == [] and found["says"].startswith("nothing is wrong: ")
+    else:
+        first = found["ills"][0]
+        assert found["says"] == f"{first['says']} — {first['fault']} is at fault: {first['change']}"
+        assert first["ill"] == found["verdict"] and first["fault"] == FAULTS_OF.get(name, first["fault"])
+
+
+FAULTS_OF = {  # where the journal of the server knows better than the wire
+    "drop": "the server", "reset": "the server", "failed": "the analysis", "unauthorized": "the caller", "buffered": "a proxy on the way",
+    "idle-cut": "a proxy on the way", "always-drop": "the server",
+}  # fmt: skip
+
+
+def test_every_ill_is_shown_by_a_scenario_or_a_test_of_its_own():
+    own = {"compressed", "refused", "ended-early", "unclosed"}
+    assert set(aura_stream.ILLS) == {*DIAGNOSES.values(), *own} - {"healthy"}
+
+
+def test_a_hundred_healthy_streams_raise_no_alarm():
+    """Also with a run of another kind, big ones, late ones; beside each other on a busy machine."""
+    names, found = ["ok", "phase3", "korean", "retry-field", "big-event"], []
+
+    async def examine(url, number):
+        found.append(await aura_stream.diagnose(url, case=f"{number}~{names[number % 4 if number else 4]}"))
+
+    async def everybody(url):
+        for first in range(0, 100, 25):
+            async with trio.open_nursery() as nursery:
+                for number in range(first, first + 25):
+                    nursery.start_soon(examine, url, number)
+
+    with running(event_delay=0.02) as aura:
+        trio.run(everybody, aura.url)
+    assert len(found) == 100 and [one["says"] for one in found if one["verdict"] != "healthy"] == []
+
+
+def examined(answers, **more):
+    """The diagnosis of a server that gives these bytes, one answer to each request in turn."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        def serve_them():
+            for answer in answers:
+                wire, _ = listener.accept()
+                with wire:
+                    read_until(wire, b"\r\n\r\n")
+                    wire.sendall(answer)
+
+        thread = threading.Thread(target=serve_them)
+        thread.start()
+        ask = partial(aura_stream.diagnose, f"http://127.0.0.1:{listener.getsockname()[1]}/s", **more)
+        found = trio.run(ask, clock=trio.testing.MockClock(rate=100))
+        thread.join(WAIT)
+    return found
+
+
+def an_answer(body, *headers, status="200 OK"):
+    return "\r\n".join([f"HTTP/1.1 {status}", "Content-Type: text/event-stream", *headers, "", ""]).encode() + body
+
+
+STARTED_ONLY = b': connected\n\nid: 1\nevent: started\ndata: {"runId": "r"}\n\n'
+ENDED_TOO = b'id: 2\nevent: completed\ndata: {"score": 1}\n\ndata: [DONE]\n\n'
+
+
+@pytest.mark.parametrize(("answers", "verdict", "said"), [
+    ([an_answer(STARTED_ONLY + ENDED_TOO, f"Content-Length: {len(STARTED_ONLY + ENDED_TOO)}"), an_answer(ENDED_TOO)], "healthy", "2 events"),
+    ([an_answer(STARTED_ONLY, f"Content-Length: {len(STARTED_ONLY)}"), an_answer(ENDED_TOO)], "ended-early", "properly ended after started"),
+    ([an_answer(STARTED_ONLY + ENDED_TOO, "Content-Encoding: gzip"), an_answer(ENDED_TOO)], "compressed", "gzip"),
+    ([an_answer(b"", status="418 I'm a teapot")], "refused", "418"),
+    ([b"SSH-2.0-OpenSSH_9\r\n"] * 4, "no-answer", "it is no HTTP"),
+    ([an_answer(STARTED_ONLY + ENDED_TOO[:40], "Content-Length: 500"), an_answer(ENDED_TOO)], "cut", "1 events"),
+    ([an_answer(b"event: started\ndata: {}\n\nevent: completed\ndata: {\"score\": 1}\n\ndata: [DONE]\n\n"), an_answer(b"")], "healthy", "2 events"),
+])  # fmt: skip
+def test_the_doctor_examines_anybody_s_stream(answers, verdict, said):
+    found = examined(answers)
+    assert (found["verdict"], said in found["says"]) == (verdict, True), found
+
+
+def test_a_stream_that_stays_open_behind_done_is_not_waited_for():
+    with running(event_delay=0) as aura:
+        script = [{"comment": "connected"}, {"relay": "all"}, {"raw": "data: [DONE]\n\n"}]
+        aura.next({"name": "open", "stream": [[*script, "hang"], script]})
+        found = trio.run(partial(aura_stream.diagnose, aura.url, case="1"), clock=trio.testing.MockClock(rate=50))
+    assert found["verdict"] == "unclosed"
+
+
+def test_a_stream_that_goes_on_is_healthy_so_far():
+    with running() as aura:
+        aura.next({"name": "long", "run": [{"event": {"event": "started", "data": {}}}, "hang"]})
+        found = trio.run(partial(aura_stream.diagnose, aura.url, case="1", limit=0.3))
+    assert found["verdict"] == "healthy" and found["says"].endswith("and it is still going on")
+
+
+def test_without_ids_the_doctor_says_that_nobody_can_resume():
+    with running(event_ids=False, event_delay=0) as aura:
+        found = trio.run(partial(aura_stream.diagnose, aura.url, case="1"))
+    assert found["verdict"] == "healthy" and found["answers"]["events"] == "11, no ids: nobody can resume; the last is completed"
+
+
+def test_where_nobody_can_be_asked_the_doctor_says_why():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    for url in (f"http://127.0.0.1:{port}/s", f"https://127.0.0.1:{port}/s"):
+        with pytest.raises(OSError, match=str(port)):
+            trio.run(partial(aura_stream.diagnose, url))
+    with running() as aura, pytest.raises(OSError, match="no TLS with 127.0.0.1"):
+        trio.run(partial(aura_stream.diagnose, aura.url.replace("http", "https") + "/s"))
+
+
+# ═══ 17  Command line ═══════════════════════════════════════════════════════════════════════════
 
 
 def test_what_goes_wrong_at_the_start_is_one_sentence_and_status_2(capsys):
@@ -5262,7 +5645,7 @@ def test_the_scenarios_are_listed_and_printed_ready_to_change(capsys, tmp_path):
     (["--scenario", "dorp"], "--scenario: there is no scenario 'dorp'; did you mean 'drop'?"),
     (["--case", "1=dorp"], "--case: there is no scenario 'dorp'; did you mean 'drop'?"),
     (["--case", "85117"], "--case takes CASE=SCENARIO, not '85117'"), (["--speed", "fast"], "--speed must be a number above 0 or max"),
-    (["serve", "drop"], "'serve' takes no name; did you mean --scenario drop?"),
+    (["drop"], "'serve' takes no 'drop'"), (["serve"], "the command comes first: aura-stream serve …"),
     (["--speeed", "3"], "there is no --speeed; did you mean --speed?"),
     (["--scenarios", "/nowhere.json"], "--scenarios /nowhere.json: "),
 ])  # fmt: skip
@@ -5287,6 +5670,87 @@ def test_it_stops_when_it_is_asked_to():
         assert server.wait(WAIT) == 0
 
 
+def test_each_command_has_a_help_that_fits_a_screen(capsys):
+    for command, lines in (("diagnose", 30), ("scenarios", 15)):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        text = capsys.readouterr().out
+        assert text.startswith(f"usage: aura-stream {command} ") and len(text.splitlines()) < lines
+        assert max(map(len, text.splitlines())) <= 100
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert all(f"aura-stream {command} " in text for command in ("diagnose", "scenarios"))
+
+
+@pytest.mark.parametrize(("words", "sentence"), [
+    (["diagnos", "http://localhost"], "there is no command 'diagnos'; did you mean 'diagnose'?"),
+    (["diagnose"], "the following arguments are required: URL; 'aura-stream diagnose --help' says more"),
+    (["diagnose", "http://localhost:9000"], "give the URL of a stream, or that of a server and --case ID"),
+    (["diagnose", "localhost:9000/x"], "a URL is like http://localhost:9000/…, and 'localhost:9000/x' is not"),
+    (["diagnose", "http://h/x", "--cas", "1"], "there is no --cas; did you mean --case?"),
+    (["diagnose", "http://h/x", "-H", "Nö: 1"], "'nö' is no name a header can have"),
+    (["diagnose", "http://h/x", "--limit", "0"], "'--limit' takes a number from 1 to 1,000,000, not 0.0"),
+    (["diagnose", "http://h/x", "--limit", "long"], "argument --limit: invalid float value: 'long'"),
+    (["diagnose", "http://127.0.0.1:1/x"], "nobody could be asked: no connection: "),
+    (["scenarios", "ok", "--port", "1"], "there is no --port; 'aura-stream scenarios --help' lists all there is"),
+])  # fmt: skip
+def test_a_wrong_question_is_one_sentence_and_status_2(words, sentence, capsys):
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("aura-stream: ") and sentence in error and error.count("\n") == 1
+
+
+def test_diagnose_tells_a_person_or_a_program_and_its_status_says_it_too(capsys):
+    with running(event_delay=0) as aura:
+        assert main(["diagnose", aura.url, "--case", "1"]) == 0
+        said = capsys.readouterr().out.splitlines()
+        assert re.fullmatch(rf"{aura.url}/aura/analysis-runs/doctor-\w+/stream", said[0])
+        assert [line.split("  ")[1].strip() for line in said[1:-1]] == list(aura_stream.QUESTIONS)
+        assert said[-1].startswith("healthy: nothing is wrong: 11 events in ")
+        assert main(["diagnose", aura.url, "--case", "1~empty", "--json"]) == 1
+        found = json.loads(capsys.readouterr().out)
+        assert (found["verdict"], found["ills"][0]["fault"]) == ("empty", "the server")
+        assert main(["diagnose", aura.url, "--case", "1", "-H", "Authorization: Basic x"]) == 1
+        said = capsys.readouterr().out
+        assert "faulty (unauthorized): 401, application/json, " in said and "the caller is at fault: send a good token" in said
+
+
+def test_whoever_holds_the_port_is_named(capsys):
+    with process() as (server, aura):
+        assert main(["--port", str(aura.port)]) == 2
+        assert f"process {server.pid} ({sys.executable} {HERE / 'aura_stream.py'}"[:60] in capsys.readouterr().err
+    assert aura_stream.holder_of(1) == ""
+
+
+def test_at_a_terminal_the_first_steps_are_shown_and_work(tmp_path):
+    """In a pseudo-terminal; a pipe gets the readiness line and nothing more."""
+    import pty
+
+    terminal, inner_end = pty.openpty()
+    command = [sys.executable, str(HERE / "aura_stream.py"), "--port", "0", "--event-delay", "0.01", "--log-level", "ERROR"]
+    with subprocess.Popen(command, stdout=inner_end, stderr=inner_end) as server:
+        try:
+            os.close(inner_end)
+            shown = b""
+            while b"Ctrl-C stops it." not in shown:
+                shown += os.read(terminal, 4096)
+            text = shown.decode().replace("\r\n", "\n")
+            url = re.match(r"Aura stream ready on (http://127\.0\.0\.1:\d+)\n", text)[1]
+            assert f"aura.base-url={url}\n" in text
+            steps = re.findall(r"^  (.*)$", text, re.M)
+            assert len(steps) == 3
+            endings = [subprocess.run(step, shell=True, capture_output=True, text=True, timeout=WAIT) for step in steps]  # fmt: skip
+        finally:
+            server.terminate()
+            os.close(terminal)
+    assert [one.returncode for one in endings[:2]] == [0, 18] and endings[0].stdout.endswith("data: [DONE]\n\n")
+    assert endings[2].returncode in (0, 1) and "arrival" in endings[2].stdout
+    with process() as (server, _):
+        server.terminate()
+        assert "base-url" not in server.communicate()[1]
+
+
 # ═══ The clients ════════════════════════════════════════════════════════════════════════════════
 # Real programs, in real time: the first line at once, the lines as they happen, a proper end.
 
@@ -5297,6 +5761,12 @@ public class Viewer {
     var builder = HttpClient.newBuilder().connectTimeout(java.time.Duration.ofSeconds(10));
     if (a[0].equals("1.1")) builder.version(HttpClient.Version.HTTP_1_1);
     var client = builder.build();
+    if (!a[1].equals("-")) { view(client, a); return; }
+    for (String line; (line = IN.readLine()) != null; System.out.println("."))
+      view(client, ("1.1 " + line).split(" "));
+  }
+  static final java.io.BufferedReader IN = new java.io.BufferedReader(new java.io.InputStreamReader(System.in));
+  static void view(HttpClient client, String[] a) throws Exception {
     var asked = HttpRequest.newBuilder(URI.create(a[1])).header("Accept", "text/event-stream")
         .header("Authorization", "Bearer test-token");
     var request = (a.length > 3 ? asked.header("Last-Event-ID", a[3]) : asked).build();
@@ -5405,7 +5875,7 @@ def test_curl_and_an_http10_client_read_the_stream():
         assert body == curl.stdout
 
 
-def with_httpx(url, last_id, folder):
+def with_httpx(url, last_id, jvm):
     """What each client sees: the lines it got, and how it ended for it."""
     data, ending = b"", "end"
     try:
@@ -5417,21 +5887,30 @@ def with_httpx(url, last_id, folder):
     return data.decode().split("\n")[:-1], ending
 
 
-def with_curl(url, last_id, folder):
+def with_curl(url, last_id, jvm):
     more = ["-H", f"Last-Event-ID: {last_id}"] if last_id else []
     command = [program("curl"), "-sN", url, "-H", "Authorization: Bearer t", *more]
     curl = subprocess.run(command, capture_output=True, timeout=WAIT)
     return curl.stdout.decode().split("\n")[:-1], f"exit {curl.returncode}"
 
 
-def with_node(url, last_id, folder):
+def with_node(url, last_id, jvm):
     command = [program("node"), "--input-type=module", "-e", NODE, url, *filter(None, [last_id])]
     return told(subprocess.run(command, capture_output=True, text=True, timeout=WAIT).stdout)
 
 
-def with_jdk(url, last_id, folder):
-    command = [program("java"), "-cp", ".", "Viewer", "1.1", url, "0", *filter(None, [last_id])]
-    return told(subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=WAIT).stdout)
+def with_jdk(url, last_id, jvm):
+    jvm.stdin.write(" ".join([url, "0", *filter(None, [last_id])]) + "\n")
+    jvm.stdin.flush()
+    return told("".join(iter(jvm.stdout.readline, ".\n")))
+
+
+@pytest.fixture(scope="session")
+def jvm(viewer_class):
+    """One JVM that views what it is told to: to start one takes longer than to see a stream."""
+    command = [program("java"), "-cp", ".", "Viewer", "1.1", "-"]
+    with subprocess.Popen(command, cwd=viewer_class, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        yield process
 
 
 def told(output):
@@ -5461,12 +5940,12 @@ def quick():
 
 
 @pytest.mark.parametrize("client", CLIENTS)
-def test_each_client_sees_the_faults_as_the_table_says(client, quick, viewer_class):
+def test_each_client_sees_the_faults_as_the_table_says(client, quick, jvm):
     texts = {}
     for name, (names, endings) in FAULTS.items():
         for chance in (1, 2, 3):  # a JDK that is too busy forgets lines which a break overtakes in it
             run_id = quick.trigger("85116", scenario=name, run_id=f"{client}-{name}-{time.monotonic_ns()}")
-            lines, ending = CLIENTS[client](f"{quick.url}/aura/analysis-runs/{run_id}/stream", None, viewer_class)
+            lines, ending = CLIENTS[client](f"{quick.url}/aura/analysis-runs/{run_id}/stream", None, jvm)
             heard = [line.removeprefix("event: ") for line in lines if line.startswith("event: ")]
             if heard == names or client != "jdk" or chance == 3:
                 break
@@ -5479,16 +5958,16 @@ def test_each_client_sees_the_faults_as_the_table_says(client, quick, viewer_cla
 
 
 @pytest.mark.parametrize("client", CLIENTS)
-def test_a_dropped_stream_is_resumed_by_every_client(client, quick, viewer_class):
+def test_a_dropped_stream_is_resumed_by_every_client(client, quick, jvm):
     """Nothing lost, nothing twice; and the journal says who closed first, each time."""
     run_id = quick.trigger("85116", scenario="drop-resume", run_id=f"{client}-{time.monotonic_ns()}")
     url = f"{quick.url}/aura/analysis-runs/{run_id}/stream"
-    lines, ending = CLIENTS[client](url, None, viewer_class)
+    lines, ending = CLIENTS[client](url, None, jvm)
     assert DROPPED[client] in ending
     ids = [line for line in lines if line.startswith("id: ")]
     assert len(ids) == 2 or client == "jdk", "which may have forgotten what it had, and says so by its id"
     seen = ids[-1].removeprefix("id: ") if ids else None
-    rest, ending = CLIENTS[client](url, seen, viewer_class)
+    rest, ending = CLIENTS[client](url, seen, jvm)
     assert ending == NORMAL[client]
     assert ids + [line for line in rest if line.startswith("id: ")] == [f"id: {n}" for n in range(1, 12)]
     first, second = quick.journal(run_id, count=2, within=WAIT)
@@ -5560,7 +6039,8 @@ class Browser:
         self._driver = subprocess.Popen([program("chromedriver"), "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         port = next(found[1] for line in self._driver.stdout if (found := re.search(r"successfully on port (\d+)", line)))
         self._url = f"http://127.0.0.1:{port}"
-        self._url += f"/session/{self._ask('/session', capabilities={'alwaysMatch': {'goog:chromeOptions': options}})['sessionId']}"
+        wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
+        self._url += f"/session/{self._ask('/session', capabilities={'alwaysMatch': wanted})['sessionId']}"
         self._ask("/timeouts", script=1000 * WAIT)
 
     def _ask(self, path, **body):
@@ -5575,6 +6055,10 @@ class Browser:
         """What an async function with this body returns, in the page."""
         wrapped = "const done = arguments[arguments.length - 1]; (async (...given) => {" + script + "})(...arguments).then(done, (e) => done('error: ' + e))"
         return self._ask("/execute/async", script=wrapped, args=list(arguments))
+
+    def logged(self):
+        """What the console has said since one last looked."""
+        return [line["message"] for line in self._ask("/se/log", type="browser")]
 
     def close(self):
         httpx.delete(self._url, timeout=WAIT)
@@ -5682,10 +6166,10 @@ def free_port():
 
 
 @contextlib.contextmanager
-def behind_nginx(aura, folder, port):
-    """Debian's nginx with the README's block; yields its URL."""
+def behind_nginx(aura, folder, port, text=None):
+    """Debian's nginx with this block, or the README's; yields its URL."""
     command = shutil.which("nginx", path=os.environ["PATH"] + ":/usr/sbin") or program("nginx")
-    text = block("nginx")
+    text = text or block("nginx")
     assert text.count("127.0.0.1:9000") == text.count("listen 8080;") == 1
     text = text.replace("127.0.0.1:9000", f"127.0.0.1:{aura.port}").replace("listen 8080;", f"listen 127.0.0.1:{port};")
     temporary = "".join(f"{kind}_temp_path {folder}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
@@ -5739,6 +6223,24 @@ def test_the_readme_s_nginx_passes_streams_on_as_they_happen_and_control_not_at_
                 wire = open_ones.enter_context(connect(types.SimpleNamespace(port=port), get(f"/aura/analysis-runs/{quiet}/stream")))
                 statuses.append(int(read_until(wire, b"\r\n").split()[1]))
         assert statuses == [200] * 30 + [429] * 3, "one client's share"
+
+
+def test_the_doctor_finds_the_hop_that_buffers(tmp_path):
+    """An nginx as it comes: HTTP/1.0 to the server, buffering on, and deaf to X-Accel-Buffering."""
+    plain = "server { listen 8080; location / { proxy_pass http://127.0.0.1:9000; proxy_ignore_headers X-Accel-Buffering; } }"
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "ours").mkdir()
+    with running(event_delay=0.06) as aura:
+        with behind_nginx(aura, tmp_path / "plain", free_port(), plain) as hop:
+            found = trio.run(partial(aura_stream.diagnose, aura.url, case="1", via=hop))
+            assert (found["verdict"], found["ills"], found["via"]["verdict"]) == ("buffered", [], "buffered")
+            assert f"what stands between {found['url']} and {found['via']['url']} is at fault: switch buffering off" in found["says"]
+            assert trio.run(partial(aura_stream.diagnose, hop, case="1"))["verdict"] == "buffered"
+            both = trio.run(partial(aura_stream.diagnose, aura.url, case="1~no-done", via=hop))
+            assert both["verdict"] == "no-done" and "the server is at fault" in both["says"] and "that way also: nothing came for" in both["says"]
+        with behind_nginx(aura, tmp_path / "ours", free_port()) as hop:
+            found = trio.run(partial(aura_stream.diagnose, aura.url, case="1", via=hop))
+            assert (found["verdict"], found["via"]["verdict"]) == ("healthy", "healthy"), found
 
 
 def rules():
@@ -5801,16 +6303,34 @@ def test_the_readmes_endpoints_are_the_routes():
     assert listed == trio.run(routes)
 
 
-@pytest.mark.parametrize("code", blocks("sh"))
-def test_the_readmes_shell_session_runs(code, tmp_path):
+def looks_like(shown):
+    """The pattern of what the README shows: numbers and made-up ids differ, and a line of `…` is any number of lines."""
+    differs = {"…\n": r"(?:.*\n)*?", "doctor": r"doctor-\w+"}
+    parts = re.split(r"(…\n|doctor-\w+|[\d.:T+-]*\d)", shown)
+    return "".join(differs.get(part[:6], r"[\d.:T+-]+") if at % 2 else re.escape(part) for at, part in enumerate(parts))
+
+
+def test_the_readmes_terminal_session_is_what_one_sees():
     program("curl")
+    (session,) = re.findall(r"^```console\n(.*?)^```", README, re.M | re.S)
+    steps = re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", session, re.M)
+    assert len(steps) == 5
+    with process("--event-delay", "0.06") as (_, aura):
+        for command, shown in steps:
+            ours = command.replace(":9000", f":{aura.port}").replace(".venv/bin/aura-stream", f"{sys.executable} {HERE / 'aura_stream.py'}")
+            found = subprocess.run(["bash", "-c", ours], capture_output=True, text=True, timeout=60)
+            assert re.fullmatch(looks_like(shown), found.stdout.replace(f":{aura.port}", ":9000")), f"{command}\n{found.stdout}{found.stderr}"
+
+
+def test_the_readmes_lab_shows_who_steals():
+    program("curl")
+    (code,) = blocks("sh")
     with process("--event-delay", "0.03") as (_, aura):
         found = subprocess.run(["bash", "-euo", "pipefail", "-c", code.replace(":9000", f":{aura.port}")],
                                capture_output=True, text=True, timeout=60)  # fmt: skip
     assert found.returncode == 0, found.stderr
-    assert "data: [DONE]\n\n" in found.stdout or "one: id:" in found.stdout
-    for line in re.findall(r"^\"said\": .*$", README, re.M) if "__aura" in code else []:
-        assert re.sub(r"\d+ bytes", "", line) in re.sub(r"\d+ bytes", "", found.stdout), "as the README shows it"
+    seen = {viewer: re.findall(r"\d+", ids) for viewer, ids in re.findall(r"(one|two): ((?:id: \d+ ?)*)", found.stdout)}
+    assert sorted([*seen["one"], *seen["two"]], key=int) == [str(n) for n in range(1, 12)] and found.stdout.endswith("\n11\n")
 
 
 def test_the_readmes_pytest_fixture_runs(tmp_path):
@@ -5875,4 +6395,4 @@ def test_the_readme_is_short_and_its_first_two_commands_are_these():
     assert len(commands) == 2
     assert commands[0].endswith("python aura_stream.py")
     assert commands[1].endswith("pytest")
-    assert len(blocks("sh")) == 3
+    assert len(blocks("sh")) == 1
