@@ -2,7 +2,8 @@
 
 **A run writes a log. A delivery plays that log to one viewer, well or badly.**
 
-Run it, and in a second terminal ask for an analysis and watch it:
+Run it, open http://127.0.0.1:9000 in a browser; or ask for an analysis and watch it in a second
+terminal:
 
     python aura_stream.py
     curl -X POST localhost:9000/aura/cases/85116/analysis-runs \\
@@ -88,6 +89,7 @@ import threading
 import time as clock
 import types
 import uuid
+import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -205,14 +207,13 @@ class Settings:
             if choices and value not in choices:
                 raise ValueError(f"{flag(one)} must be {' or '.join(choices)}, not {value!r}")
             most = 1e12 if type(one.default) is int else 1e7  # bytes and counts, or seconds
+            most = 65535 if one.name == "port" else most
             if isinstance(value, (int, float)) and not 0 <= value <= most:
                 raise ValueError(f"{flag(one)} must be from 0 to {most:,.0f}, not {value!r}")
             for part in parts(value) if one.metadata["each"] else ():
                 if not re.fullmatch(one.metadata["each"], part):
                     like = f"like {one.default or 'a.test,b.test'}"
                     raise ValueError(f"{flag(one)} takes a list {like}, not {part!r}")
-        if self.port > 65535:
-            raise ValueError(f"--port must be at most 65535, not {self.port}")
         with contextlib.suppress(ValueError):
             if self.rate > 0:
                 return
@@ -1263,6 +1264,10 @@ def safe(value: object) -> str:
     return printable(str(value)[:200])
 
 
+def many(count: int, thing: str) -> str:
+    return f"{count} {thing}{'s' * (count != 1)}"
+
+
 def printable(text: str) -> str:
     """The text in one line, its control characters as escapes."""
     if text.isprintable():
@@ -1400,7 +1405,7 @@ class Entry:
         act = ACTS.get(self.end[:2], f"{self.end.by}: {self.end.how}")
         scripted = self.scenario is not None and self.end.step is not None
         place = f" (step {self.end.step} of {self.scenario})" if scripted else ""
-        count = f"{self.events} event{'s' * (self.events != 1)}, {self.bytes} bytes"
+        count = f"{many(self.events, 'event')}, {self.bytes} bytes"
         why = [self.end.reason] * (self.end.how in ("stalled", "cancelled", "error")) + self.notes
         return "; ".join([f"{act}{place} after {count}", *why])
 
@@ -3650,8 +3655,9 @@ def _draw(task: trio.lowlevel.Task, depth: int, lines: list[str]) -> None:
     for nursery in task.child_nurseries:
         names = [k for frame in ours for k, value in frame.f_locals.items() if value is nursery]
         lines += [f"{'   ' * depth}nursery {name}" for name in names[:1]]
+        depth += len(names[:1])  # whatever the task opens behind it is inside it
         for child in sorted(nursery.child_tasks, key=lambda one: one.name):
-            _draw(child, depth + len(names[:1]), lines)
+            _draw(child, depth, lines)
 
 
 def frames_of(task: trio.lowlevel.Task) -> Iterator[types.FrameType]:
@@ -4257,15 +4263,17 @@ svg path { stroke-width: 2px; vector-effect: non-scaling-stroke; fill: none; }
 .axis { display: flex; justify-content: space-between; gap: 1rem; font-size: .85rem; }
 .axis :not(#spread) { white-space: nowrap; }
 .scroll { overflow: auto; max-height: 24rem; margin-top: .75rem; }
-table { border-collapse: collapse; width: 100%; font-size: .9rem; }
+table { border-collapse: collapse; width: 100%; min-width: 30rem; font-size: .9rem; }
+table:not(:has(td)) { display: none; }
 caption { text-align: left; color: var(--quiet); }
 th, td { text-align: left; padding: .2rem .5rem .2rem 0; vertical-align: top; }
 th { position: sticky; top: 0; background: var(--card); white-space: nowrap; }
 td { border-top: 1px solid var(--line); } td:nth-child(2) { min-width: 6.5rem; }
-td:first-child { min-width: 2.2rem; }
+td:first-child { min-width: 2.2rem; white-space: nowrap; }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 pre { margin: 0; overflow: auto; font: .85rem/1.45 ui-monospace, monospace; white-space: pre; }
-.gone { color: var(--red); text-decoration: line-through; } .new { color: var(--green); }
+.gone { color: var(--red); text-decoration: line-through; }
+.gone i { position: absolute; clip-path: inset(50%); } .new { color: var(--green); }
 ol { margin: 0; padding-left: 1.4rem; }
 </style>
 <header>
@@ -4277,7 +4285,7 @@ then choose a scenario and see it go wrong.</p>
 <main>
 <section class="wide" aria-label="What to run">
 <form id="ask">
-<label>Scenario <select id="scenario"><option value="">(nobody chooses)</option></select></label>
+<label>Scenario <select id="scenario"><option value="">ordinary</option></select></label>
 <label>Phase <select id="phase"><option value="phase2">Phase2</option>
 <option value="phase3">Phase3</option><option value="job">generation job</option></select></label>
 <label>Case <input id="case" value="85116" size="10" maxlength="200" required></label>
@@ -4299,7 +4307,7 @@ then choose a scenario and see it go wrong.</p>
 <progress id="progress" max="100" value="0" aria-label="percent of the analysis"></progress>
 <dl id="facts"></dl>
 <svg id="line" role="img" viewBox="0 0 1000 10" preserveAspectRatio="none" aria-label="no events">
-<path id="beats"/><path id="bars"/><path id="breaks"/></svg>
+<path id="bars"/><path id="beats"/><path id="breaks"/></svg>
 <div class="axis quiet"><span>0 s</span><span id="spread"></span><span id="until"></span></div>
 <small>A blue bar is an event, where it came in time; green is a comment, red a break.</small>
 <div class="scroll" tabindex="0" role="region" aria-label="events"><table id="events">
@@ -4313,7 +4321,7 @@ then choose a scenario and see it go wrong.</p>
 <p class="quiet">The server's tasks. Leave: one delivery ends, the run goes on. Cancel: the run's
 branch ends, and its deliveries finish by themselves.
 <a id="second" target="_blank" rel="noopener" hidden>Watch this run in a second tab</a></p>
-<pre id="tree" tabindex="0"></pre>
+<pre id="tree" tabindex="0" role="region" aria-labelledby="h-tree"></pre>
 </section>
 <section aria-labelledby="h-said">
 <h2 id="h-said">Who closed first</h2>
@@ -4335,6 +4343,7 @@ const sleep = (s, signal) => new Promise((soon) => {
   const timer = setTimeout(soon, 1000 * s);
   signal?.addEventListener("abort", () => { clearTimeout(timer); soon(); });
 });
+const BEARER = { Authorization: "Bearer page" };
 const path = (text) => encodeURIComponent(text);
 const many = (n, word) => `${n} ${word}${n === 1 ? "" : "s"}`;
 
@@ -4350,7 +4359,8 @@ PHASES.phase3 = { ...PHASES.phase2,
 
 // The bytes of a stream, as the WHATWG reads them: lines, and what a blank line completes.
 class Parser {
-  #line = ""; #cr = false; #id = ""; #name = ""; #data = [];
+  #line = ""; #cr = false; #name = ""; #data = []; #id;
+  constructor(lastId) { this.#id = lastId; }
   *feed(text) {
     if (this.#cr && text.startsWith("\n")) text = text.slice(1);
     this.#cr = text.endsWith("\r");
@@ -4405,10 +4415,13 @@ async function attempt(mine) {
     mine.heard = now();
     if (first) { mine.latency = 1000 * (mine.heard - asked); first = false; }
   };
-  heard(); first = true;
+  heard();
+  first = true;
+  mine.latency = null;
   mine.attempt += 1;
+  say("Waiting for the answer …");
   try {
-    const headers = { Accept: "text/event-stream", Authorization: "Bearer page" };
+    const headers = { Accept: "text/event-stream", ...BEARER };
     if (mine.lastId) headers["Last-Event-ID"] = mine.lastId;
     const url = PHASES[mine.phase].stream(mine);
     const answer = await fetch(url, { headers, signal: stopped, cache: "no-store" });
@@ -4416,7 +4429,8 @@ async function attempt(mine) {
     if (refusal) return refusal;
     mine.open = true;
     say(mine.attempt > 1 ? `Connected again, attempt ${mine.attempt}.` : "Connected.");
-    const parser = new Parser(), decoder = new TextDecoder(), body = answer.body.getReader();
+    const parser = new Parser(mine.lastId), decoder = new TextDecoder();
+    const body = answer.body.getReader();
     for (let piece; !(piece = await body.read()).done;) {
       heard();
       arrived(mine, parser.feed(decoder.decode(piece.value, { stream: true })));
@@ -4436,8 +4450,8 @@ async function refused(mine, answer) {
   const { status, headers } = answer, type = headers.get("content-type") ?? "";
   if (status === 204) return ["done"];
   if (status === 200 && type.startsWith("text/event-stream")) return null;
-  const about = `The answer is ${status}, ${type || "without a type"}`;
-  const text = (await answer.text().catch(() => "")).slice(0, 300);
+  const about = `This is no stream but ${status}, ${type || "without a type"}`;
+  const text = sentence(await answer.text().catch(() => ""));
   if (status !== 429 && status < 500) return ["final", `${about}: ${text}`];
   return ["again", about, Number(headers.get("retry-after")) || null];
 }
@@ -4474,7 +4488,10 @@ function happened(mine, { id, name, data }, at) {
   mine.bars.add(at.toFixed(3));
   if (mine.bars.size > 5000) mine.bars = new Set([...mine.bars].filter((_, nth) => nth % 2));
   if (["completed", "failed"].includes(name)) mine.over = name;
-  try { mine.percent = JSON.parse(data).percent ?? mine.percent; } catch { /* it is only text */ }
+  try {
+    const told = JSON.parse(data);
+    mine.percent = told.percent ?? told.value ?? mine.percent;
+  } catch { /* it is only text */ }
   if (mine.over === "completed") mine.percent = 100;
 }
 
@@ -4487,7 +4504,9 @@ async function watch(mine) {
     if (mine !== run) return;
     if (mine.stop.signal.aborted) return leftIt(mine);
     later(draw);
-    if (outcome === "done") say(ending(mine), mine.over === "failed" ? "bad" : "good");
+    tell(mine);
+    const bad = mine.over === "failed" && !mine.cancelled;
+    if (outcome === "done") say(ending(mine), bad ? "bad" : "good");
     if (outcome === "final") say(why, "bad");
     if (outcome !== "again") return finish(mine, outcome === "final");
     mine.missed += 1;
@@ -4504,40 +4523,62 @@ async function watch(mine) {
 }
 
 const ENDS = {
-  completed: "Completed: the last event came.",
-  failed: "The analysis failed; its last event says why.",
-  "[DONE]": "Done, though neither completed nor failed came.",
+  completed: (count) => `Completed, after ${count}.`,
+  failed: (count) => `The analysis failed, after ${count}; the last one says why.`,
+  "[DONE]": (count) => `Done, after ${count}, though neither completed nor failed came.`,
 };
 
 const pauseOf = (usual) => Math.max(LEAST, usual * (0.9 + 0.2 * Math.random()));
 
+// What an answer that is no stream says: the sentence in its JSON, or its first words.
+function sentence(text) {
+  try {
+    const { error, detail, hint, didYouMean } = JSON.parse(text);
+    const parts = [error ?? detail ?? text, hint, didYouMean?.[0] && `perhaps ${didYouMean[0]}?`];
+    return parts.filter(Boolean).map((part) => part.message ?? part).join("; ").slice(0, 300);
+  } catch { return text.slice(0, 300); }
+}
+
 function ending(mine) {
+  if (mine.cancelled && mine.over === "failed")
+    return "You cancelled the run; its stream ended by itself.";
   const held = mine.count > 2 && mine.arrivals === 1 && mine.previous > 0.5;
-  const said = ENDS[mine.over] ?? "Finished: everything was seen.";
+  const said = ENDS[mine.over]?.(many(mine.count, "event")) ?? "Finished: everything was seen.";
   return said + (held ? " All came at once, at the end: somebody held them back." : "");
 }
 
 async function exhausted(mine, why) {
-  finish(mine, false);
+  say(`${why}, and all ${TRIES} tries are used up.`, "bad");
+  finish(mine, true);
+  $("again").disabled = true;  // else all clients of a broken server would be back at once
   for (let left = OFFER; left > 0 && mine === run; left -= 1) {
-    say(`${why}, and all ${TRIES} tries are used up. You can try again in ${left} s.`, "bad");
+    $("again").textContent = `Try again (in ${left} s)`;
     await sleep(SHORTER);
   }
-  if (mine !== run) return;
-  say(`${why}, and all ${TRIES} tries are used up.`, "bad");
-  $("again").hidden = false;
+  if (mine === run) offer(mine);
 }
 
-function leftIt(mine) {
-  const seen = many(mine.count, "event");
-  say(`You left after ${seen}; the run goes on. Come back, and the rest comes.`);
+async function leftIt(mine) {
+  const left = `You left after ${many(mine.count, "event")}`;
+  say(`${left}.`);
   finish(mine, true);
+  $("again").focus();
+  const status = await fetch(PHASES[mine.phase].run(mine), { headers: BEARER })
+    .then((answer) => answer.json()).then((state) => state.status, () => "not to be asked");
+  const goes = ["running", "queued", "streaming"].includes(status) ? "goes on" : `is ${status}`;
+  if (mine === run && mine.finished)
+    say(`${left}; the run ${goes}. Come back, and the rest comes.`);
 }
 
-function finish(mine, offer) {
-  mine.finished = true;
-  $("again").hidden = !offer;
+function offer(mine) {
   $("again").textContent = mine.stop.signal.aborted ? "Come back" : "Try again";
+  $("again").disabled = false;
+}
+
+function finish(mine, mayReturn) {
+  mine.finished = true;
+  $("again").hidden = !mayReturn;
+  offer(mine);
   buttons();
   tell(mine);
 }
@@ -4555,7 +4596,7 @@ async function start(event) {
   event?.preventDefault();
   const phase = $("phase").value, caseId = $("case").value, scenario = $("scenario").value;
   const mine = fresh(phase, caseId, ""), runId = `page-${Math.random().toString(36).slice(2, 12)}`;
-  const headers = { "Content-Type": "application/json", Authorization: "Bearer page" };
+  const headers = { "Content-Type": "application/json", ...BEARER };
   if (scenario) headers["X-Aura-Scenario"] = scenario;
   const body = JSON.stringify(phase === "job" ? { projectId: caseId } : { runId });
   const ask = () => fetch(PHASES[phase].trigger(caseId), { method: "POST", headers, body });
@@ -4567,7 +4608,7 @@ async function start(event) {
     if (mine !== run) return;
     const told = answer.ok && JSON.parse(text);
     mine.id = told && (told.runId ?? told.jobId);
-    if (!mine.id) throw new Error(`${answer.status}, ${text.slice(0, 300)}`);
+    if (!mine.id) throw new Error(`${answer.status}, ${sentence(text)}`);
   } catch (error) {
     if (mine !== run) return;
     say(`The trigger was not accepted: ${error.message}`, "bad");
@@ -4605,7 +4646,7 @@ function draw() {
   $("spread").textContent = run.count ? `${spread}, longest wait ${seconds(run.longest)}` : "";
   $("line").setAttribute("aria-label", $("spread").textContent || "no events yet");
   $("until").textContent = seconds(span);
-  $("progress").value = run.percent;
+  $("progress").value = Number(run.percent) || 0;
   rows();
   facts();
 }
@@ -4618,7 +4659,8 @@ function rows() {
     row.dataset.n = Math.max(have, skipped) + index + 1;
     cells.forEach((text, at) => {
       const cell = row.insertCell();
-      cell.textContent = text;
+      cell.textContent = at === 0 && text.length > 12 ? `…${text.slice(-8)}` : text;
+      if (at === 0) cell.title = text;
       if (at === 2 || at === 3) cell.className = "number";
     });
     return row;
@@ -4641,6 +4683,7 @@ function quality() {
 function facts() {
   const tries = `${run.tries} of ${TRIES}`;
   const told = { run: run.id || "none", attempt: run.attempt, "tries used": tries };
+  if (run.latency === null && run.attempt) told["first byte"] = "none yet";
   if (run.latency !== null) {
     if (!run.finished) told["connection"] = quality();
     told["first byte after"] = seconds(run.latency / 1000);
@@ -4721,15 +4764,15 @@ function grow(text) {
     line.since = known.get(line.key)?.since ?? (before.length ? time : 0);
   before.forEach((line, at) => {  // what has ended stays a while, struck out, where it was
     if (keys.has(line.key) || time - (line.ended ??= time) > 5) return;
-    const place = lines.findIndex((one) => one.key === before[at - 1]?.key);
-    lines.splice(place < 0 ? lines.length : place + 1, 0, line);
+    const above = before.slice(0, at).map((one) => one.key);
+    lines.splice(lines.findLastIndex((one) => above.includes(one.key)) + 1, 0, line);
   });
   before = lines;
   $("tree").replaceChildren(...lines.flatMap(({ depth, name, place, since, ended }) => {
     const one = document.createElement("span"), where = document.createElement("small");
     one.textContent = name;
     one.className = ended ? "gone" : since && time - since < 2 ? "new" : "";
-    if (ended) one.ariaLabel = `ended: ${name}`;
+    if (ended) one.append(Object.assign(document.createElement("i"), { textContent: " ended" }));
     where.textContent = place && !ended ? `  ${place}` : "";
     return ["  ".repeat(depth), one, where, "\n"];
   }));
@@ -4754,15 +4797,23 @@ $("ask").addEventListener("submit", start);
 $("scenario").addEventListener("change", explain);
 $("leave").addEventListener("click", () => run.stop.abort());
 $("cancel").addEventListener("click", async () => {
+  const mine = run;
   $("cancel").disabled = true;
-  const headers = { Authorization: "Bearer page" };
-  const answer = await fetch(PHASES[run.phase].run(run), { method: "DELETE", headers });
-  if (!answer.ok) say(`The run was not cancelled: ${await answer.text()}`, "bad");
+  $("start").focus();
+  try {
+    const asked = { method: "DELETE", headers: BEARER };
+    const answer = await fetch(PHASES[mine.phase].run(mine), asked);
+    if (!answer.ok) throw new Error(sentence(await answer.text()));
+    mine.cancelled = answer.status !== 200;
+    if (!mine.cancelled) say("Nothing to cancel: the run was over already.");
+  } catch (error) { say(`The run was not cancelled: ${error.message}`, "bad"); }
   look();
 });
 $("again").addEventListener("click", () => {
   Object.assign(run, { stop: new AbortController(), tries: 0, missed: 0, finished: false });
   $("again").hidden = true;
+  $("leave").disabled = false;
+  $("leave").focus();
   watch(run);
 });
 $("lock").addEventListener("submit", (event) => {
@@ -5083,11 +5134,12 @@ class Visit:
     after: str = ""  # its Last-Event-ID
     sent: float = 0.0  # Trio's clock
     reached_in: float = 0.0  # before it was sent
+    unreached: bool = False
     status: int = 0
     headers: dict[str, str] = field(default_factory=dict)
     head_at: float = 0.0
     pieces: list[tuple[float, bytes]] = field(default_factory=list)  # of the body, as they came
-    size: int = 0
+    size: int = 0  # of the body, unpacked
     chunks: int = 0
     torn: int = 0  # chunks that ended within a line
     ending: str = ""  # one of ENDINGS, or what else went wrong
@@ -5096,6 +5148,12 @@ class Visit:
     lines: list[tuple[float, str]] = field(default_factory=list)
     rest: bytes = b""  # behind the last whole line
     events: list[Heard] = field(default_factory=list)  # without beats and [DONE]
+    unzip: Any = None
+
+    @property
+    def silence(self) -> float:
+        """How long nothing had come when it ended."""
+        return self.ended_at - (self.pieces[-1][0] if self.pieces else self.head_at)
 
     @property
     def streams(self) -> bool:
@@ -5121,14 +5179,8 @@ class Visit:
     def how(self) -> str:
         return ENDINGS.get(self.ending, self.ending)
 
-    @property
-    def unreached(self) -> bool:
-        return self.ending.startswith("no connection")
-
     def take(self, wire: h11.Connection, data: bytes, at: float) -> None:
         """What the answer says in these bytes."""
-        self.size += len(data)
-        self.ending = "limit" if self.size > MOST_HEARD else ""
         try:
             wire.receive_data(data)
             while not self.ending:
@@ -5136,17 +5188,29 @@ class Visit:
                     case h11.Response() as head:
                         self.status, self.head_at = head.status_code, at
                         self.headers = {k.decode(): v.decode("latin-1") for k, v in head.headers}
-                    case h11.Data(data=piece, chunk_end=whole):
-                        self.pieces.append((at, bytes(piece)))
+                    case h11.Data(data=data_, chunk_end=whole):
+                        piece = self.unpack(bytes(data_))
+                        self.pieces += [(at, piece)] if piece else []
+                        self.size += len(piece)
                         self.chunks += whole
                         self.torn += whole and not piece.endswith((b"\n", b"\r"))
+                        self.ending = "full" if self.size > MOST_HEARD else ""
                     case h11.EndOfMessage():
                         self.ending = "end"
                     case h11.NEED_DATA | h11.PAUSED:
                         return
         except h11.RemoteProtocolError as error:
-            broken = not data and (self.status or not self.size)
-            self.ending = "cut" if broken else f"it is no HTTP: {error}"
+            cut = not data and (self.status or not wire.trailing_data[0])
+            self.ending = "cut" if cut else f"it is no HTTP: {error}"
+
+    def unpack(self, data: bytes) -> bytes:
+        """Browsers ask for gzip, so this does; whoever grants it to a stream holds it up."""
+        if self.headers.get("content-encoding") != "gzip":
+            return data
+        self.unzip = self.unzip or zlib.decompressobj(31)
+        with contextlib.suppress(zlib.error):
+            return bytes(self.unzip.decompress(data, MOST_HEARD))
+        return data
 
     def read(self) -> None:
         """Lines and events, each with the time at which it was whole."""
@@ -5174,14 +5238,14 @@ BOM = b"\xef\xbb\xbf"
 ENDINGS = {
     "end": "it was properly ended", "cut": "the connection was closed without an end",
     "reset": "the connection was reset", "quiet": f"it is open, but nothing came for {QUIET:g} s",
-    "limit": "it still went on when the time was over",
+    "limit": "it still went on when the time was over", "full": "it said more than one can hear",
 }
 
 
 def target_of(url: str) -> tuple[str, str, int, str]:
     """Scheme, host, port and target of a URL; or a ValueError that says what is wrong with it."""
     parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    if parts.scheme not in ("http", "https") or not parts.hostname or " " in parts.netloc:
         raise ValueError(f"a URL is like http://localhost:9000/…, and {url!r} is not")
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     port = parts.port or (443 if parts.scheme == "https" else 80)
@@ -5203,9 +5267,14 @@ async def reach(url: str) -> trio.abc.Stream:
                 raise
             return secure
     except trio.TooSlowError:
-        raise OSError(f"{host}:{port} did not answer within 10 s") from None
+        why = "no answer within 10 s"
     except trio.BrokenResourceError as error:
-        raise OSError(f"no TLS with {host}:{port}: {error.__cause__}") from None
+        why = f"no TLS there, perhaps http:// will do: {error.__cause__}"
+    except OSError as error:
+        cause = innermost(error.__cause__ or error)
+        code = getattr(cause, "errno", None) or 0  # below 0 it is about names
+        why = f"{os.strerror(code) if code > 0 else cause.args[-1]}; is it running?"
+    raise OSError(f"cannot reach {host}:{port}: {why}")
 
 
 async def visit(
@@ -5213,7 +5282,7 @@ async def visit(
 ) -> Visit:
     """Ask, and listen to the answer's end; or until nothing has come for long, or for `limit`."""
     target, host = target_of(seen.url)[3], urlsplit(seen.url).netloc.rpartition("@")[2]
-    named = {"host": host, "accept": "text/event-stream", **headers}
+    named = {"host": host, "accept": "text/event-stream", "accept-encoding": "gzip", **headers}
     named |= {"last-event-id": seen.after} if seen.after else {}
     named |= {} if post is None else {"content-length": str(len(post)), "accept": "*/*"}
     wire = h11.Connection(h11.CLIENT, max_incomplete_event_size=2**18)
@@ -5232,7 +5301,7 @@ async def visit(
         except trio.BrokenResourceError:
             seen.ending = "reset"
         except OSError as error:
-            seen.ending = f"no connection: {error}"
+            seen.ending, seen.unreached = str(error), True
     seen.ending, seen.ended_at = seen.ending or "limit", trio.current_time() - seen.sent
     seen.read()
     return seen
@@ -5304,7 +5373,7 @@ class Examination:
                 return
         if self.main.streams and self.main.ending != "limit":
             await (self.resume_whole() if self.main.over and self.events else self.resume_broken())
-        if self.main.streams:
+        if self.main.streams and self.main.ending not in ("quiet", "limit", "full"):  # else we left
             self.journal = await asked_of_journal(self.main, self.headers) or {}
 
     @property
@@ -5355,14 +5424,16 @@ class Examination:
         """Whose fault it is, and what to change."""
         fault, change, _ = ILLS[code]
         if self.journal and fault is SOMEBODY and code in BREAKS:
-            fault = BY.get(self.journal["by"], THE_SERVER)
+            said = f"its journal says: {self.journal['said']}"
+            return BY.get(self.journal["by"], THE_SERVER), said
         return fault, change
 
     def report(self) -> dict[str, Any]:
         ills = [{"ill": code, "says": says, "fault": self.blame(code)[0],
                  "change": self.blame(code)[1]} for code, says in self.ills.items()]
-        going = ", and it is still going on" if self.main.ending == "limit" else ""
-        says = f"nothing is wrong: {len(self.events)} events in {self.main.ended_at:.1f} s{going}"
+        far = " so far, it is still going on" if self.main.ending == "limit" else ""
+        count = many(len(self.events), "event")
+        says = f"nothing is wrong{far}: {count} in {self.main.ended_at:.1f} s"
         if ills:
             says = "{says} — {fault} is at fault: {change}".format(**ills[0])
         asked = list(QUESTIONS)[: None if self.main.streams else 2]
@@ -5380,7 +5451,8 @@ async def asked_of_journal(main: Visit, headers: Mapping[str, str]) -> dict[str,
     said = await visit(Visit(where.geturl()), headers, limit=5)
     with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
         found = [one for one in json.loads(said.body)["entries"] if str(one["attempt"]) == attempt]
-        return {"by": str(found[0]["end"]["by"]), "said": str(found[0]["said"])}
+        ended = found[0]["end"]
+        return {"by": str(ended["by"]), "how": str(ended["how"]), "said": str(found[0]["said"])}
     return None
 
 
@@ -5394,18 +5466,20 @@ def shown_reach(this: Examination) -> str:
 
 def shown_answer(this: Examination) -> str:
     first, tries = this.first, len(this.visits)
+    plays, elsewhere = first.headers.get("x-aura-scenario"), first.headers.get("location")
     kind = first.headers.get("content-type", "no type").partition(";")[0]
-    kind += f", elsewhere: {first.headers['location']}" if "location" in first.headers else ""
+    told = f"{first.status}, {kind}, after {first.head_at:.2f} s" if first.status else "none"
+    told += f", elsewhere: {elsewhere}" if elsewhere else ""
+    told += f" (it plays the scenario {plays})" if plays else ""
     then = f"; at try {tries} all was well" if this.main.streams else f", {tries} times"
-    return f"{first.status}, {kind}, after {first.head_at:.2f} s{then if tries > 1 else ''}"
+    return told + (then if tries > 1 else "")
 
 
 def shown_headers(this: Examination) -> str:
     wanted = {"x-accel-buffering": "no", "cache-control": "no-"}
     missing = [name for name, text in wanted.items() if text not in this.main.headers.get(name, "")]
-    eaten = " (nginx keeps it to itself)" if missing == ["x-accel-buffering"] else ""
-    told = f"no {' and no '.join(missing)}{eaten}" if missing else "they"
-    return f"{told} tell{'s' * bool(missing)} proxies to pass bytes on"
+    eaten = ", which nginx keeps to itself" if missing == ["x-accel-buffering"] else ""
+    return f"without {' and '.join(missing)}{eaten}" if missing else "they forbid to buffer"
 
 
 def shown_beginning(this: Examination) -> str:
@@ -5426,12 +5500,12 @@ def shown_arrival(this: Examination) -> str:
     times = sorted({one.at for one in this.events})
     waits = [b - a for a, b in itertools.pairwise([this.main.head_at, *times])]
     span = f" over {times[-1] - this.main.head_at:.2f} s" if times else ""
-    many = f"{len(times)} arrival{'s' * (len(times) != 1)}{span}"
-    return f"{many}, the longest wait {max(waits, default=0):.2f} s"
+    return f"{many(len(times), 'arrival')}{span}, the longest wait {max(waits, default=0):.2f} s"
 
 
 def longest_silence(this: Examination) -> float:
-    times = [this.main.head_at, *(at for at, _ in this.main.pieces)]
+    main = this.main
+    times = [main.head_at, *(at for at, _ in main.pieces), main.ended_at]
     return max((b - a for a, b in itertools.pairwise(times)), default=0.0)
 
 
@@ -5442,15 +5516,22 @@ def shown_beats(this: Examination) -> str:
 
 def shown_end(this: Examination) -> str:
     main, said = this.main, this.journal.get("said")
-    told = f"{main.how} after {main.ended_at:.1f} s, {len(main.events)} events"
+    told = how_ended(this)
     if main.ending == "end" and not main.headers.keys() & {"transfer-encoding", "content-length"}:
         told += "; it has no chunks, so a cut would look the same"
     return told + (f"; its journal says: {said}" if said else "")
 
 
+def how_ended(this: Examination) -> str:
+    main = this.main
+    quiet = f", the last {main.silence:.1f} s without a byte" if main.silence > 1 else ""
+    return f"{main.how} after {main.ended_at:.1f} s and {many(len(main.events), 'event')}{quiet}"
+
+
 def shown_resume(this: Examination) -> str:
     if not this.back or not this.back[0].after:
-        return "not tried: there is no id to come back with"
+        why = "it is still going on" if this.main.ending == "limit" else "no id to come back with"
+        return f"not tried: {why}"
     rest, twice, missing = this.returned
     refused = [str(one.status) for one in this.back if one.status not in (200, 204)]
     count = f"{len(rest)} more, {len(twice)} of them twice, {len(missing)} missing"
@@ -5480,15 +5561,15 @@ def broken(code: str) -> Shows:
         main, kind = it.main, it.main.ending
         if not main.streams or kind in ("end", "limit"):
             return None
-        silence = main.ended_at - (main.pieces[-1][0] if main.pieces else main.head_at)
         near = abs(main.ended_at - 30 * round(main.ended_at / 30)) < 0.01 * main.ended_at
+        whole = main.silence > 2 and abs(main.silence - round(main.silence)) < 0.05  # a setting
         if kind == "quiet":
             kind = "dead" if main.done is None else "unclosed"
-        elif silence > 20:
+        elif main.silence > 20 or whole:
             kind = "idle-cut"
         elif main.ended_at > 25 and near:
             kind = "time-limit"
-        return (kind if kind in BREAKS else "cut") == code and shown_end(it)
+        return (kind if kind in BREAKS else "cut") == code and how_ended(it)
 
     return shows
 
@@ -5544,7 +5625,7 @@ def holes(it: Examination) -> Any:
     count = numbers[-1] - len(numbers) if numbers else 0
     if 0 < count < 10_000 and not forgotten(it) and len(numbers) > 1:  # more: other kinds of ids
         first = next(at for at, number in enumerate(numbers, 1) if at != number)
-        return f"{count} event{'s' * (count != 1)} never came, the first of them {first}"
+        return f"{many(count, 'event')} never came, the first of them {first}"
     if lost and it.back[0].after and it.back[0].streams:
         owed = len(it.events) - it.half
         return f"whoever comes back after {it.back[0].after} misses {len(lost)} of {owed} events"
@@ -5634,6 +5715,8 @@ def strangers(it: Examination) -> Any:
 
 
 def line_ends(it: Examination) -> Any:
+    if not it.main.streams:
+        return None
     ends = "CR LF" if b"\r\n" in it.main.body else "CR"
     return b"\r" in it.main.body and f"lines end in {ends}"
 
@@ -5659,6 +5742,13 @@ ILLS = {  # what explains more stands before what explains less
                 status(204)),
     "unauthorized": Ill(THE_CALLER, "send a good token: -H 'Authorization: Bearer …'", status(401)),
     "forbidden": Ill(THE_CALLER, "send the token and the tenant of who may see this", status(403)),
+    "wrong-path": Ill(THE_CALLER, "correct the URL", lambda it: (
+        it.first.status in (404, 405, 501) and "runId" not in it.first.text
+        and f"there is no stream at this path: {shown_answer(it)}: {it.first.text}")),
+    "refused": Ill(THE_CALLER, "its answer says what it wants",
+                   status(*{*range(201, 500)} - {204, 401, 403, 404, 405, 429})),
+    "bad-gateway": Ill(BETWEEN, "start what it passes on to, or correct its address",
+                       status(502, 504)),
     "trigger-refused": Ill(THE_SERVER, "its answer says what it wants", lambda it: (
         not it.visits and it.first.status
         and f"the trigger was answered {it.first.status}: {it.first.text}")),
@@ -5666,11 +5756,9 @@ ILLS = {  # what explains more stands before what explains less
                      " its trigger", status(404)),
     "too-many": Ill(THE_CALLER, "ask less often; Retry-After says when", status(429)),
     "unavailable": Ill(THE_SERVER, "ask again after Retry-After: it is full or not up",
-                       status(502, 503, 504)),
-    "refused": Ill(THE_CALLER, "its answer says what it wants",
-                   status(*{*range(201, 500)} - {204, 401, 403, 404, 429})),
+                       status(503)),
     "server-error": Ill(THE_SERVER, "look in its log for this request",
-                        status(*{*range(500, 600)} - {502, 503, 504})),
+                        status(*{*range(500, 600)} - {501, 502, 503, 504})),
     "unknown-run": Ill(THE_SERVER, "send all requests of a run to the instance that runs it; and"
                        " this should be a 404", lambda it: (
         it.first.status == 200 and not it.first.streams and "runId not found" in it.first.text
@@ -5687,7 +5775,7 @@ ILLS = {  # what explains more stands before what explains less
         and "200 and an empty body, properly ended")),
     "no-events": Ill(THE_SERVER, "look for what ends its stream early, or for another reader of the"
                      " run's queue", lambda it: (
-        it.main.body and not it.events and it.main.streams and it.main.ending in ("end", "limit")
+        it.main.body and not it.events and it.main.streams and it.main.ending in ("end", "full")
         and f"{len(it.main.body)} bytes without an event, and {it.main.how}")),
     "double-wrapped": Ill("the relaying back end", "write lines as they came, or events: not lines"
                           " as data", lambda it: (
@@ -5717,6 +5805,9 @@ ILLS = {  # what explains more stands before what explains less
     "cut": Ill(SOMEBODY, "look at that moment in the log of each hop", broken("cut")),
     "dead": Ill(SOMEBODY, "send heartbeats; clients should leave after 45 s", broken("dead")),
     "unclosed": Ill(SOMEBODY, "end the answer behind [DONE]", broken("unclosed")),
+    "hidden-cut": Ill(BETWEEN, "let it speak HTTP/1.1 to the server: in 1.0 a cut is an end",
+                      lambda it: it.main.ending == "end" and it.journal.get("how") in (
+        "drop", "reset") and f"{it.journal['said']}; what came here was properly ended"),
     "ended-early": Ill(THE_SERVER, "end a stream behind its last event only", lambda it: (
         ended(it) == "both" and f"it was properly ended after {it.events[-1].name}")),
     "no-terminal": Ill(THE_RUN, "end every run with completed or failed", lambda it: (
@@ -5784,6 +5875,7 @@ def compared(direct: dict[str, Any], via: dict[str, Any]) -> dict[str, Any]:
         counts = f"events directly: {direct['answers']['events']}; that way: " + (
             via["answers"].get("events", "none"))
         hop = f"what stands between {direct['url']} and {via['url']}"
+        hop = THE_CALLER if added[0]["fault"] == THE_CALLER else hop
         change = added[0]["change"]
         says = f"{added[0]['says']} ({counts}) — {hop} is at fault: {change}"
         found = {"verdict": added[0]["ill"], "says": says}
@@ -5951,10 +6043,8 @@ async def serve_until_signalled(settings: Settings) -> None:
 
 def how_called() -> str:
     """The command that started this, to be typed again."""
-    me, python = sys.argv[0], sys.executable
-    if os.name == "posix":
-        python = min(python, os.path.relpath(python), key=len)
-    return shlex.join([python, me] if me.endswith(".py") else [me])
+    me = os.path.abspath(sys.argv[0])
+    return shlex.join([sys.executable, me] if me.endswith(".py") else [me])
 
 
 async def stop_with_stdin(aura: Aura) -> None:
@@ -5967,7 +6057,7 @@ async def stop_with_stdin(aura: Aura) -> None:
 
 def scenarios_command(words: list[str]) -> int:
     """List the scenarios, or print one."""
-    about = Parser("scenarios", "List what can go wrong, or print one of it, ready to change.",
+    about = Parser("scenarios", "List all that can go wrong, or print one scenario, to change it.",
                    "A changed one goes into a file: aura-stream --scenarios FILE --scenario NAME",
                    "scenarios [NAME] [--scenarios FILE]")
     about.add_argument("name", nargs="?", metavar="NAME", help="print this one, as JSON")
@@ -6004,10 +6094,18 @@ def diagnose_command(words: list[str]) -> int:
     about.add_argument("--json", action="store_true", help="print all that was found as JSON")
     flags = about.read(words)
     given = [header.partition(":") for header in flags["headers"]]
+    for name, colon, _ in given:
+        if not colon or name.strip().lower() == "last-event-id":
+            raise ValueError(f"-H takes 'Name: value', and no Last-Event-ID, not {name!r}")
     named = {name.strip().lower(): value.strip() for name, _, value in given}
     headers(named)
-    if flags["case"] is None and urlsplit(flags["url"]).path in ("", "/"):
+    for url in filter(None, (flags["url"], flags["via"])):
+        target_of(url)
+    path, case = urlsplit(flags["url"]).path, flags["case"]
+    if case is None and path in ("", "/"):
         raise ValueError("give the URL of a stream, or that of a server and --case ID")
+    if case is not None and ("/aura/" in path or not case or "/" in case):
+        raise ValueError("--case takes an id without '/', and the URL is then the server's")
     within("--limit", number(1, 10**6), limit := flags["limit"])
 
     def say(text: str) -> None:

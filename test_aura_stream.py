@@ -12,6 +12,7 @@ import base64
 import contextlib
 import dataclasses
 import errno
+import gzip
 import hashlib
 import http.client
 import http.server
@@ -478,7 +479,7 @@ def test_a_flag_beats_its_variable_which_beats_the_default():
 
 @pytest.mark.parametrize(("flags", "environment", "sentence"), [
     ({"port": "x"}, {}, "--port must be a whole number, not 'x'"),
-    ({"port": "70000"}, {}, "--port must be at most 65535, not 70000"),
+    ({"port": "70000"}, {}, "--port must be from 0 to 65,535, not 70000"),
     ({"allow_host": "a.test,http://b.test"}, {}, "--allow-host takes a list like a.test,b.test, not 'http://b.test'"),
     ({"allow_host": "c.test:9000"}, {}, "--allow-host takes a list like a.test,b.test, not 'c.test:9000'"),
     ({"cors_origin": "*.foo.test"}, {}, "--cors-origin takes a list like localhost:*,127.0.0.1:*, not '*.foo.test'"),
@@ -4616,7 +4617,7 @@ def test_the_page_shows_a_run_from_its_first_event_to_its_last(browser, phase, c
     with running(event_delay=0.005 if phase == "job" else 0.02) as aura:
         live = Live(browser, aura)
         live.start("" if phase == "job" else "ok", phase)
-        assert live.over() == "Completed: the last event came."
+        assert live.over() == f"Completed, after {count} events."
         rows = live.rows()
         assert len(rows) == count and rows[-1][1] == "completed" and live.run("return $('progress').value") == 100
         assert all(re.fullmatch(r"\d+\.\d\d \+\d+\.\d\d", f"{at} {after}") for _, _, at, after, _ in rows)
@@ -4630,7 +4631,7 @@ def test_the_page_comes_back_to_a_stream_that_breaks_and_sees_each_event_once(br
     with running(event_delay=0.01) as aura:
         live = Live(browser, aura)
         live.start("drop-resume")
-        assert live.over() == "Completed: the last event came."
+        assert live.over() == "Completed, after 11 events."
         assert [row[0] for row in live.rows()] == [str(n) for n in range(1, 12)]
         first, second = live.text("said").splitlines()
         assert first.startswith("the server dropped the connection on purpose") and second.startswith("the server ended the answer properly")
@@ -4639,11 +4640,22 @@ def test_the_page_comes_back_to_a_stream_that_breaks_and_sees_each_event_once(br
         assert [entry.last_event_id for entry in entries] == [None, "2"]
 
 
+def test_the_page_keeps_its_place_over_an_event_without_an_id(browser, tmp_path):
+    hello, over = {"comment": "connected"}, [{"relay": "all"}, {"raw": "data: [DONE]\n\n"}]
+    stream = [[hello, {"relay": 2}, {"sleep": 0.1}, "drop"], [hello, {"event": {"event": "step", "data": 0}}, {"sleep": 0.1}, "drop"], over]
+    (tmp_path / "own.json").write_text(json.dumps({"name": "forgetful", "doc": "an event without an id after a break", "stream": stream}))
+    with running(event_delay=0, scenarios=str(tmp_path / "own.json")) as aura:
+        live = Live(browser, aura)
+        live.start("forgetful")
+        assert live.over() == "Completed, after 12 events."
+        assert [entry.last_event_id for entry in aura.journal(live.run("return run.id"))] == [None, "2", "2"]
+
+
 def test_on_the_page_buffering_is_seen(browser):
     with running(event_delay=0.08) as aura:
         live = Live(browser, aura)
         live.start("buffered")
-        assert live.over() == "Completed: the last event came. All came at once, at the end: somebody held them back."
+        assert live.over() == "Completed, after 11 events. All came at once, at the end: somebody held them back."
         assert live.text("spread").startswith("11 events in 1 arrival, ")
         (bar,) = re.findall(r"M(\d+)", live.run("return $('bars').getAttribute('d')"))
         assert int(bar) > 950 and live.complaints() == []
@@ -4653,18 +4665,34 @@ def test_the_page_runs_out_of_tries_and_offers_to_try_again(browser):
     with running(speed="50", max_retries=3) as aura:
         live = Live(browser, aura)
         live.start("always-drop")
-        live.until("$('state').innerText.includes('You can try again in')")
-        assert live.run("return $('again').hidden") is True, "not yet: everybody would come back at once"
-        live.until("!$('again').hidden")
+        live.until("/^Try again .in \\d+ s.$/.test($('again').innerText)")
+        assert live.run("return $('again').disabled") is True, "not yet: everybody would come back at once"
+        live.until("!$('again').disabled")
         assert live.text("state") == "The connection broke, and all 3 tries are used up."
         assert len(aura.journal(count=4, within=WAIT)) == 4
         live.run("$('again').click()")
         assert len(aura.journal(count=8, within=WAIT)) == 8
-        live.until("run.finished && !$('again').hidden")
+        live.until("run.finished && !$('again').disabled")
         waits = live.run("return BACK_OFF.map((s) => Array.from({ length: 200 }, () => pauseOf(s)))")
         for seconds, drawn in zip((1, 2, 5, 15), waits, strict=True):
             assert 0.9 * seconds <= min(drawn) < max(drawn) <= 1.1 * seconds
         assert live.run("return pauseOf(0.1)") == 0.5
+
+
+def test_the_page_gives_up_on_silence_and_grades_a_connection_as_the_contract_says(browser):
+    with running(heartbeat=0) as aura:
+        live = Live(browser, aura)
+        live.run("const real = setTimeout; window.setTimeout = (task, ms) => real(task, ms / 100)")
+        live.start("silent")
+        live.until("run?.attempt > 1")
+        assert live.run("return SILENCE") == 45
+        (first, *_) = aura.journal(count=1, within=WAIT)
+        assert (first.end.by, first.end.how) == ("client", "disconnect") and 0.4 < first.latency < 5
+        live.run("$('cancel').click()")
+        graded = "return given[0].map(([latency, silent, missed]) => { Object.assign(run, { latency, missed, heard: now() - silent }); return quality(); })"
+        cases = [[99, 34, 0], [101, 0, 0], [99, 36, 0], [0, 0, 1], [499, 39, 0], [0, 0, 2], [501, 0, 0], [999, 59, 1], [1001, 0, 0], [0, 61, 0], [0, 0, 3]]
+        grades = live._browser.run(graded, cases)
+    assert grades == ["excellent", "good", "good", "good", "good", "poor", "poor", "poor", "critical", "critical", "critical"]
 
 
 def test_to_cancel_on_the_page_ends_one_branch_of_the_tree(browser):
@@ -4674,13 +4702,17 @@ def test_to_cancel_on_the_page_ends_one_branch_of_the_tree(browser):
         live.start("silent")
         live.until("$('tree').innerText.includes('delivery page-') && $('tree').innerText.includes('analysis page-')")
         live.run("$('cancel').click()")
-        assert live.over() == "The analysis failed; its last event says why."
+        assert live.over() == "You cancelled the run; its stream ended by itself."
         live.until("[...document.querySelectorAll('#tree .gone')].length >= 6")
-        ended = live.run("return [...document.querySelectorAll('#tree .gone')].map((one) => one.innerText)")
+        ended = live.run("return [...document.querySelectorAll('#tree .gone')].map((one) => one.firstChild.data)")
         run_id = live.run("return run.id")
         assert [name for name in ended if "nursery" not in name] == [
             "connection", "request", ended[2], f"run {run_id}", f"analysis {run_id}"] and ended[2].startswith(f"delivery {run_id}")
         assert f"run {other}" in live.text("tree") and live.complaints() == []
+        tree = """before = []; const task = (...names) => grow(["s", "   n", ...names.map((name) => "      " + name), "   m"].join("\\n"));
+            task("run x", "run y"); task("run y"); before.find((line) => line.name === "run x").ended -= 6; task();
+            return $("tree").textContent"""
+        assert live.run(tree) == "s\n  n\n    run y ended\n  m\n", "what has ended stays where it was, for five seconds"
 
 
 def test_to_leave_on_the_page_ends_a_delivery_and_the_run_goes_on(browser):
@@ -4690,17 +4722,18 @@ def test_to_leave_on_the_page_ends_a_delivery_and_the_run_goes_on(browser):
         aura.signal("go-1")
         live.until("$('events').tBodies[0].rows.length === 1")
         live.run("$('leave').click()")
-        assert live.over() == "You left after 1 event; the run goes on. Come back, and the rest comes."
+        live.until("$('state').innerText === 'You left after 1 event; the run goes on. Come back, and the rest comes.'")
+        live.over()
         assert live.text("said").startswith("the client closed the connection")
         for gate in ("go-2", "go-3", "go-4"):
             aura.signal(gate)
         assert live.text("again") == "Come back"
         second = live.run("return $('second').href")
         live.run("$('again').click()")
-        assert live.over() == "Completed: the last event came." and [row[0] for row in live.rows()] == ["1", "2", "3", "4"]
+        assert live.over() == "Completed, after 4 events." and [row[0] for row in live.rows()] == ["1", "2", "3", "4"]
         assert live.complaints() == []
         watcher = Live(browser, aura, second.partition("#")[2])
-        assert watcher.over() == "Completed: the last event came." and len(watcher.rows()) == 4
+        assert watcher.over() == "Completed, after 4 events." and len(watcher.rows()) == 4
 
 
 def test_what_comes_from_outside_is_only_text_on_the_page(browser, tmp_path):
@@ -4714,7 +4747,7 @@ def test_what_comes_from_outside_is_only_text_on_the_page(browser, tmp_path):
         live.until("run?.finished")
         assert "404" in live.text("state") and live.text("doc") == bad
         live.start("hostile")
-        assert live.over() == "Completed: the last event came." and live.rows()[0][:2] == [bad, bad]
+        assert live.over() == "Completed, after 2 events." and live.rows()[0][:2] == ["…" + bad[-8:], bad]
         assert live.run("return [window.hit ?? 0, document.images.length, document.scripts.length]") == [0, 0, 1]
 
 
@@ -4722,10 +4755,10 @@ def test_the_page_says_what_was_answered_where_it_is_no_stream(browser):
     with running(event_delay=0) as aura:
         live = Live(browser, aura)
         for scenario, said in (
-            ("html", "The answer is 200, text/html; charset=utf-8: <!doctype html>"), ("forbidden", "The answer is 403, application/json: "),
-            ("trigger-503", "The trigger was not accepted: 503, "), ("trigger-lost", "Completed: the last event came."),
-            ("failed", "The analysis failed; its last event says why."), ("unavailable", "Completed: the last event came."),
-            ("flood", "Completed: the last event came."),
+            ("html", "This is no stream but 200, text/html; charset=utf-8: <!doctype html>"), ("forbidden", "This is no stream but 403, application/json: Not your case"),
+            ("trigger-503", "The trigger was not accepted: 503, temporarily unavailable"), ("trigger-lost", "Completed, after 11 events."),
+            ("failed", "The analysis failed, after 3 events; the last one says why."), ("unavailable", "Completed, after 11 events."),
+            ("flood", "Completed, after 20002 events."),
         ):  # fmt: skip
             live.start(scenario)
             live.until(f"run.finished && $('state').innerText.startsWith({json.dumps(said)})")
@@ -4743,7 +4776,7 @@ def test_with_an_admin_token_the_page_asks_for_it(browser):
         live.run("$('token').value = 's3cret'; $('lock').requestSubmit()")
         live.until("$('lock').hidden && $('tree').innerText.includes('nursery runs')")
         live.start("ok")
-        assert live.over() == "Completed: the last event came."
+        assert live.over() == "Completed, after 11 events."
 
 
 # ═══ 15  Serving ════════════════════════════════════════════════════════════════════════════════
@@ -5092,6 +5125,7 @@ def test_the_task_tree_shows_who_is_inside_whom():
     for line in tree.splitlines():
         depth.setdefault(re.sub(r"( \(id \d+\))?  <- .*", "", line.strip()), len(line) - len(line.lstrip()))
     order = ["nursery connections", "connection", "delivery r1"], ["nursery runs", "run r1", "analysis r1"], ["nursery runs", "accept"]
+    order += (["nursery clocks", "nursery connections", "nursery runs", "nursery accept"],)
     for names in order:
         depths = [depth[name] for name in names]
         assert depths == sorted(set(depths)), tree
@@ -5470,7 +5504,7 @@ FAULTS_OF = {  # where the journal of the server knows better than the wire
 
 
 def test_every_ill_is_shown_by_a_scenario_or_a_test_of_its_own():
-    own = {"compressed", "refused", "ended-early", "unclosed"}
+    own = {"compressed", "refused", "ended-early", "unclosed", "wrong-path", "bad-gateway", "hidden-cut"}
     assert set(aura_stream.ILLS) == {*DIAGNOSES.values(), *own} - {"healthy"}
 
 
@@ -5521,10 +5555,17 @@ ENDED_TOO = b'id: 2\nevent: completed\ndata: {"score": 1}\n\ndata: [DONE]\n\n'
 @pytest.mark.parametrize(("answers", "verdict", "said"), [
     ([an_answer(STARTED_ONLY + ENDED_TOO, f"Content-Length: {len(STARTED_ONLY + ENDED_TOO)}"), an_answer(ENDED_TOO)], "healthy", "2 events"),
     ([an_answer(STARTED_ONLY, f"Content-Length: {len(STARTED_ONLY)}"), an_answer(ENDED_TOO)], "ended-early", "properly ended after started"),
-    ([an_answer(STARTED_ONLY + ENDED_TOO, "Content-Encoding: gzip"), an_answer(ENDED_TOO)], "compressed", "gzip"),
+    ([an_answer(gzip.compress(STARTED_ONLY + ENDED_TOO), "Content-Encoding: gzip"), an_answer(ENDED_TOO)], "compressed", "gzip"),
+    ([an_answer(b"", status="404 Not Found")], "wrong-path", "there is no stream at this path: 404"),
+    ([an_answer(b"", status="502 Bad Gateway")] * 4, "bad-gateway", " s, 4 times: an empty body"),
+    ([an_answer(STARTED_ONLY, "Content-Length: 500"), an_answer(b"id: 3" + ENDED_TOO[5:])], "lost", "1 event never came, the first of them 2"),
+    ([an_answer(b'id: 7\n' + STARTED_ONLY[19:] + b"id: 8" + ENDED_TOO[5:]), an_answer(b"id: 8" + ENDED_TOO[5:])], "lost", "6 events never came"),
+    ([an_answer(b'id: 1700000000123\n' + STARTED_ONLY[19:] + b"id: 1700000000456" + ENDED_TOO[5:]), an_answer(b"id: 1700000000456" + ENDED_TOO[5:])],
+     "healthy", "2 events"),
+    ([an_answer(b"id: 1\nevent: step\ndata: " + b"[" * 100_000 + b"\n\n" + ENDED_TOO), an_answer(ENDED_TOO)], "bad-json", "the data of a step is no JSON"),
     ([an_answer(b"", status="418 I'm a teapot")], "refused", "418"),
     ([b"SSH-2.0-OpenSSH_9\r\n"] * 4, "no-answer", "it is no HTTP"),
-    ([an_answer(STARTED_ONLY + ENDED_TOO[:40], "Content-Length: 500"), an_answer(ENDED_TOO)], "cut", "1 events"),
+    ([an_answer(STARTED_ONLY + ENDED_TOO[:40], "Content-Length: 500"), an_answer(ENDED_TOO)], "cut", "1 event"),
     ([an_answer(b"event: started\ndata: {}\n\nevent: completed\ndata: {\"score\": 1}\n\ndata: [DONE]\n\n"), an_answer(b"")], "healthy", "2 events"),
 ])  # fmt: skip
 def test_the_doctor_examines_anybody_s_stream(answers, verdict, said):
@@ -5544,7 +5585,7 @@ def test_a_stream_that_goes_on_is_healthy_so_far():
     with running() as aura:
         aura.next({"name": "long", "run": [{"event": {"event": "started", "data": {}}}, "hang"]})
         found = trio.run(partial(aura_stream.diagnose, aura.url, case="1", limit=0.3))
-    assert found["verdict"] == "healthy" and found["says"].endswith("and it is still going on")
+    assert found["verdict"] == "healthy" and found["says"].startswith("nothing is wrong so far, it is still going on: 1 event in ")
 
 
 def test_without_ids_the_doctor_says_that_nobody_can_resume():
@@ -5559,7 +5600,7 @@ def test_where_nobody_can_be_asked_the_doctor_says_why():
     for url in (f"http://127.0.0.1:{port}/s", f"https://127.0.0.1:{port}/s"):
         with pytest.raises(OSError, match=str(port)):
             trio.run(partial(aura_stream.diagnose, url))
-    with running() as aura, pytest.raises(OSError, match="no TLS with 127.0.0.1"):
+    with running() as aura, pytest.raises(OSError, match="cannot reach 127.0.0.1:.*no TLS there, perhaps http://"):
         trio.run(partial(aura_stream.diagnose, aura.url.replace("http", "https") + "/s"))
 
 
@@ -5692,7 +5733,13 @@ def test_each_command_has_a_help_that_fits_a_screen(capsys):
     (["diagnose", "http://h/x", "-H", "Nö: 1"], "'nö' is no name a header can have"),
     (["diagnose", "http://h/x", "--limit", "0"], "'--limit' takes a number from 1 to 1,000,000, not 0.0"),
     (["diagnose", "http://h/x", "--limit", "long"], "argument --limit: invalid float value: 'long'"),
-    (["diagnose", "http://127.0.0.1:1/x"], "nobody could be asked: no connection: "),
+    (["diagnose", "http://127.0.0.1:1/x"], "nobody could be asked: cannot reach 127.0.0.1:1: Connection refused; is it running?"),
+    (["diagnose", "ftp://h/x"], "a URL is like http://localhost:9000/…, and 'ftp://h/x' is not"),
+    (["diagnose", "http://h/x", "--via", "h"], "a URL is like http://localhost:9000/…, and 'h' is not"),
+    (["diagnose", "http://h/aura/analysis-runs/r/stream", "--case", "1"], "--case takes an id without '/', and the URL is then the server's"),
+    (["diagnose", "http://h", "--case", ""], "--case takes an id without '/', and the URL is then the server's"),
+    (["diagnose", "http://h/x", "-H", "foo"], "-H takes 'Name: value', and no Last-Event-ID, not 'foo'"),
+    (["diagnose", "http://h/x", "-H", "Last-Event-ID: 5"], "-H takes 'Name: value', and no Last-Event-ID, not 'Last-Event-ID'"),
     (["scenarios", "ok", "--port", "1"], "there is no --port; 'aura-stream scenarios --help' lists all there is"),
 ])  # fmt: skip
 def test_a_wrong_question_is_one_sentence_and_status_2(words, sentence, capsys):
@@ -6236,8 +6283,15 @@ def test_the_doctor_finds_the_hop_that_buffers(tmp_path):
             assert (found["verdict"], found["ills"], found["via"]["verdict"]) == ("buffered", [], "buffered")
             assert f"what stands between {found['url']} and {found['via']['url']} is at fault: switch buffering off" in found["says"]
             assert trio.run(partial(aura_stream.diagnose, hop, case="1"))["verdict"] == "buffered"
+            found = trio.run(partial(aura_stream.diagnose, hop, case="1~drop"))
+            assert found["verdict"] == "hidden-cut" and "speak HTTP/1.1 to the server" in found["says"]
             both = trio.run(partial(aura_stream.diagnose, aura.url, case="1~no-done", via=hop))
             assert both["verdict"] == "no-done" and "the server is at fault" in both["says"] and "that way also: nothing came for" in both["says"]
+        zips = plain.replace("location", "gzip on; gzip_types text/event-stream; gzip_proxied any; location")
+        (tmp_path / "zips").mkdir()
+        with behind_nginx(aura, tmp_path / "zips", free_port(), zips) as hop:
+            found = trio.run(partial(aura_stream.diagnose, hop, case="1"))
+            assert (found["verdict"], [ill["ill"] for ill in found["ills"]]) == ("compressed", ["compressed", "buffered"]), "as browsers see it"
         with behind_nginx(aura, tmp_path / "ours", free_port()) as hop:
             found = trio.run(partial(aura_stream.diagnose, aura.url, case="1", via=hop))
             assert (found["verdict"], found["via"]["verdict"]) == ("healthy", "healthy"), found
