@@ -205,7 +205,7 @@ def test_the_module_stays_small_enough_to_be_read():
     sizes = {title: code_lines(line, starts[i + 1][1] - 1) for i, (title, line) in enumerate(starts[:-1])}
     lesson = sum(sizes[title] for title in ("Events", "Time", "Runs", "Deliveries"))
     assert lesson <= 535, f"the lesson has {lesson} lines of code"
-    assert sum(size for title, size in sizes.items() if title not in ("Catalogue", "The page")) <= 3900, sizes
+    assert sum(size for title, size in sizes.items() if title not in ("Catalogue", "The page")) <= 4000, sizes
 
 
 def test_the_module_has_no_state_and_configures_nothing():
@@ -4651,6 +4651,38 @@ def test_the_page_keeps_its_place_over_an_event_without_an_id(browser, tmp_path)
         assert [entry.last_event_id for entry in aura.journal(live.run("return run.id"))] == [None, "2", "2"]
 
 
+def test_nothing_a_stream_says_stops_the_page(browser, tmp_path):
+    """`retry: 0`, percents that are no numbers, a crowd of comments, ids in Korean, beats that are events, and none of these news."""
+    hello, rest, pause = {"comment": "connected"}, {"relay": "all"}, {"sleep": 0.1}
+    step = [{"event": {"event": "step", "data": {"percent": percent}}} for percent in ("half", {}, 1e308, 40)]
+    beat, over = {"raw": "event: heartbeat\ndata: {}\n\n"}, {"event": {"event": "completed", "data": {}}}
+    named = {"frame": {"id": "작업_{n}"}}
+    own = [
+        {"name": "retry-0", "stream": [[hello, {"relay": 2}, {"raw": "retry: 0\n\n"}, pause, "drop"], [hello, rest]]},
+        {"name": "percents", "run": [*step, over]}, {"name": "comments", "stream": [{"raw": ":\n" * 200_000}, rest]},
+        {"name": "korean-ids", "stream": [[named, hello, {"relay": 2}, pause, "drop"], [named, hello, rest]]},
+        {"name": "no-ids", "stream": [{"frame": {"id": None}}, hello, {"relay": 2}, beat, pause, "drop"]},
+        {"name": "beats-only", "stream": [hello, beat, pause, "drop"]},
+    ]  # fmt: skip
+    (tmp_path / "own.json").write_text(json.dumps([{"doc": "odd", **one} for one in own]))
+    with running(event_delay=0, max_retries=2, scenarios=str(tmp_path / "own.json")) as aura:
+        live = Live(browser, aura)
+        for name, said, ids in (
+            ("retry-0", "Completed, after 11 events.", [None, "2"]), ("percents", "Completed, after 5 events.", [None]),
+            ("comments", "Completed, after 11 events.", [None]), ("korean-ids", "Completed, after 11 events.", [None, "작업_2"]),
+            ("no-ids", "The connection broke, and all 2 tries are used up.", [None] * 3),
+            ("beats-only", "The connection broke, and all 2 tries are used up.", [None] * 3),
+        ):  # fmt: skip
+            live.start(name)
+            live.until(f"run?.id && run.finished && $('state').innerText === {json.dumps(said)}")
+            entries = aura.journal(live.run("return run.id"), count=len(ids), within=WAIT)
+            assert [entry.last_event_id for entry in entries] == ids, name
+            if said.startswith("Completed"):
+                live.until(f"$('events').tBodies[0].rows.length === {said.split()[2]} && $('progress').value === 100")
+        assert live.run("return [pauseOf(1e9) <= 66, run.marks.length <= KEPT]") == [True, True]
+        assert live.complaints() == []
+
+
 def test_on_the_page_buffering_is_seen(browser):
     with running(event_delay=0.08) as aura:
         live = Live(browser, aura)
@@ -5328,14 +5360,14 @@ def test_hostile_scripts_are_bounded():
     import resource
 
     big = {"event": {"event": "big", "data": {"n": "{n}"}}, "pad": 5_000_000}
-    with running(send_timeout=0.5) as aura:
+    with running(send_timeout=0.5, max_run_bytes=6 * 2**20) as aura:
         run_id = aura.trigger("1", scenario={"name": "big", "run": [{"repeat": 8, "steps": [big]}]})
         viewer = {"name": "v", "stream": [{"buffer": "all"}, {"repeat": 8, "steps": [big]}]}
         with connect(aura, get(f"/aura/analysis-runs/{run_id}/stream", headers={"X-Aura-Scenario": json.dumps(viewer)})):
             (entry,) = aura.journal(run_id, count=1, within=WAIT)
         assert (entry.end.by, entry.end.how) == ("client", "stalled") and "the buffer was full" in entry.said
         eventually(lambda: state(aura, run_id)["status"] == "completed")
-        assert stream(aura, run_id).count(b"\nevent: big\n") <= 4, "the log kept 16 MiB of them, and says `gap`"
+        assert stream(aura, run_id).count(b"\nevent: big\n") == 1, "the log kept 6 MiB of them, and says `gap`"
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 1_500_000, "kilobytes"
 
 
@@ -5433,7 +5465,7 @@ DIAGNOSES = dict.fromkeys(HEALTHY.split(), "healthy") | {
     "two-subscribers": "lost", "slow-trigger": "slow-trigger", "trigger-503": "trigger-refused", "trigger-lost": "trigger-lost",
     "trigger-disabled": "disabled", "duplicate-run": "duplicate-run",
 }  # fmt: skip
-TAKE_LONG = """slow-first slow-run silent fallback-completed slow-stream slow-headers idle-cut no-heartbeat heartbeat-then-silence
+TAKE_LONG = """generation slow-first slow-run silent fallback-completed slow-stream slow-headers idle-cut no-heartbeat heartbeat-then-silence
     gateway-timeout"""
 
 
@@ -5457,9 +5489,9 @@ def examine_at(speed, names):
     return found
 
 
-BIG, JOBS, LONG = ["flood", "big-event"], ["generation"], TAKE_LONG.split()
-OTHERS = [name for name in DIAGNOSES if name not in (*BIG, *JOBS, *LONG)]
-GROUPS = [(1, OTHERS), (1, BIG), (5, JOBS), (40, LONG)]  # so many times faster than real time
+BIG, LONG = ["flood", "big-event"], TAKE_LONG.split()
+OTHERS = [name for name in DIAGNOSES if name not in (*BIG, *LONG)]
+GROUPS = [(1, OTHERS), (1, BIG), (16, LONG)]  # so many times faster than real time
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -5481,8 +5513,7 @@ def diagnosed(doctors):
     found = {}
     for one in doctors:
         found |= json.loads(one.communicate(timeout=3 * WAIT)[0])
-    late = [name for name in LONG if found[name]["verdict"] != DIAGNOSES[name]]  # for them 10 ms are 0.4 s, and this machine is busy
-    return found | (examine_at(40, late) if late else {})
+    return found
 
 
 @pytest.mark.parametrize("name", aura_stream.CATALOGUE)
@@ -5504,7 +5535,8 @@ FAULTS_OF = {  # where the journal of the server knows better than the wire
 
 
 def test_every_ill_is_shown_by_a_scenario_or_a_test_of_its_own():
-    own = {"compressed", "refused", "ended-early", "unclosed", "wrong-path", "bad-gateway", "hidden-cut"}
+    own = {"compressed", "refused", "ended-early", "unclosed", "wrong-path", "bad-gateway", "hidden-cut", "unreachable", "upstream-late",
+           "nothing-came", "not-utf8"}  # fmt: skip
     assert set(aura_stream.ILLS) == {*DIAGNOSES.values(), *own} - {"healthy"}
 
 
@@ -5559,7 +5591,30 @@ ENDED_TOO = b'id: 2\nevent: completed\ndata: {"score": 1}\n\ndata: [DONE]\n\n'
     ([an_answer(b"", status="404 Not Found")], "wrong-path", "there is no stream at this path: 404"),
     ([an_answer(b"", status="502 Bad Gateway")] * 4, "bad-gateway", " s, 4 times: an empty body"),
     ([an_answer(STARTED_ONLY, "Content-Length: 500"), an_answer(b"id: 3" + ENDED_TOO[5:])], "lost", "1 event never came, the first of them 2"),
-    ([an_answer(b'id: 7\n' + STARTED_ONLY[19:] + b"id: 8" + ENDED_TOO[5:]), an_answer(b"id: 8" + ENDED_TOO[5:])], "lost", "6 events never came"),
+    ([an_answer(b'id: 7\n' + STARTED_ONLY[19:] + b"id: 8" + ENDED_TOO[5:]), an_answer(b"id: 8" + ENDED_TOO[5:])], "healthy", "2 events"),
+    ([an_answer(b"id: 1\nevent: step\ndata: {\"percent\": NaN}\n\n" + ENDED_TOO), an_answer(ENDED_TOO)], "bad-json", "NaN"),
+    ([an_answer(b"id: 1\nevent: step\ndata: {\"percent\": 1" + b"0" * 400 + b"}\n\n" + STARTED_ONLY[19:]), an_answer(b"")], "ended-early", ""),
+    ([an_answer(STARTED_ONLY + ENDED_TOO), an_answer(b"", status="204 No Content")], "resume-refused", "whoever comes back: 204"),
+    ([an_answer(STARTED_ONLY + ENDED_TOO), b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\nlogin"], "resume-refused", "text/html: login"),
+    ([an_answer(STARTED_ONLY + ENDED_TOO), an_answer(ENDED_TOO, "Content-Length: 999")], "resume-refused", "closed without an end"),
+    ([an_answer(STARTED_ONLY + b"id: 2\ndata: waiting for [DONE]\n\nid: 3\ndata:\n\nid: 4" + ENDED_TOO[5:]), an_answer(b"id: 3\ndata:\n\nid: 4" + ENDED_TOO[5:])],
+     "healthy", "4 events"),
+    ([an_answer(STARTED_ONLY + b"id: 2\nevent: note\ndata: [DONE]\n\nid: 3\ndata: one\ndata: [DONE]\ndata: two\n\nid: 4" + ENDED_TOO[5:]), an_answer(
+        b"id: 3\ndata: one\ndata: [DONE]\ndata: two\n\nid: 4" + ENDED_TOO[5:])], "unknown-events", "nobody documented: note"),
+    ([an_answer(STARTED_ONLY + "id: 2\nevent: step\ndata: {\"label\": \"증거\"}\n\n".encode("cp949") + b"id: 3" + ENDED_TOO[5:]), an_answer(
+        "id: 2\nevent: step\ndata: {\"label\": \"증거\"}\n\n".encode("cp949") + b"id: 3" + ENDED_TOO[5:])], "not-utf8", "not in UTF-8"),
+    ([an_answer(b"\n" * 1_100_000)], "no-events", "it said more than one can hear"),
+    ([an_answer(b"id: a\x0b1\nevent: started\ndata: {}\n\n", "Content-Length: 500"), an_answer(ENDED_TOO)], "cut", "1 event"),
+    ([an_answer(b"id: started_2\n" + STARTED_ONLY[19:] + b"id: step_1\nevent: step\ndata: {}\n\nid: end_2" + ENDED_TOO[5:]), an_answer(b"id: step_1\nevent: step\ndata: {}\n\nid: end_2" + ENDED_TOO[5:])],
+     "healthy", "3 events"),
+    ([an_answer(STARTED_ONLY + b"event: step\ndata: {}\n\nevent: step\ndata: {}\n\n" + ENDED_TOO), an_answer(ENDED_TOO)], "lost", "misses 1 of 2"),
+    ([an_answer(STARTED_ONLY + b"id: 2\nevent: heartbeat\ndata: {}\n\nid: 3" + ENDED_TOO[5:]), an_answer(b"id: 2\nevent: heartbeat\ndata: {}\n\nid: 3" + ENDED_TOO[5:])],
+     "healthy", "3 events"),
+    ([an_answer(b"", status="504 Late")] * 4, "upstream-late", "let the proxy wait longer"),
+    ([b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream-x\r\n\r\n"], "not-a-stream", "text/event-stream-x"),
+    ([an_answer(STARTED_ONLY + ENDED_TOO), b""], "resume-refused", "whoever comes back: the connection was closed without an end"),
+    ([an_answer(b"", status="999 Denied")], "server-error", "999"), ([an_answer(b"", status="307 Elsewhere")], "refused", "307"),
+    ([an_answer(b"", "Retry-After: \xb2".encode().decode(), status="503 Busy")] * 4, "unavailable", "4 times"),
     ([an_answer(b'id: 1700000000123\n' + STARTED_ONLY[19:] + b"id: 1700000000456" + ENDED_TOO[5:]), an_answer(b"id: 1700000000456" + ENDED_TOO[5:])],
      "healthy", "2 events"),
     ([an_answer(b"id: 1\nevent: step\ndata: " + b"[" * 100_000 + b"\n\n" + ENDED_TOO), an_answer(ENDED_TOO)], "bad-json", "the data of a step is no JSON"),
@@ -5573,6 +5628,30 @@ def test_the_doctor_examines_anybody_s_stream(answers, verdict, said):
     assert (found["verdict"], said in found["says"]) == (verdict, True), found
 
 
+@pytest.mark.parametrize("where", ["@127.0.0.1:1/x", "http://127.0.0.1:1/x", ".evil.test/x", " ", 5, ["a"], {"a": 1}, None, "/x\ud800"])
+def test_a_trigger_leads_the_doctor_to_no_other_host(where):
+    """It would get the token. What is a path is asked for here; what is none is said to be none."""
+    told = json.dumps({"runId": "r", "streamUrl": where}).encode()
+    accepted = b"HTTP/1.1 202 Accepted\r\nContent-Length: %d\r\n\r\n%b" % (len(told), told)
+    found = examined([accepted, an_answer(b"", status="404 Not Found")][: 2 if "/x" in str(where) and str(where)[0] in "h/" else 1], case="1")
+    assert found["verdict"] in ("trigger-refused", "wrong-path"), found
+
+
+def test_a_lying_journal_and_the_doctor_s_own_leaving_blame_nobody():
+    headers = [f"X-Aura-{name}: {value}" for name, value in (("Run-ID", "r"), ("Attempt", "1"), ("Scenario", "ok"))]
+    broken = an_answer(STARTED_ONLY, *headers, "Content-Length: 500")
+    other = '{"entries": [{"attempt": 1, "scenario": "drop", "end": {"by": "admin", "how": "drop"}, "said": "x"}]}'
+    for entries in (other, '{"entries": [{"attempt": 1, "scenario": "ok", "end": "x", "said": 1}]}', '{"entries": 5}', "[]", "[" * 100_000, '{"entries": [5]}'):
+        journal = b"HTTP/1.1 200 OK\r\n\r\n" + entries.encode()
+        found = examined([broken, an_answer(b"id: 2" + ENDED_TOO[5:]), journal])
+        assert (found["verdict"], found["ills"][0]["fault"]) == ("cut", "the server or a proxy on the way")
+    with running() as aura:
+        aura.trigger("1", run_id="r", scenario="heartbeat-then-silence")
+        ask = partial(aura_stream.diagnose, f"{aura.url}/aura/analysis-runs/r/stream")
+        found = trio.run(ask, clock=trio.testing.MockClock(rate=1000))
+    assert (found["verdict"], found["ills"][0]["fault"]) == ("dead", "the server or a proxy on the way")
+
+
 def test_a_stream_that_stays_open_behind_done_is_not_waited_for():
     with running(event_delay=0) as aura:
         script = [{"comment": "connected"}, {"relay": "all"}, {"raw": "data: [DONE]\n\n"}]
@@ -5581,11 +5660,62 @@ def test_a_stream_that_stays_open_behind_done_is_not_waited_for():
     assert found["verdict"] == "unclosed"
 
 
+def test_the_limit_bounds_the_whole_and_loses_nothing_that_was_seen():
+    """Somebody accepts and never answers, or answers a head and nothing more; by a clock of its own."""
+    for answer, verdict in ((b"", "no-answer"), (an_answer(b""), "nothing-came"), (an_answer(b"", status="500 No")[:-2], "no-answer")):
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            wires = []
+            thread = threading.Thread(target=lambda: (wires.append(listener.accept()[0]), wires[0].sendall(answer)))
+            thread.start()
+            ask = partial(aura_stream.diagnose, f"http://127.0.0.1:{listener.getsockname()[1]}/s", limit=5)
+            clock = trio.testing.MockClock(rate=50)
+            found = trio.run(ask, clock=clock)
+            thread.join(WAIT)
+            wires[0].close()
+        assert found["verdict"] == verdict, found
+    with running() as aura:
+        aura.trigger("1", run_id="r", scenario={"name": "x", "stream": [[{"comment": "c"}, {"relay": 2}, "drop"], [{"open": {}}, "hang"]]})
+        began = time.monotonic()
+        found = trio.run(partial(aura_stream.diagnose, f"{aura.url}/aura/analysis-runs/r/stream", limit=0.5))
+        assert found["verdict"] == "cut" and time.monotonic() - began < 3
+
+
+def test_a_server_that_is_slow_once_is_no_proxy_that_buffers():
+    """Two seconds late, and then all at once, for the run was over: asked by itself, or met by chance in the first of two runs."""
+    usual = [{"comment": "connected"}, {"relay": "all"}, {"raw": "data: [DONE]\n\n"}]
+    cold, clock = {"name": "cold", "stream": [[{"sleep": 1.9}, *usual], usual]}, partial(trio.testing.MockClock, rate=10)
+    with running(event_delay=0, speed="10") as aura:
+        aura.trigger("1", run_id="r", scenario=cold)
+        assert trio.run(partial(aura_stream.diagnose, f"{aura.url}/aura/analysis-runs/r/stream"), clock=clock())["verdict"] == "healthy"
+        aura.next(cold)
+        assert trio.run(partial(aura_stream.diagnose, aura.url, case="1"), clock=clock())["verdict"] == "healthy"
+        assert len(aura.journal(kind="trigger")) == 3
+        aura.next(cold, times=2)
+        assert trio.run(partial(aura_stream.diagnose, aura.url, case="1"), clock=clock())["verdict"] == "buffered", "late twice is late"
+        aura.trigger("1", run_id="s", scenario={"name": "once", "stream": [usual, [{"open": {}}, "hang"]]})
+        found = trio.run(partial(aura_stream.diagnose, f"{aura.url}/aura/analysis-runs/s/stream", limit=3), clock=clock())
+        assert found["verdict"] == "healthy", "its time was over, which is nobody's fault"
+
+
+def test_the_doctor_comes_again_when_he_is_told_to():
+    told, began = [an_answer(b"", "Retry-After: 7", status="503 Busy"), an_answer(STARTED_ONLY + ENDED_TOO), an_answer(ENDED_TOO)], time.monotonic()
+    assert examined(told)["verdict"] == "unavailable" and time.monotonic() - began > 0.06, "seven seconds, of which a hundred are one"
+
+
+def test_a_port_where_nobody_listens_is_no_loss_of_what_the_other_way_said():
+    with running(event_delay=0) as aura:
+        found = trio.run(partial(aura_stream.diagnose, aura.url, case="1", via=f"http://127.0.0.1:{free_port()}"))
+        assert (found["verdict"], found["ills"], found["via"]["verdict"]) == ("unreachable", [], "unreachable")
+        assert "Connection refused; is it running?" in found["says"] and found["says"].endswith("start it, or correct its address")
+        found = trio.run(partial(aura_stream.diagnose, aura.url, case="1", via=f"{aura.url}/nowhere"))
+    assert found["verdict"] == "wrong-path" and found["says"].endswith("the caller is at fault: correct the URL")
+
+
 def test_a_stream_that_goes_on_is_healthy_so_far():
     with running() as aura:
         aura.next({"name": "long", "run": [{"event": {"event": "started", "data": {}}}, "hang"]})
         found = trio.run(partial(aura_stream.diagnose, aura.url, case="1", limit=0.3))
-    assert found["verdict"] == "healthy" and found["says"].startswith("nothing is wrong so far, it is still going on: 1 event in ")
+    assert found["verdict"] == "healthy" and found["says"].startswith("nothing is wrong so far, it still went on when the time was over: 1 event in ")
 
 
 def test_without_ids_the_doctor_says_that_nobody_can_resume():
@@ -5761,6 +5891,19 @@ def test_diagnose_tells_a_person_or_a_program_and_its_status_says_it_too(capsys)
         assert main(["diagnose", aura.url, "--case", "1", "-H", "Authorization: Basic x"]) == 1
         said = capsys.readouterr().out
         assert "faulty (unauthorized): 401, application/json, " in said and "the caller is at fault: send a good token" in said
+
+
+def test_who_closes_an_output_gets_no_traceback():
+    aura_py, port = f"{sys.executable} {HERE / 'aura_stream.py'}", free_port()
+    with running(event_delay=0) as aura:
+        asked = f"{aura_py} diagnose {aura.url} --case 1"
+        for command in (f"{asked} | head -1", f"{asked} > /dev/full", f"{asked} 2>&-", f"{asked} --json >&-"):
+            found = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=WAIT)
+            assert "Traceback" not in found.stderr, command
+    with subprocess.Popen(["bash", "-c", f"exec {aura_py} --port {port} >&- 2>/dev/null"]) as server:
+        eventually(lambda: reachable(port))
+        server.terminate()
+        assert server.wait(WAIT) == 0
 
 
 def test_whoever_holds_the_port_is_named(capsys):
@@ -6282,7 +6425,6 @@ def test_the_doctor_finds_the_hop_that_buffers(tmp_path):
             found = trio.run(partial(aura_stream.diagnose, aura.url, case="1", via=hop))
             assert (found["verdict"], found["ills"], found["via"]["verdict"]) == ("buffered", [], "buffered")
             assert f"what stands between {found['url']} and {found['via']['url']} is at fault: switch buffering off" in found["says"]
-            assert trio.run(partial(aura_stream.diagnose, hop, case="1"))["verdict"] == "buffered"
             found = trio.run(partial(aura_stream.diagnose, hop, case="1~drop"))
             assert found["verdict"] == "hidden-cut" and "speak HTTP/1.1 to the server" in found["says"]
             both = trio.run(partial(aura_stream.diagnose, aura.url, case="1~no-done", via=hop))
