@@ -5568,7 +5568,7 @@ def examined(answers, **more):
                     read_until(wire, b"\r\n\r\n")
                     wire.sendall(answer)
 
-        thread = threading.Thread(target=serve_them)
+        thread = threading.Thread(target=serve_them, daemon=True)
         thread.start()
         ask = partial(aura_stream.diagnose, f"http://127.0.0.1:{listener.getsockname()[1]}/s", **more)
         found = trio.run(ask, clock=trio.testing.MockClock(rate=100))
@@ -5665,7 +5665,7 @@ def test_the_limit_bounds_the_whole_and_loses_nothing_that_was_seen():
     for answer, verdict in ((b"", "no-answer"), (an_answer(b""), "nothing-came"), (an_answer(b"", status="500 No")[:-2], "no-answer")):
         with socket.create_server(("127.0.0.1", 0)) as listener:
             wires = []
-            thread = threading.Thread(target=lambda: (wires.append(listener.accept()[0]), wires[0].sendall(answer)))
+            thread = threading.Thread(target=lambda: (wires.append(listener.accept()[0]), wires[0].sendall(answer)), daemon=True)
             thread.start()
             ask = partial(aura_stream.diagnose, f"http://127.0.0.1:{listener.getsockname()[1]}/s", limit=5)
             clock = trio.testing.MockClock(rate=50)
