@@ -5704,6 +5704,12 @@ def test_a_server_that_is_slow_once_is_no_proxy_that_buffers():
         assert found["verdict"] == "healthy", "its time was over, which is nobody's fault"
 
 
+def test_what_was_seen_stands_where_no_time_is_left_to_see_it_twice():
+    with running(event_delay=0.06) as aura:
+        found = trio.run(partial(aura_stream.diagnose, aura.url, case="1~buffered", limit=1.1))
+        assert (found["verdict"], len(aura.journal(kind="trigger"))) == ("buffered", 1)
+
+
 def test_the_doctor_comes_again_when_he_is_told_to():
     told, began = [an_answer(b"", "Retry-After: 7", status="503 Busy"), an_answer(STARTED_ONLY + ENDED_TOO), an_answer(ENDED_TOO)], time.monotonic()
     assert examined(told)["verdict"] == "unavailable" and time.monotonic() - began > 0.06, "seven seconds, of which a hundred are one"
