@@ -69,6 +69,7 @@ import copy
 import dataclasses
 import difflib
 import errno
+import functools
 import gc
 import hashlib
 import hmac
@@ -285,22 +286,38 @@ def to_bytes(text: str) -> bytes:
 class Event:
     """One thing an analysis says. Making it encodes it, once, for all viewers and for ever.
 
-    `data` is text, sent line by line, or anything JSON can say, sent as one line.
+    `data` is text, sent line by line, or anything JSON can say, sent as one line; a `pad` of so
+    many characters makes an object big. Its block has no id yet, which comes last: clients that
+    take an id as soon as its line arrives shall have the event, too.
     """
 
     name: str
     data: Any
     retry: int | None = None
+    pad: int = 0
     block: bytes = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if LINE_END.search(self.name) or "\0" in self.name:
             raise ValueError(f"an event's name is one line without NUL, not {self.name!r}")
-        text = self.data if isinstance(self.data, str) else to_json(self.data)
+        text = self.data if isinstance(self.data, str) else to_json(self._said())
         lines = [f"event: {self.name}"] if self.name else []
         lines += [] if self.retry is None else [f"retry: {self.retry}"]
         lines += [f"data: {line}" for line in LINE_END.split(text)]
-        object.__setattr__(self, "block", to_bytes("\n".join(lines) + "\n\n"))
+        block = to_bytes("\n".join([*lines, ""]))
+        if self.pad:  # as bytes, and at once: to look through megabytes of text holds everybody up
+            block = b"".join((block[:-3], b"x" * self.pad, block[-3:]))
+        object.__setattr__(self, "block", block)
+
+    def _said(self) -> Any:
+        """Its data; where it is padded, the pad comes last, and is empty for now."""
+        if not self.pad:
+            return self.data
+        return {**{key: part for key, part in self.data.items() if key != "pad"}, "pad": ""}
+
+    def numbered(self, number: object) -> bytes:
+        """Its bytes with this id; with None they have none."""
+        return self.block + (b"\n" if number is None else to_bytes(f"id: {number}\n\n"))
 
 
 def comment(text: str) -> bytes:
@@ -336,6 +353,8 @@ def read_events(lines: Iterable[str]) -> Iterator[tuple[str, str, str]]:
 # the server are Trio's own, and never move with it: a clock that jumps 300 s for a test must not
 # evict every reader on the way.
 
+FASTEST = 1000.0  # a jump never takes longer than it would at this speed
+
 
 class Time:
     """Script time: as fast as the wall clock, so many times faster, or (at `math.inf`) jumping to
@@ -345,6 +364,7 @@ class Time:
         self.rate, self._pace, self._ahead = rate, 1.0 if rate == math.inf else rate, 0.0
         self._waiting: set[Limit] = set()
         self._wanted, self._moving = trio.Event(), trio.Lock()
+        self._stirred = 0.0
 
     def now(self) -> float:
         return trio.current_time() * self._pace + self._ahead
@@ -384,19 +404,31 @@ class Time:
             self._go_to(due, far=False)
             await all_wait()
 
+    def stir(self) -> None:
+        """Somebody has asked for something, or begun to wait, or done waiting."""
+        self._stirred = clock.perf_counter()
+        self._wanted.set()
+
     async def jump(self) -> None:
-        """Whenever nobody can go on but by waiting, go to the next deadline; for ever."""
+        """Whenever nobody can go on but by waiting, go to the next deadline; for ever. Who has been
+        stirred gets a moment first; bytes that are no request yet do not prolong it."""
         while True:
-            await all_wait(0.02)
+            await all_wait()
             now = self.now()
-            if any(one.jump and now < one.deadline < math.inf for one in self._waiting):
-                self._go_to(self._next_due(now))
-            else:
+            far = self._next_due(now, jump=True) - now
+            rest = self._stirred + min(0.02, far / FASTEST) - clock.perf_counter()
+            if far == math.inf:
                 self._wanted = trio.Event()
                 await self._wanted.wait()
+            elif rest > 0.001:  # the kernel counts in milliseconds
+                with trio.move_on_after(rest):
+                    await all_wait(rest)
+            else:
+                self._go_to(self._next_due(now))
 
-    def _next_due(self, now: float) -> float:
-        return min((one.deadline for one in self._waiting if one.deadline > now), default=math.inf)
+    def _next_due(self, now: float, *, jump: bool = False) -> float:
+        due = (one.deadline for one in self._waiting if one.jump or not jump)
+        return min((deadline for deadline in due if deadline > now), default=math.inf)
 
     def _go_to(self, moment: float, *, far: bool = True) -> None:
         """Whatever is due then wakes now; what is not yet learns of it too, if `far`."""
@@ -426,11 +458,12 @@ class Limit:
 
     def __enter__(self) -> trio.CancelScope:
         self._time._waiting.add(self)
-        self._time._wanted.set()
+        self._time.stir()
         return self.scope.__enter__()
 
     def __exit__(self, *error: Any) -> bool:
         self._time._waiting.discard(self)
+        self._time.stir()
         return self.scope.__exit__(*error)
 
 
@@ -599,6 +632,7 @@ TEMPLATE = re.compile(r"\{\{|\{(runId|caseId|tenantId|now|n)\}")
 MOST_TURNS = 1_000_000  # of all repeats of a script: more is not a test but a typing error
 MOST_STEPS = 5000  # of a script as written: checking more would hold up everybody else
 DEEPEST = 64  # levels of nesting in JSON from outside: Python's recursion limit would be a 500
+BIG = 2**16  # bytes of an event; more are made when they are due, one event at a time
 MOST_VALUES = 100_000  # in JSON from outside: a megabyte of `[],` holds up everybody for long
 
 _RUN, _STREAM, _ANSWER = ("run",), ("stream",), ("trigger", "stream")
@@ -608,12 +642,13 @@ _from_0 = number(0, 10**9, whole=True)
 _event_keys = {"event": a_line, "data": anything, "id": a_line, "retry": _from_0}
 _failure_keys = {"error": a_text, "stage": a_text, "code": a_text, "retryable": a_flag}
 _head_keys = {"status": number(200, 599, whole=True), "headers": headers, "body": anything}
-_frame_keys = {"newline": just("\n", "\r\n", "\r"), "id": optional(a_line), "wrap": a_line}
+_frame_keys = {"newline": just("\n", "\r\n", "\r"), "id": optional(a_line), "id-first": a_flag,
+               "wrap": a_line}
 _beat = keys({"every": _above_0, "event": a_line, "data": anything}, needs="every")
 _until = keys({"until": a_text}, needs="until")
 VERBS = {
     "event": Verb(("run", "stream"), keys(_event_keys, needs="data"),
-                  {"pad": number(0, 2**24, whole=True)}),
+                  {"pad": number(0, 2**23, whole=True)}),
     "ordinary": Verb(_RUN, just(None, "phase2", "phase3", "generation"), alone=None),
     "fail": Verb(_RUN, either('a text or {"error", "stage", "code", "retryable"}', a_text,
                               keys(_failure_keys, needs="error"))),
@@ -635,7 +670,7 @@ VERBS = {
     "relay": Verb(
         _STREAM, either('"all", a number of events or {"until": an event\'s name}',
                         just("all"), _from_0, _until),
-        {"every": seconds, "within": seconds, "shared": a_flag}),
+        {"every": seconds, "within": seconds, "shared": a_flag, "cut": number(0, 10**9)}),
     "frame": Verb(_STREAM, keys(_frame_keys), alone={}),
     "chunk": Verb(
         _STREAM, either('a number of bytes, "utf8" or "line"', just("utf8", "line"), _count),
@@ -741,9 +776,8 @@ def _unknown_step(word: str, place: str) -> str:
 
 
 def _make_event(argument: Any, modifiers: Mapping[str, Any]) -> Event:
-    pad = {"pad": "x" * modifiers["pad"]} if "pad" in modifiers else {}
-    data = {**argument["data"], **pad} if pad else argument["data"]
-    return Event(in_one_line(argument.get("event", "")), data, argument.get("retry"))
+    name, pad = in_one_line(argument.get("event", "")), modifiers.get("pad", 0)
+    return Event(name, argument["data"], argument.get("retry"), pad)
 
 
 def one_line(value: str) -> bytes:
@@ -768,8 +802,7 @@ MAKERS: dict[str, Callable[[Any, Mapping[str, Any]], Event | bytes]] = {
 def _made_ready(name: str, argument: Any, modifiers: Mapping[str, Any]) -> Event | bytes | None:
     """What the step will send, if that is small and the same each time: then it is encoded here,
     once."""
-    big = modifiers.get("pad", 0) > 2**16
-    if name not in MAKERS or big or TEMPLATE.search(to_json(argument)):
+    if name not in MAKERS or modifiers.get("pad", 0) > BIG or TEMPLATE.search(to_json(argument)):
         return None
     return MAKERS[name](argument, modifiers)
 
@@ -791,6 +824,7 @@ class Gates:
         self.most = most
         self._open: set[tuple[str, str | None]] = set()
         self._news = trio.Event()
+        self.one_by_one = trio.Lock()  # for big events: a hundred runs shall not hold one each
 
     def signal(self, gate: str, run_id: str | None = None) -> bool:
         """Open the gate; False if too many are open already."""
@@ -893,6 +927,10 @@ class Attempts:
         last = len(self.scripts)
         return self.scripts[(attempt - 1) % last if self.cycle else min(attempt, last) - 1]
 
+    def repeats(self, attempt: int) -> bool:
+        """Whether all its scripts have had their turn, and the last one comes again."""
+        return attempt > len(self.scripts) and not self.cycle
+
 
 def parse_attempts(value: Any, place: str) -> Attempts:
     """A script, a list of them, or a cycle."""
@@ -908,6 +946,23 @@ def parse_attempts(value: Any, place: str) -> Attempts:
         raise Mistake(at, None, f"has more than {MOST_STEPS:,} steps in all its attempts")
     parsed = (parse_script(one, place, f"{at}[{index}]") for index, one in enumerate(scripts))
     return Attempts(tuple(parsed), cycle)
+
+
+def levels(value: Any) -> Iterator[list[Any]]:
+    """What is in a JSON value, level by level: recursion is what this is to protect."""
+    level = [value]
+    while level:
+        yield level
+        inner = (part.values() if isinstance(part, dict) else part for part in level
+                 if isinstance(part, (dict, list)))
+        level = [part for parts in inner for part in parts]
+
+
+def weight(value: Any) -> int:
+    """The bytes a JSON value takes here: a list of nothing is two there and 64 in Python."""
+    parts = list(itertools.chain.from_iterable(levels(value)))
+    keys = itertools.chain.from_iterable(part for part in parts if isinstance(part, dict))
+    return sum(map(sys.getsizeof, itertools.chain(parts, keys)))
 
 
 @dataclass(frozen=True)
@@ -927,6 +982,11 @@ class Scenario:
     @property
     def seed(self) -> Any:
         return self.source.get("seed", self.name)
+
+    @functools.cached_property
+    def weight(self) -> int:
+        """The bytes it takes, about: as JSON, and once more as steps and what they will send."""
+        return 2 * weight(self.source)
 
 
 def parse_scenario(value: Any, *, needs: str = "name") -> Scenario:
@@ -1146,8 +1206,9 @@ def phase3(facts: Facts) -> list[dict[str, Any]]:
 
 def generation(facts: Facts) -> list[dict[str, Any]]:
     """The ordinary generation job: 2 s a step, where the events of a run are 0.15 s apart."""
-    title, about = (literal(facts.body.get(part)) for part in ("title", "description"))
-    job, text = {"jobId": "{runId}"}, f"# {title or '{runId}'}\n\n{about or ''}".strip()
+    title, about = (facts.body.get(part) or "" for part in ("title", "description"))
+    text = f"# {literal(title[:200]) or '{runId}'}\n\n{literal(about[:2000])}".strip()
+    job = {"jobId": "{runId}"}
     script: list[dict[str, Any]] = []
     for value in (10, 25, 40, 60, 75, 90, 100):
         now = {"value": value, "currentStep": f"step {value}", "estimatedTime": (100 - value) // 5}
@@ -1214,6 +1275,10 @@ class Performance(Player):
         self.facts, self._sending, self._own = facts, sending, own
 
     async def event(self, step: Step) -> None:
+        if step.modifiers.get("pad", 0) > BIG:
+            async with self._gates.one_by_one:
+                await self._sending.send(self.made(step))
+            return
         event = self.made(step)
         try:
             self._sending.send_nowait(event)
@@ -1489,6 +1554,16 @@ class Figures:
             self.written += min(entry.events, entry.due)
 
 
+def fitting(wanted: Mapping[str, Any], since: int) -> Callable[[Entry], bool]:
+    """Whether an entry came after `since`, and its fields have these values."""
+    wants = [(name, value) for name, value in wanted.items() if value is not None]
+
+    def fits(entry: Entry) -> bool:
+        return entry.seq > since and all(getattr(entry, name) == value for name, value in wants)
+
+    return fits
+
+
 class Journal:
     """What happened to every request: the latest, a way to wait for the next, and the sum of all
     there ever were."""
@@ -1496,7 +1571,8 @@ class Journal:
     def __init__(self, most: int = 1000) -> None:
         self.most, self.began = most, clock.perf_counter()
         self._entries: dict[int, Entry] = {}
-        self._seq, self._news = 0, trio.Event()
+        self._seq = 0
+        self._waiting: dict[trio.Event, Callable[[Entry], bool]] = {}
         self._open: dict[int, Entry] = {}
         self._figures = Figures()
 
@@ -1537,23 +1613,34 @@ class Journal:
                 log.warning("SSE connection lost for client %s", entry.client)
         told = (entry.request_id, entry.method, safe(entry.path), entry.status, duration)
         log.info("[%s] %s %s - Status: %d - Duration: %.3fs", *told)
-        self._news.set()
-        self._news = trio.Event()
+        for enough, is_last in self._waiting.items():
+            if entry.seq in self._entries and is_last(entry):
+                enough.set()
 
     def find(self, wanted: Mapping[str, Any], *, since: int = 0) -> list[Entry]:
         """The entries whose fields have these values, oldest first."""
-        wants = [(name, value) for name, value in wanted.items() if value is not None]
-        fits = [entry for entry in self._entries.values() if entry.seq > since]
-        return [one for one in fits if all(getattr(one, name) == value for name, value in wants)]
+        fits = fitting(wanted, since)
+        return [entry for entry in self._entries.values() if fits(entry)]
 
     async def wait(
         self, count: int, wanted: Mapping[str, Any], *, since: int, within: float
     ) -> list[Entry]:
-        """The first `count` finished ones that match; what there is if they do not come in time."""
+        """The first `count` finished ones that match; what there is if they do not come in time.
+        Who waits is asked about each one that ends, and looks at all of them only when it has
+        enough."""
         with trio.move_on_after(within):
-            while len(self._done(wanted, since)) < count:
-                await self._news.wait()
+            while (missing := count - len(self._done(wanted, since))) > 0:
+                await self._ended(missing, fitting(wanted, since))
         return self._done(wanted, since)[:count]
+
+    async def _ended(self, count: int, fits: Callable[[Entry], bool]) -> None:
+        """Wait until so many that fit have ended."""
+        enough, left = trio.Event(), itertools.count(count - 1, -1)
+        self._waiting[enough] = lambda entry: fits(entry) and next(left) <= 0
+        try:
+            await enough.wait()
+        finally:
+            del self._waiting[enough]
 
     def _done(self, wanted: Mapping[str, Any], since: int) -> list[Entry]:
         return [one for one in self.find(wanted, since=since) if one.closed is not None]
@@ -1581,20 +1668,21 @@ class Journal:
 # log. The run belongs to the server: no viewer, by coming, leaving or stalling, has any part in it.
 
 CHANNEL = 256  # events on their way: back-pressure on the analysis, and the largest batch
+EACH = 150  # bytes, about, that Python adds to each event of a log
 
 
 class Log:
-    """What a run said: one buffer of bytes, and the places in it where events end. An event's id
-    counts from 1."""
+    """What a run said: the bytes of each event, as they go out. An event's id counts from 1."""
 
     def __init__(self, *, ids: bool = True, write: int = 64 * 2**10) -> None:
         self.first = 1  # the id of the oldest event still here
         self.ended = False
+        self.last_name = ""  # of the newest event, whether it is still here or not
         self._news = trio.Event()
         self._ids, self._write = ids, write
-        self._bytes = bytearray()
-        self._ends: list[int] = []  # counted from the first byte ever: forgetting moves nothing
+        self._blocks: list[bytes] = []
         self._names: list[str] = []
+        self._ends: list[int] = []  # counted from the first byte ever: forgetting moves nothing
         self._forgotten = 0
 
     @property
@@ -1604,11 +1692,12 @@ class Log:
 
     @property
     def size(self) -> int:
-        return len(self._bytes)
+        """The bytes it holds, Python's own included."""
+        return self._size_of(len(self._ends))
 
-    @property
-    def last_name(self) -> str:
-        return self._names[-1] if self._names else ""
+    def _size_of(self, count: int) -> int:
+        """What the oldest so many events hold."""
+        return self._ends[count - 1] - self._forgotten + EACH * count if count else 0
 
     def names(self, after: int, last: int) -> list[str]:
         """Of the events after this id, up to that one."""
@@ -1620,15 +1709,14 @@ class Log:
         if after + 1 >= self.first:
             return b""
         event = Event("gap", {"from": after + 1, "to": self.first - 1})
-        return self._numbered(self.first - 1, event)
-
-    def _numbered(self, number: int, event: Event) -> bytes:
-        return b"id: %d\n%b" % (number, event.block) if self._ids else event.block
+        return event.numbered(self.first - 1 if self._ids else None)
 
     def append(self, event: Event) -> None:
-        self._bytes += self._numbered(self.last + 1, event)
-        self._ends.append(self._forgotten + len(self._bytes))
-        self._names.append(event.name)
+        block = b"%bid: %d\n\n" % (event.block, self.last + 1) if self._ids else event.block + b"\n"
+        self._blocks.append(block)
+        self._ends.append((self._ends[-1] if self._ends else self._forgotten) + len(block))
+        self.last_name = event.name[:200]
+        self._names.append(self.last_name)
 
     def announce(self, *, end: bool = False) -> None:
         """Wake every viewer, once for all that was appended."""
@@ -1654,21 +1742,21 @@ class Log:
         stop = int(min(stop, start + most))
         if until is not None and until in self._names[start:stop]:
             stop = self._names.index(until, start, stop) + 1
-        with memoryview(self._bytes) as whole:
-            piece = bytes(whole[begin - self._forgotten : self._ends[stop - 1] - self._forgotten])
-        return piece, self.first + stop - 1
+        return b"".join(self._blocks[start:stop]), self.first + stop - 1  # one event: no copy
 
     def trim(self, events: int, size: int) -> bool:
-        """Forget the oldest events beyond these limits, but the newest; whether there were any."""
-        count = max(len(self._ends) - events, 0)
-        if self.size > size:
-            count = max(count, bisect.bisect_left(self._ends, self._ends[-1] - size) + 1)
-        count = min(count, len(self._ends) - 1)
+        """Forget the oldest events beyond these limits, and of the newest only what is big; whether
+        there were any."""
+        here = range(1, len(self._ends) + 1)
+        count = max(len(here) - events, 0)
+        if (excess := self.size - size) > 0:
+            count = max(count, bisect.bisect_left(here, excess, key=self._size_of) + 1)
+        spared = len(here) > 0 and len(self._blocks[-1]) <= self._write
+        count = min(count, len(here) - spared)
         if count <= 0:
             return False
-        del self._bytes[: self._ends[count - 1] - self._forgotten]
         self._forgotten = self._ends[count - 1]
-        del self._ends[:count], self._names[:count]
+        del self._ends[:count], self._names[:count], self._blocks[:count]
         self.first += count
         return True
 
@@ -1822,7 +1910,8 @@ class Hub:
         self._runs: dict[str, Run] = {}
         self._ended: dict[str, Run] = {}  # in the order of their ends
         self._forgotten: dict[str, str | None] = {}  # the last thousand ids, and their tenants
-        self._held = 0  # bytes of all logs
+        self._held = 0  # bytes of all logs, and of what their runs were asked
+        self.also: Callable[[], int] = int  # bytes that are held for runs to come
         self.deliveries: dict[Any, None] = {}  # open ones, oldest first
         self.streams = 0  # of them, those that play a script to a viewer
         self.durations = Histogram(0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600, 1800, 3600)  # of runs
@@ -1833,11 +1922,16 @@ class Hub:
         return len(self._runs) - len(self._ended)
 
     @property
+    def held(self) -> int:
+        """The bytes that count against the limit of all."""
+        return self._held + self.also()
+
+    @property
     def refusal(self) -> str | None:
         """Why no run can be started just now, if none can."""
         if self._stopping:
             return "the server is stopping"
-        if self._held > (most := self.settings.max_log_bytes):
+        if self.held > (most := self.settings.max_log_bytes):
             return f"the live runs hold too much, the limit is {most} bytes"
         most = self.settings.max_live_runs
         return f"too many live runs, the limit is {most}" if self.live >= most else None
@@ -1909,7 +2003,7 @@ class Hub:
             self._ended[run.facts.run_id] = run
         trimmed = run.log.trim(limits.max_run_events, limits.max_run_bytes)
         self._account(run)
-        if (excess := self._held - limits.max_log_bytes) > 0:
+        if (excess := self.held - limits.max_log_bytes) > 0:
             trimmed |= run.log.trim(limits.max_run_events, max(0, run.log.size - excess))
             self._account(run)
         if trimmed and not run.trimmed:
@@ -1923,7 +2017,7 @@ class Hub:
             self._held += run.log.size + run.facts.weight - run.counted
             run.counted = run.log.size + run.facts.weight
         limits, ended = self.settings, self._ended
-        while ended and (len(ended) > limits.max_ended_runs or self._held > limits.max_log_bytes):
+        while ended and (len(ended) > limits.max_ended_runs or self.held > limits.max_log_bytes):
             self._forget(next(iter(ended)))
 
     def _sweep(self) -> None:
@@ -1960,6 +2054,7 @@ STREAM_HEAD = {
     "x-accel-buffering": "no",
 }
 BODILESS = (204, 304)
+ENDS = ((), (Step("end"),))
 JSON_HEAD = {"content-type": "application/json"}
 TEXT_HEAD = {"content-type": "text/plain; charset=utf-8"}
 Send = Callable[[Any], Awaitable[None]]
@@ -1989,6 +2084,7 @@ class Delivery(Player):
     batch: float = math.inf  # events in one write
     outlet: Any = None  # where output is held back
     by, reason = "server", "the script ended"  # of a proper end
+    _parting = False  # these are the last words: they go out with the end, in one write
 
     def __init__(
         self, script: Script, entry: Entry, hub: Hub, run: Run | None = None,
@@ -2002,9 +2098,11 @@ class Delivery(Player):
         self._usual = usual or Step("open", {})  # the head where its script mentions none
         self._cursor = Cursor(entry.resumed_after)
         self._beat_every = self._quiet_since = math.inf
+        self._said_at = -math.inf  # real time, of the last bytes
         self._till_beat: Limit | None = None
         self._resting: trio.CancelScope | None = None
         self._closed = False
+        self._words: list[tuple[int, Cargo]] = []  # the last ones: sizes, and what they carry
 
     async def deliver(self, send: Send, headers: Iterable[tuple[str, str]] = ()) -> None:
         """Play the script to its end; `headers` go out beside its own."""
@@ -2015,13 +2113,28 @@ class Delivery(Player):
             with contextlib.suppress(Over):
                 for at, step in enumerate(self._script):
                     self.entry.step = at
+                    paced = self.outlet is not None and self.outlet.every is not None
+                    last = step.verb in MAKERS and self._script[at + 1 :] in ENDS
+                    self._parting = last and not paced
                     await self.play((step,))
             await self.flush()
             self._closed = False  # an operator's end is one: what is usual still goes out
             if not self.entry.status:
                 await self.open(self._usual)
-            await self.finish("end")
+            await self._end(send)
+
+    async def _end(self, send: Send) -> None:
+        """Write the end down, then say it, with the last words: whoever hangs up on reading these
+        has read the end, too."""
+        await self.finish("end")
+        if self._connection is not None:
+            self._connection.gathers = False
+        try:
             await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            unsent = self._connection is not None and self._connection.unsent
+            for size, cargo in [] if unsent else self._words:
+                self.entry.sent(size, cargo)
 
     async def open(self, step: Step) -> None:
         """The head, at once. What it does not say is as usual for a stream, or for a plain body."""
@@ -2033,6 +2146,7 @@ class Delivery(Player):
         pairs |= {name.lower(): value for name, value in (*self._headers, *own.items())}
         lines = [(name.encode(), one_line(value)) for name, value in pairs.items() if value]
         self.entry.status, self._quiet_since = status, self.time.now()
+        self._said_at = trio.current_time()
         with trio.CancelScope(shield=True):  # it is short; a heartbeat that falls due now waits
             await self._send({"type": "http.response.start", "status": status, "headers": lines})
         if body is not None:
@@ -2049,12 +2163,16 @@ class Delivery(Player):
 
     async def put(self, data: bytes, cargo: Cargo) -> None:
         """They go out whole, or the connection is lost."""
-        if not self.entry.bytes and self._run:
+        if not self.entry.bytes and not self._words and self._run:
             name, run_id = self.entry.stream_name, safe(self.entry.run_id)
             log.info("%s: first chunk sent run_id=%s", name, run_id)
+        if self._parting and self._connection is not None:
+            self._connection.gathers = True
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
-        self._quiet_since = self.time.now()
-        if not self.lost:
+        self._quiet_since, self._said_at = self.time.now(), trio.current_time()
+        if self._parting:
+            self._words.append((len(data), cargo))
+        elif not self.lost:
             self.entry.sent(len(data), cargo)
 
     async def hold(self, data: bytes, cargo: Cargo) -> None:
@@ -2070,7 +2188,8 @@ class Delivery(Player):
         """Write down that this is the end, before the act; unless the viewer made one already."""
         if self.lost:
             await trio.sleep_forever()
-        self.entry.finish(self.by, how, self.reason if how == "end" else f"script: {how}")
+        scripted = self.by == "server" and how != "end"
+        self.entry.finish(self.by, how, f"script: {how}" if scripted else self.reason)
 
     def dressed(self, block: bytes, number: int | None = None) -> bytes:
         """A block as this viewer gets it; here as it is, the one that all viewers share."""
@@ -2114,6 +2233,7 @@ class Delivery(Player):
             if gap := log.gap(cursor.place):
                 cursor.place = log.first - 1
                 await self.write(self.dressed(gap, cursor.place), Cargo(last=cursor.place))
+                continue  # meanwhile more may be gone
             most = min(portion.left, portion.most)
             piece, last = log.read(cursor.place, most=most, until=portion.until)
             if piece:
@@ -2167,6 +2287,7 @@ class Delivery(Player):
 # How a delivery goes wrong, at the exact byte: the verbs that an ordinary stream never plays. It
 # is the same delivery; its bytes take another way out.
 
+CUT_AFTER = 0.2  # real seconds after the last bytes; some clients lose what comes with a break
 MOST_HELD = 2**20  # bytes that a `buffer` holds back; then it lets go, and the journal says so
 FULL = f"the buffer was full at {MOST_HELD} bytes and let go"
 
@@ -2237,7 +2358,7 @@ class Faulty(Delivery):
     _frame: Mapping[str, Any] | None = None
     _beat: Mapping[str, Any] | None = None
     _due = 0.0  # script time before which the next piece may not go
-    _farewell = b""
+    _farewell, _how = b"", "end"  # what an operator wishes
     _half = False  # the last bytes were half an event, if any
 
     async def hold(self, data: bytes, cargo: Cargo) -> None:
@@ -2291,13 +2412,27 @@ class Faulty(Delivery):
         if self.outlet is not None:
             await self._drain(self.outlet.give())
 
+    async def relay(self, step: Step) -> None:
+        await super().relay(step)
+        if self._run is not None and (size := step.modifiers.get("cut")) is not None:
+            cursor = self._run.cursor if step.modifiers.get("shared") else self._cursor
+            await self.rest(partial(self._begin_next, self._run.log, cursor, size))
+
+    async def _begin_next(self, log: Log, cursor: Cursor, size: float) -> None:
+        """The first bytes of the event that comes next, or that fraction of it."""
+        after = max(cursor.place, log.first - 1)
+        while not (piece := log.read(after, most=1)[0]) and not log.ended:
+            await log.news()
+        data = self.dressed(piece, after + 1)
+        await self.write(data[: int(size if size >= 1 else size * len(data))])
+        self._half = True
+
     async def event(self, step: Step) -> None:
         """An event of this viewer's own, truth or not."""
         event, text = self.made(step), self.fill(step.argument.get("id"))
         text = None if text is None else in_one_line(text)
         number = int(text) if text and re.fullmatch("[0-9]{1,18}", text) else None
-        block = event.block if text is None else to_bytes(f"id: {text}\n") + event.block
-        await self.write(self.dressed(block, number), Cargo((event.name,), number))
+        await self.write(self.dressed(event.numbered(text), number), Cargo((event.name,), number))
 
     async def frame(self, step: Step) -> None:
         """How later events, comments and beats are written; at its default, as the log has them."""
@@ -2314,8 +2449,10 @@ class Faulty(Delivery):
         if "id" in frame and (number is not None or frame["id"] is None):
             outer, self._turn = self._turn, number or 0
             own = [] if frame["id"] is None else [f"id: {in_one_line(self.fill(frame['id']))}"]
-            lines = own + [line for line in lines if not line.startswith("id: ")]
+            lines = [line for line in lines if not line.startswith("id: ")] + own
             self._turn = outer
+        if frame.get("id-first"):
+            lines.sort(key=lambda line: not line.startswith("id: "))
         lines = [line if line.startswith(":") else frame["wrap"] + line for line in lines]
         return to_bytes("".join(line + frame["newline"] for line in [*lines, ""]))
 
@@ -2328,7 +2465,7 @@ class Faulty(Delivery):
         if self._beat is None or not self._beat.keys() & {"event", "data"}:
             return super().beat()
         said = self.fill({"event": "", "data": {}, **self._beat})
-        return self.dressed(Event(in_one_line(said["event"]), said["data"]).block)
+        return self.dressed(Event(in_one_line(said["event"]), said["data"]).numbered(None))
 
     async def hang(self, step: Step) -> None:
         """Silent until the other side leaves, heartbeats included."""
@@ -2352,20 +2489,22 @@ class Faulty(Delivery):
         await super().raw(step)
         self._half = not self.made(step).endswith((b"\n\n", b"\r\n\r\n", b"\r\r"))
 
-    async def finish(self, how: str) -> None:
+    async def _end(self, send: Send) -> None:
         """First the last word, where it would not complete half an event."""
         if self._farewell and self.entry.streams and self.entry.status == 200 and not self._half:
             await self.put(self._farewell, NOTHING)
-        await super().finish(how)
+        if self._how == "end" or self._connection is None:
+            await super()._end(send)
+        else:
+            await self._cut(self._how)
 
     def close(self, how: str, farewell: bytes = b"") -> None:
-        """End this delivery from outside: properly, with a last word to its viewer, or by cutting
-        its connection."""
-        self._closed, self._farewell = True, farewell
+        """End this delivery from outside, with a last word to its viewer; or at once, by cutting
+        its connection, if there is none."""
+        self._closed, self._farewell, self._how = True, farewell, how
         self.by, self.reason = "admin", "closed by an operator"
-        if how != "end":
+        if how != "end" and not farewell and self._connection is not None:
             self.entry.finish(self.by, how, self.reason)
-        if how != "end" and self._connection is not None:
             self._connection.cut(reset=how == "reset")
         elif self._resting is not None:
             self._resting.cancel(reason="closed by an operator")
@@ -2373,6 +2512,8 @@ class Faulty(Delivery):
     async def _cut(self, how: str) -> None:
         """Close the connection without an end, and wait to be cancelled: returning would be an
         end. An operator who has asked for an end gets one."""
+        with trio.move_on_at(self._said_at + CUT_AFTER) as self._resting:
+            await trio.sleep_forever()
         if self._closed:
             raise Over
         if self._connection is None:
@@ -2387,7 +2528,7 @@ class Faulty(Delivery):
 
 
 def close_all(
-    deliveries: Iterable[Faulty], how: str, *, farewell: Callable[[], bytes] = bytes
+    deliveries: Iterable[Faulty], how: str, farewell: Callable[[], bytes] = bytes
 ) -> int:
     """What an operator can do to open deliveries; how many they were."""
     chosen = list(deliveries)
@@ -2567,7 +2708,7 @@ class Desk:
         self._default = self._from_start("scenario", settings.scenario)
         self.usual = {name: self._ordinary(phase) for name, phase in PHASES.items()}
         self._bindings: list[Binding] = []
-        self._counts: dict[tuple[str, ...], tuple[int, str | None]] = {}  # and whose test it was
+        self._counts: dict[int, tuple[int, str | None]] = {}  # and whose test it was
         self.reset()
 
     def reset(self, test_id: str | None = None) -> None:
@@ -2639,15 +2780,19 @@ class Desk:
             raise Refusal(409, {"error": error})
         self._bindings.append(binding)
 
+    def weight(self) -> int:
+        """The bytes that bound scenarios hold."""
+        return sum(one.scenario.weight for one in self._bindings)
+
     def attempts(self, *what: str) -> int:
         """How many there have been at this."""
-        return self._counts.get(what, (0, None))[0]
+        return self._counts.get(hash(what), (0, None))[0]
 
     def count(self, *what: str, test_id: str | None) -> int:
-        """One attempt more; which it is."""
-        number = self.attempts(*what) + 1
-        self._counts.pop(what, None)  # the latest stand last
-        self._counts[what] = number, test_id
+        """One attempt more; which it is. What it was at is kept as a number: names may be long."""
+        number, key = self.attempts(*what) + 1, hash(what)
+        self._counts.pop(key, None)  # the latest stand last
+        self._counts[key] = number, test_id
         if len(self._counts) > self.remembered:
             del self._counts[next(iter(self._counts))]
         return number
@@ -2714,22 +2859,6 @@ def _finite(text: str) -> float:
     return value
 
 
-def levels(value: Any) -> Iterator[list[Any]]:
-    """What is in a JSON value, level by level: recursion is what this is to protect."""
-    level = [value]
-    while level:
-        yield level
-        inner = (part.values() if isinstance(part, dict) else part for part in level
-                 if isinstance(part, (dict, list)))
-        level = [part for parts in inner for part in parts]
-
-
-def weight(value: Any) -> int:
-    """About the bytes a JSON value takes here: a list of nothing is two there and 64 in Python."""
-    values = itertools.chain.from_iterable(levels(value))
-    return sum(64 + (len(part) if isinstance(part, str) else 0) for part in values)
-
-
 def encoded(segment: str) -> str:
     return quote(segment, safe="")
 
@@ -2786,10 +2915,18 @@ class Exchange(TrioASGIHTTPConnection):
             await super().__call__(receive, send)
         finally:
             connection, cause = connection_of(self.scope), sys.exception()
+            if connection and connection.unsent:
+                self._entry.end = None  # an end that could not be written was none
             if isinstance(cause, Exception):
                 self._entry.finish("server", "error", explained(cause).error)
             self._entry.finish(*(connection.blame() if connection else LEFT)[:3])
             self._journal.close(self._entry)
+
+    def _create_request_from_scope(self, send: ASGISendCallable) -> Any:
+        made: Any = super()._create_request_from_scope(send)
+        if made.method == "GET":  # nobody reads its body, which would stay as long as a stream
+            made.body.append = lambda data: None
+        return made
 
     async def _send_response(self, send: ASGISendCallable, response: Any) -> None:
         entry = self._entry
@@ -2976,6 +3113,8 @@ class Reception:
         self._ordinary = {
             name: Attempts((phase.stream(hub.settings),)) for name, phase in PHASES.items()
         }
+        usual = [phase.stream(Settings()) for phase in PHASES.values()]  # as a catalogue writes it
+        self._plain = [*usual, *(one.of(1) for one in self._ordinary.values())]
 
     def trigger(self, order: Order) -> tuple[Run | None, str, Script | None]:
         """The run a trigger asks for, if it may start; whether it was `started` or `known`; and
@@ -3014,8 +3153,9 @@ class Reception:
         ids, more = (order.run_id, order.case_id, g.tenant), (order.phase, order.body)
         delay, test_id = self.settings.event_delay, entry().test_id
         shared = (self.desk.catalogue.get(scenario.name), self.desk.usual[order.phase])
-        kept = 0 if any(scenario is one for one in shared) else 5 * weight(scenario.source)
-        weights = (weight(order.body) + kept, kept)  # steps of a script are big, their JSON small
+        kept = 0 if any(scenario is one for one in shared) else scenario.weight
+        evidence = 2 * weight(order.body.get("evidence"))  # in the script, and encoded
+        weights = (weight(order.body) + evidence + kept, kept)
         facts = Facts(*ids, *more, self.hub.time, delay, fail, test_id, *weights)
         return self.hub.start(facts, scenario, scripted(scenario, self.hub.gates, self._analysis))
 
@@ -3045,10 +3185,13 @@ class Reception:
         this.last_event_id = header(b"last-event-id") or given
         this.resumed_after = resume_point(this.last_event_id, run.log.last)
         this.case_id = this.case_id or run.facts.case_id
-        if run.ended and 0 < this.resumed_after == run.log.last:
-            raise Refusal(204)  # finished and fully seen: this stops a native EventSource
         scenario = asked or run.scenario
         before = run.attempts.get(scenario.name, 0)
+        attempts = scenario.stream or self._ordinary[run.facts.phase]
+        script = attempts.of(before + 1)
+        plain = scenario.stream is None or (attempts.repeats(before + 1) and script in self._plain)
+        if plain and run.ended and 0 < this.resumed_after == run.log.last:
+            raise Refusal(204)  # finished and fully seen: this stops a native EventSource
         if request.method == "HEAD":
             this.plays(scenario, before)
             return head_only({**STREAM_HEAD, **self._echo()})
@@ -3062,7 +3205,7 @@ class Reception:
             log.info(text, safe(run_id), safe(this.last_event_id))
             if not this.resumed_after and this.last_event_id != "0":
                 this.notes.append("its Last-Event-ID is no event of this run: from the start")
-        return self.played((scenario.stream or self._ordinary[run.facts.phase]).of(before + 1), run)
+        return self.played(script, run)
 
     def make_room(self) -> None:
         """Refuse a viewer too many. (What is decided here has opened its delivery before anybody
@@ -3138,7 +3281,7 @@ def client_routes(  # noqa: C901  # likewise
     """A client's life: trigger, stream, state, cancel, result."""
 
     async def order(case_id: str, phase: str) -> Order:
-        body = checked_body(await request.get_data(), TRIGGER_BODY[phase])
+        body = checked_body(await request.get_data(cache=False), TRIGGER_BODY[phase])
         given = body.get("runId") not in (None, "")
         return Order(str(body["runId"] if given else uuid.uuid4()), case_id, phase, body, given)
 
@@ -3289,7 +3432,7 @@ def job_routes(  # noqa: C901  # likewise
 
     @app.post("/api/v1/generations")
     async def generate() -> Response:
-        body = checked_body(await request.get_data(), TRIGGER_BODY["generation"])
+        body = checked_body(await request.get_data(cache=False), TRIGGER_BODY["generation"])
         job_id = f"job_{uuid.uuid4().hex[:16]}"
         project = str(body.get("projectId") or job_id)
         return reception.accepted(Order(job_id, project, "generation", body, given=False))
@@ -3364,17 +3507,19 @@ def operation_routes(  # noqa: C901  # likewise
     def streams() -> Iterator[Faulty]:
         return (one for one in hub.deliveries if one.entry.streams)
 
+    def come_back(latest: int) -> int:
+        """Close every stream with a `retry:` of each viewer's own, 1 s to so many ms. They drop: a
+        proper end is the end to some clients, and the run goes on."""
+        how = query({"how": _how}).get("how", "drop")
+        return close_all(streams(), how, lambda: b"retry: %d\n\n" % random.randint(1000, latest))
+
     @app.post("/api/admin/sse/restart")
     async def restart_streams() -> Response:
-        return answer({"closed": close_all(streams(), "end")})
+        return answer({"closed": come_back(1000)})
 
     @app.post("/api/admin/sse/broadcast-reconnect")
     async def broadcast_reconnect() -> Response:
-
-        def later() -> bytes:  # each viewer's own: they shall not come back all at once
-            return b"retry: %d\n\n" % random.randint(1000, 5000)
-
-        return answer({"notified": close_all(streams(), "end", farewell=later)})
+        return answer({"notified": come_back(5000)})
 
     @app.post("/api/admin/connections/reset")
     async def reset_connections() -> Response:
@@ -3477,7 +3622,7 @@ def control_routes(  # noqa: C901  # likewise
     began = hub.time.now()
 
     async def told(check: Check) -> dict[str, Any]:
-        return checked_body(await request.get_data(), check)
+        return checked_body(await request.get_data(cache=False), check)
 
     @app.get("/__aura/health")
     async def control_health() -> Response:
@@ -3505,6 +3650,9 @@ def control_routes(  # noqa: C901  # likewise
         scenario, times = desk.chosen(body["scenario"]), body.get("times", 1)
         case_id = None if body.get("caseId") is None else str(body["caseId"])
         left = math.inf if times is None else times
+        if scenario.weight + hub.held > (most := hub.settings.max_log_bytes):
+            error = f"this would hold too much, the limit is {most} bytes; a reset forgets all"
+            raise Refusal(409, {"error": error})
         desk.bind(Binding(scenario, left, case_id, body.get("testId")))
         return answer({"scenario": scenario.name, "times": times, "caseId": case_id})
 
@@ -3552,7 +3700,7 @@ def control_routes(  # noqa: C901  # likewise
     @app.delete("/__aura/connections")
     @app.delete("/__aura/connections/<int:number>")
     async def close_connections(number: int | None = None) -> Response:
-        how = query({"how": just("end", "drop", "reset")}).get("how", "end")
+        how = query({"how": _how}).get("how", "end")
         chosen = (one for one in hub.deliveries if number in (None, one.entry.seq))
         count = close_all(chosen, how)
         if number is not None and not count:
@@ -3607,6 +3755,7 @@ def control_routes(  # noqa: C901  # likewise
         return answer({"status": "stopping"}, 202)
 
 
+_how = just("end", "drop", "reset")
 _an_id = that("a text that is not empty", lambda text: bool(text))
 _where = {"runId": _an_id, "testId": _an_id, "kind": just("stream", "trigger", "request")}
 JOURNAL = {
@@ -3680,7 +3829,8 @@ def create_app(
     app.asgi_http_class = partial(Exchange, journal)  # type: ignore[assignment]
     instance = settings.instance or f"{settings.host}:{os.getpid()}"
     about = {"version": __version__, "instance": instance}
-    reception = Reception(hub, Desk(settings, catalogue or {}), instance, analysis)
+    reception = Reception(hub, desk := Desk(settings, catalogue or {}), instance, analysis)
+    hub.also = desk.weight
     admission(app, settings, hub)
     client_routes(app, reception)
     job_routes(app, reception)
@@ -3728,7 +3878,7 @@ class Http11(H11Protocol):
     """HTTP/1.1 and nothing else: no h2c, no WebSocket, a head of bounded size."""
 
     connection: h11.Connection
-    write: Callable[[bytes], Awaitable[None]]  # the connection's own
+    write: Callable[..., Awaitable[None]]  # the connection's own
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -3774,7 +3924,7 @@ class Http11(H11Protocol):
         if isinstance(event, Body) and isinstance(self.connection._writer, ChunkedWriter):
             if not event.data:
                 return  # an empty chunk would be the last one
-            await self.write(b"%x\r\n%b\r\n" % (len(event.data), event.data))
+            await self.write(b"%x\r\n" % len(event.data), event.data, b"\r\n")
             return
         if isinstance(event, Answer):
             # a head from a task that is being cancelled is not ours: Hypercorn invents a 500
@@ -3832,6 +3982,9 @@ class Connection(TCPServer):
         self._closing = self._severed = False  # we say goodbye; we have cut the socket
         self._leave_by = math.inf  # when the stopping server's grace is over
         self._ending: Ending | None = None  # why it ended, where that was not the request's doing
+        self.gathers = False  # what is written now goes out with what comes next
+        self._gathered: list[bytes] = []
+        self.unsent = False  # the peer was gone, or stalled, when we had something to write
         begin_by = trio.current_time() + (settings.keep_alive or settings.head_timeout)
         self._patience = trio.CancelScope(deadline=begin_by)  # with a client that sends nothing
         self._sending = trio.CancelScope()  # and with one that reads nothing
@@ -3917,42 +4070,51 @@ class Connection(TCPServer):
         await self.protocol.read_on()
         self._answered.set()
 
-    async def _send(self, data: bytes) -> None:
+    async def _send(self, *parts: bytes) -> None:
         """Send directly while the kernel takes it, nearly always; else wait, but not for ever."""
         if self.lost:
             return
+        self._gathered += parts
+        if self.gathers and sum(map(len, self._gathered)) < PIECE:
+            return
+        parts, self._gathered = tuple(self._gathered), []
         try:
             busy = self.send_lock.locked() or os.name != "posix"
-            sent = 0 if busy else os.write(self.stream.socket.fileno(), data)
+            sent = 0 if busy else os.writev(self.stream.socket.fileno(), parts)
         except BlockingIOError:
             sent = 0
         except OSError:
+            self.unsent = not self._severed
             await self._give_up()
             return
-        if sent < len(data):
+        if sent < sum(map(len, parts)):
             with trio.CancelScope(shield=True):  # bounded: each piece has its deadline
-                await self._send_slowly(memoryview(data)[sent:])
+                await self._send_slowly(parts, sent)
 
-    async def _send_slowly(self, data: memoryview) -> None:
+    async def _send_slowly(self, parts: tuple[bytes, ...], sent: int) -> None:
         """Piece by piece: a slow reader of a big event is not one that has stopped reading."""
         async with self.send_lock:
-            for start in range(0, len(data), PIECE):
-                if not await self._send_piece(data[start : start + PIECE]):
-                    await self._give_up()
-                    return
+            for part in parts:
+                for start in range(min(sent, len(part)), len(part), PIECE):
+                    await self._send_piece(memoryview(part)[start : start + PIECE])
+                sent = max(0, sent - len(part))
 
-    async def _send_piece(self, piece: memoryview) -> bool:
-        """Send it within the send deadline; or cut off who does not read, and say no."""
+    async def _send_piece(self, piece: memoryview) -> None:
+        """Send it within the send deadline; or cut off who does not read."""
+        if self.lost:
+            return
         patience = self.settings.send_timeout
         deadline = min(trio.current_time() + patience, self._leave_by)
         with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
             with trio.CancelScope(deadline=deadline) as self._sending:
                 await self.stream.send_all(piece)
-                return True
+                return
             stalled = Ending("client", "stalled", f"read nothing for {patience:g} s")
             self._ending = stalled if trio.current_time() < self._leave_by else CUT
+            self.unsent = True
             self.cut(reset=True)  # frees the kernel's buffers, which nobody will read
-        return False
+        self.unsent = self.unsent or not self._severed
+        await self._give_up()
 
     async def _give_up(self) -> None:
         """Nobody is there: tell the protocol, which tells the request, whose nursery ends."""
@@ -4016,7 +4178,6 @@ def engine(settings: Settings) -> Config:
 
 _HELLO, _REST, _BYE = {"comment": "connected"}, {"relay": "all"}, {"raw": "data: [DONE]\n\n"}
 _USUAL = [_HELLO, "heartbeat", _REST, _BYE]
-_PAUSE = {"sleep": 0.2}  # what was sent is read before it breaks: some clients forget the rest
 _STARTED = _say("started", runId="{runId}", caseId="{caseId}", at="{now}")
 _MADE_UP = _say("completed", status="completed", runId="{runId}", caseId="{caseId}")
 _FOUND = {"summary": "nothing unusual", "score": 0.5, "severity": "LOW"}
@@ -4087,24 +4248,23 @@ CATALOGUE: dict[str, tuple[str, dict[str, Any]]] = {
     "no-response": ("the connection closes before any answer", {"stream": ["drop"]}),
     "first-chunk-then-close": ("`: connected`, 13 bytes, and a proper end", {"stream": [_HELLO]}),
     "first-chunk-then-drop": ("`: connected`, 13 bytes, then the connection breaks", {
-        "stream": [_HELLO, _PAUSE, "drop"]}),
+        "stream": [_HELLO, "drop"]}),
     "drop": ("three events, then the connection breaks, every time", {
-        "stream": [_HELLO, {"relay": 3}, _PAUSE, "drop"]}),
-    "drop-mid-event": ("two events and half a third, then the connection breaks", {
-        "stream": [_HELLO, {"relay": 2}, {"raw": 'id: 3\nevent: step\ndata: {"lab'}, _PAUSE,
-                   "drop"]}),
+        "stream": [_HELLO, {"relay": 3}, "drop"]}),
+    "drop-mid-event": ("two events and half the next one, then the connection breaks", {
+        "stream": [_HELLO, {"relay": 2, "cut": 0.5}, "drop"]}),
     "drop-resume": ("two events and a break; a resume gets the rest, nothing lost or twice", {
-        "stream": [[_HELLO, {"relay": 2}, _PAUSE, "drop"], _USUAL]}),
+        "stream": [[_HELLO, {"relay": 2}, "drop"], _USUAL]}),
     "always-drop": ("`: connected` and a break, however often one tries", {
-        "stream": [_HELLO, _PAUSE, "drop"]}),
+        "stream": [_HELLO, "drop"]}),
     "reset": ("two events, then a TCP reset", {
-        "stream": [_HELLO, {"relay": 2}, _PAUSE, "reset"]}),
+        "stream": [_HELLO, {"relay": 2}, "reset"]}),
     "no-done": ("every event and a proper end, but no [DONE]", {
         "stream": [_HELLO, "heartbeat", _REST]}),
     "done-only": ("[DONE] and nothing else", {"stream": [_BYE]}),
     "unterminated-last-event": ("the last event lacks its blank line: no client may see it", {
         "run": _FOUR,
-        "stream": [_HELLO, {"relay": 3}, {"raw": "id: 4\nevent: completed\ndata: {}\n"}]}),
+        "stream": [_HELLO, {"relay": 3}, {"raw": "event: completed\ndata: {}\nid: 4\n"}]}),
     "after-done": ("two empty `data:` blocks after [DONE]", {
         "stream": [*_USUAL, {"raw": "data:\n\ndata:\n\n"}]}),
     "fallback-completed": ("the run hangs, and the old server invents a completed without score", {
@@ -4178,10 +4338,10 @@ CATALOGUE: dict[str, tuple[str, dict[str, Any]]] = {
         "stream": {"cycle": [_USUAL, _answers(404, _UNKNOWN)]}}),
     # Resume
     "resume-unknown-id": ("ids that no server can resume from: a reconnect replays everything", {
-        "stream": [[{"frame": {"id": "opaque:{n}"}}, _HELLO, {"relay": 2}, _PAUSE, "drop"],
+        "stream": [[{"frame": {"id": "opaque:{n}"}}, _HELLO, {"relay": 2}, "drop"],
                    [{"frame": {"id": "opaque:{n}"}}, *_USUAL]]}),
     "resume-gap": ("after a break the server has forgotten an event, and says so with `gap`", {
-        "run": _FOUR, "stream": [[_HELLO, {"relay": 2}, _PAUSE, "drop"], [
+        "run": _FOUR, "stream": [[_HELLO, {"relay": 2}, "drop"], [
             _HELLO, {"event": {"id": "3", "event": "gap", "data": {"from": 3, "to": 3}}},
             _numbered(4), _BYE]]}),
     "retry-field": ("`retry: 1500` comes first: the client's back-off changes", {

@@ -16,6 +16,7 @@ import gzip
 import hashlib
 import http.client
 import http.server
+import itertools
 import json
 import logging
 import os
@@ -507,16 +508,25 @@ def test_a_wrong_setting_is_one_sentence_that_names_it(flags, environment, sente
 
 
 @pytest.mark.parametrize(("name", "data", "block"), [
-    ("step", {"percent": 10}, b'event: step\ndata: {"percent": 10}\n\n'),
-    ("", "text", b"data: text\n\n"),
-    ("a", "one\ntwo\r\nthree\rfour", b"event: a\ndata: one\ndata: two\ndata: three\ndata: four\n\n"),
-    ("a", "\u2028\x0b\x0c\x1c", "event: a\ndata: \u2028\x0b\x0c\x1c\n\n".encode()),
-    ("a", {"k": "증거"}, 'event: a\ndata: {"k": "증거"}\n\n'.encode()),
-    ("a", {"k": "\ud800"}, b'event: a\ndata: {"k": "\\ud800"}\n\n'),
-    ("a", "", b"event: a\ndata: \n\n"),
+    ("step", {"percent": 10}, b'event: step\ndata: {"percent": 10}\n'),
+    ("", "text", b"data: text\n"),
+    ("a", "one\ntwo\r\nthree\rfour", b"event: a\ndata: one\ndata: two\ndata: three\ndata: four\n"),
+    ("a", "\u2028\x0b\x0c\x1c", "event: a\ndata: \u2028\x0b\x0c\x1c\n".encode()),
+    ("a", {"k": "증거"}, 'event: a\ndata: {"k": "증거"}\n'.encode()),
+    ("a", {"k": "\ud800"}, b'event: a\ndata: {"k": "\\ud800"}\n'),
+    ("a", "", b"event: a\ndata: \n"),
 ])  # fmt: skip
 def test_an_event_has_exactly_these_bytes(name, data, block):
+    """Its id comes last: clients that take an id as soon as its line arrives shall have the event, too."""
     assert Event(name, data).block == block
+    assert Event(name, data).numbered(7) == block + b"id: 7\n\n"
+    assert Event(name, data).numbered(None) == block + b"\n"
+
+
+@pytest.mark.parametrize("data", [{}, {"a": 1}, {"pad": "not this one", "b": "}"}])
+def test_a_padded_event_is_the_event_it_would_be(data):
+    padded = Event("big", data, pad=70_000)
+    assert json.loads(parsed(padded.numbered(1))[0][2]) == {**data, "pad": "x" * 70_000}
 
 
 @pytest.mark.parametrize("name", ["a\nb", "a\rb", "a\r\nid: 9", "a\0"])
@@ -552,7 +562,7 @@ def test_what_a_client_parses_is_what_the_analysis_said(values):
 
 @given(any_text)
 def test_text_arrives_line_by_line(text):
-    heard_text = [data for _, _, data in Parser().feed(b": connected\n\n" + Event("t", text).block).events]
+    heard_text = [data for _, _, data in Parser().feed(b": connected\n\n" + Event("t", text).numbered(None)).events]
     lines = re.split("\r\n|\r|\n", text)
     assert heard_text == ["\n".join(lines).encode("utf-8", "backslashreplace").decode()]
 
@@ -1393,16 +1403,25 @@ async def test_the_log_keeps_to_its_limits_and_says_what_is_gone(autojump_clock,
     assert heard.all().count("run_store: log full") == 1
 
 
-def test_a_log_trims_by_bytes_but_never_its_newest_event():
+def test_a_log_trims_by_bytes_but_spares_its_newest_event():
     log = Log(ids=True)
     for size in (100, 100, 100):
         log.append(Event("", "x" * size))
-    assert not log.trim(events=10, size=1000)
-    assert log.trim(events=10, size=250)
+    assert not log.trim(events=10, size=log.size)
+    assert log.trim(events=10, size=log.size - 1)
     assert (log.first, log.last) == (2, 3)
     assert log.trim(events=10, size=1)
     assert (log.first, log.last) == (3, 3)
-    assert log.read(2)[0].startswith(b"id: 3\ndata: xxx")
+    assert log.read(2)[0].startswith(b"data: xxx")
+
+
+def test_of_a_full_log_a_big_newest_event_goes_too_and_the_gap_says_so():
+    log = Log(ids=True)
+    log.append(Event("big", {}, pad=100_000))
+    assert log.trim(events=10, size=50_000) and (log.size, log.last, log.last_name) == (0, 1, "big")
+    assert parsed(log.gap(0)) == [("1", "gap", '{"from": 1, "to": 1}')] and log.read(1) == (b"", 1)
+    log.append(Event("completed", {}))
+    assert parsed(log.read(1)[0]) == [("2", "completed", "{}")]
 
 
 def test_a_piece_is_64_kib_or_one_event():
@@ -1567,7 +1586,7 @@ async def test_the_ordinary_stream_is_its_script(autojump_clock):
     async with hub_for() as hub:
         run = hub.start(facts(Time()), Scenario("ok"))
         data, entry, heads = await played(ORDINARY, run=run)
-    assert data.startswith(b": connected\n\nid: 1\nevent: started\n")
+    assert re.match(rb': connected\n\nevent: started\ndata: {"runId": "r1".*}\nid: 1\n\nevent: step\n', data)
     assert data.endswith(b"data: [DONE]\n\n")
     assert (entry.bytes, entry.events, entry.last_id_sent) == (len(data), 11, 11)
     assert entry.end == ("server", "end", "the script ended", 3)
@@ -1584,7 +1603,7 @@ async def test_a_heartbeat_comes_after_every_quiet_interval_and_only_then(autoju
         steps = [{"sleep": 95}, *says("a"), {"sleep": 29}, *says("b"), {"sleep": 31}, *says("c")]
         run = hub.start(facts(Time()), scenario(*steps))
         data, entry, _ = await played(ORDINARY, run=run)
-    assert data.split(b"id: 1")[0] == b": connected\n\n" + 3 * b": heartbeat\n\n"
+    assert data.split(b"event: a")[0] == b": connected\n\n" + 3 * b": heartbeat\n\n"
     between = data.split(b"id: 2")[1].split(b"id: 3")[0]
     assert data.split(b"id: 1")[1].split(b"id: 2")[0].count(b"heartbeat") == 0
     assert between.count(b": heartbeat") == 1
@@ -1959,13 +1978,15 @@ def test_five_megabytes_in_pieces_of_one_byte_are_made_one_by_one():
 
 
 @pytest.mark.parametrize(("frame", "expected"), [
-    ({}, ": c\n\nid: 1\nevent: a\ndata: x\ndata: y\n\n"),
-    ({"newline": "\r\n"}, ": c\r\n\r\nid: 1\r\nevent: a\r\ndata: x\r\ndata: y\r\n\r\n"),
-    ({"newline": "\r"}, ": c\r\rid: 1\revent: a\rdata: x\rdata: y\r\r"),
+    ({}, ": c\n\nevent: a\ndata: x\ndata: y\nid: 1\n\n"),
+    ({"newline": "\r\n"}, ": c\r\n\r\nevent: a\r\ndata: x\r\ndata: y\r\nid: 1\r\n\r\n"),
+    ({"newline": "\r"}, ": c\r\revent: a\rdata: x\rdata: y\rid: 1\r\r"),
     ({"id": None}, ": c\n\nevent: a\ndata: x\ndata: y\n\n"),
-    ({"id": "{runId}_{n}"}, ": c\n\nid: r1_1\nevent: a\ndata: x\ndata: y\n\n"),
-    ({"wrap": "data:"}, ": c\n\ndata:id: 1\ndata:event: a\ndata:data: x\ndata:data: y\n\n"),
-    ({"wrap": "{runId}:"}, ": c\n\nr1:id: 1\nr1:event: a\nr1:data: x\nr1:data: y\n\n"),
+    ({"id": "{runId}_{n}"}, ": c\n\nevent: a\ndata: x\ndata: y\nid: r1_1\n\n"),
+    ({"id-first": True}, ": c\n\nid: 1\nevent: a\ndata: x\ndata: y\n\n"),
+    ({"id-first": True, "id": "x{n}"}, ": c\n\nid: x1\nevent: a\ndata: x\ndata: y\n\n"),
+    ({"wrap": "data:"}, ": c\n\ndata:event: a\ndata:data: x\ndata:data: y\ndata:id: 1\n\n"),
+    ({"wrap": "{runId}:"}, ": c\n\nr1:event: a\nr1:data: x\nr1:data: y\nr1:id: 1\n\n"),
 ])  # fmt: skip
 async def test_a_frame_is_how_events_and_comments_are_written(frame, expected, autojump_clock):
     async with hub_for() as hub:
@@ -1974,7 +1995,7 @@ async def test_a_frame_is_how_events_and_comments_are_written(frame, expected, a
         assert b"".join(data for _, data in found).decode() == expected
         back = [{"frame": frame}, {"frame": {}}, {"comment": "c"}, {"relay": "all"}]
         plain, _ = await pieces(back, run=run, hub=hub)
-        assert b"".join(data for _, data in plain) == b": c\n\nid: 1\nevent: a\ndata: x\ndata: y\n\n"
+        assert b"".join(data for _, data in plain) == b": c\n\nevent: a\ndata: x\ndata: y\nid: 1\n\n"
 
 
 async def test_a_heartbeat_may_be_an_event_and_has_no_id(autojump_clock):
@@ -2034,7 +2055,7 @@ async def test_a_hanging_stream_is_silent(autojump_clock):
 async def test_an_event_of_the_stream_s_own_is_written_as_it_is(autojump_clock):
     step = {"event": {"event": "gap", "id": "7{n}", "retry": 5, "data": {"a": 1}}, "pad": 3}
     found, entry = await pieces([{"repeat": 2, "steps": [step]}])
-    assert found[0][1] == b'id: 71\nevent: gap\nretry: 5\ndata: {"a": 1, "pad": "xxx"}\n\n'
+    assert found[0][1] == b'event: gap\nretry: 5\ndata: {"a": 1, "pad": "xxx"}\nid: 71\n\n'
     assert (entry.events, entry.last_id_sent) == (2, 72)
 
 
@@ -3496,11 +3517,11 @@ def test_after_a_known_session_every_figure_has_its_exact_value(heard):
         bytes_sent += len(stream(aura, broken, {"Last-Event-ID": "2"}))
         waiting = aura.trigger("3", run_id="w", scenario={"name": "w", "run": [*says("made-up", "step"), {"wait": "go"}]})
         with connect(aura, get(f"/aura/analysis-runs/{waiting}/stream")) as left:
-            read_until(left, b'"n": "step"}\n\n')
+            read_until(left, b"id: 2\n\n")
         entries = aura.journal(count=4, within=WAIT)
         bytes_sent += entries[1].bytes + entries[3].bytes
         with connect(aura, get(f"/aura/analysis-runs/{waiting}/stream")) as wire:
-            read_until(wire, b'"n": "step"}\n\n')
+            read_until(wire, b"id: 2\n\n")
             live = bytes_sent + aura._ask("GET", "/__aura/connections").connections[0].bytes
             for path, status in (("/aura/analysis-runs/none/stream", 404), (f"/aura/analysis-runs/{whole}/stream", 204)):
                 assert httpx.get(aura.url + path, headers={**BEARER, "Last-Event-ID": "11"}).status_code == status
@@ -3591,7 +3612,7 @@ def open_quiet_stream(aura, **headers):
     """A viewer of a run that says one thing and then nothing, read up to that."""
     run_id = aura.trigger("1", scenario=QUIET)
     wire = connect(aura, get(f"/aura/analysis-runs/{run_id}/stream", headers=headers))
-    read_until(wire, b'"a"}\n\n')
+    read_until(wire, b"id: 1\n\n")
     return wire, run_id
 
 
@@ -3837,7 +3858,7 @@ def test_an_analysis_that_ignores_its_cancel_keeps_no_viewer_beyond_the_grace(ki
     with running(analysis=analysis, grace=0.3) as aura:
         run_id = aura.trigger("1")
         wire = connect(aura, get(f"/aura/analysis-runs/{run_id}/stream"))
-        read_until(wire, b'"a"}\n\n')
+        read_until(wire, b"id: 1\n\n")
         aura.stop()
         assert b"[DONE]" not in read_until(wire, None)
         assert "by=shutdown how=cancelled" in heard.wait_for("stream closed")
@@ -4217,10 +4238,10 @@ def _(bench):
     with connect(bench.aura, get(path, headers={"Connection": "close"})) as wire:
         data = read_until(wire, HELLO)
         for n, name in enumerate(FOUR, 1):
-            assert f"id: {n}\n".encode() not in data, "it waits for its gate"
+            assert f"event: {name}\n".encode() not in data.split(b"id: 2\n")[-1], "it waits for its gate"
             bench.aura.signal(f"go-{n}", bench.run_id)
-            data += read_until(wire, b"}\n\n")
-            assert f"id: {n}\nevent: {name}\n".encode() in data
+            data += read_until(wire, b"id: %d\n\n" % n)
+            assert f"event: {name}\n".encode() in data
         assert DONE in data + read_until(wire, None)
     entry = bench.aura.journal(bench.run_id, count=1, within=WAIT)[0]
     assert (entry.end.by, entry.end.how, entry.events) == ("server", "end", 4)
@@ -4287,14 +4308,17 @@ def _(bench):
         seen = bench.see()
         assert seen.ended == "drop" and seen.names == PHASE2[:3]
         assert seen.entry.said == (
-            f"the server dropped the connection on purpose (step 3 of drop) after 3 events, {len(seen.body)} bytes"
+            f"the server dropped the connection on purpose (step 2 of drop) after 3 events, {len(seen.body)} bytes"
         )
 
 
 @effect("drop-mid-event")
 def _(bench):
     seen = bench.see()
-    assert seen.ended == "drop" and seen.names == PHASE2[:2] and seen.body.endswith(b'\n\nid: 3\nevent: step\ndata: {"lab')
+    assert seen.ended == "drop" and seen.names == PHASE2[:2] and re.search(rb'\n\nevent: step\ndata: {"[^\n]*$', seen.body)
+    later = bench.see(Last_Event_ID="8")
+    assert re.search(rb'\n\nevent: completed\ndata: {"[^\n]*$', later.body), "half the next one, not the third for ever"
+    assert bench.see(Last_Event_ID="9").body.endswith(b"\nid: 11\n\n"), "and where there is no next one, none"
 
 
 @effect("drop-resume")
@@ -4303,7 +4327,7 @@ def _(bench):
     assert (first.ended, second.ended) == ("drop", "end")
     assert [id for id, _, _ in first.events + second.events] == [str(n) for n in range(1, 12)]
     assert (second.entry.last_event_id, second.entry.resumed_after) == ("2", 2)
-    assert (first.entry.end.by, first.entry.end.how, first.entry.end.step) == ("server", "drop", 3)
+    assert (first.entry.end.by, first.entry.end.how, first.entry.end.step) == ("server", "drop", 2)
     assert (second.entry.end.by, second.entry.end.how, second.entry.last_id_sent) == ("server", "end", 11)
 
 
@@ -4328,7 +4352,7 @@ def _(bench):
 @effect("unterminated-last-event")
 def _(bench):
     seen = bench.see()
-    assert seen.names == FOUR[:3] and seen.body.endswith(b"id: 4\nevent: completed\ndata: {}\n") and seen.ended == "end"
+    assert seen.names == FOUR[:3] and seen.body.endswith(b"event: completed\ndata: {}\nid: 4\n") and seen.ended == "end"
 
 
 @effect("after-done")
@@ -4429,7 +4453,7 @@ def _(bench):
 @effect("double-wrapped")
 def _(bench):
     seen = bench.see()
-    assert seen.body.startswith(HELLO + b'data:id: 1\ndata:event: started\ndata:data: {"runId"')
+    assert seen.body.startswith(HELLO + b'data:event: started\ndata:data: {"runId"')
     assert seen.body.endswith(b"data:data: [DONE]\n\n") and seen.names[:2] == ["message", "message"]
 
 
@@ -4893,7 +4917,7 @@ def test_what_will_not_end_is_cut_when_the_grace_is_over(heard):
     with running(grace=0.3) as aura:
         run_id = aura.trigger("1", scenario=endless)
         wire = connect(aura, get(f"/aura/analysis-runs/{run_id}/stream"))
-        read_until(wire, b'"a"}\n\n')
+        read_until(wire, b"id: 1\n\n")
         aura.stop()
         assert b"0\r\n\r\n" not in read_until(wire, None)
         wire.close()
@@ -4947,7 +4971,7 @@ def test_a_second_signal_exits_at_once():
     with process("--grace", "1000") as (server, aura):
         run_id = aura.trigger("1", scenario=endless)
         with connect(aura, get(f"/aura/analysis-runs/{run_id}/stream")) as wire:
-            read_until(wire, b'"a"}\n\n')
+            read_until(wire, b"id: 1\n\n")
             server.send_signal(signal.SIGTERM)
             eventually(lambda: refused(aura))
             server.send_signal(signal.SIGTERM)
@@ -6402,8 +6426,8 @@ def test_the_readme_s_nginx_passes_streams_on_as_they_happen_and_control_not_at_
             assert [next(lines), next(lines)] == [": connected", ""]
             for step in (1, 2):
                 aura.signal(f"go-{step}", run_id)
-                assert next(lines) == f"id: {step}", "each event is there before the next one is let go"
-                assert next(line for line in lines if not line) == ""
+                event = list(itertools.takewhile(str, lines))
+                assert event[-1] == f"id: {step}", "each event is there before the next one is let go"
             assert "content-encoding" not in answer.headers and "via" not in answer.headers
         assert aura.journal(run_id, count=1, within=WAIT)[0].end.how == "disconnect", "the viewer's leaving passes through"
         for step in (3, 4):
