@@ -286,34 +286,23 @@ def to_bytes(text: str) -> bytes:
 class Event:
     """One thing an analysis says. Making it encodes it, once, for all viewers and for ever.
 
-    `data` is text, sent line by line, or anything JSON can say, sent as one line; a `pad` of so
-    many characters makes an object big. Its block has no id yet, which comes last: clients that
-    take an id as soon as its line arrives shall have the event, too.
+    `data` is text, sent line by line, or anything JSON can say, sent as one line. Its id comes
+    last: clients that take an id as soon as its line arrives shall have the event, too.
     """
 
     name: str
     data: Any
     retry: int | None = None
-    pad: int = 0
     block: bytes = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if LINE_END.search(self.name) or "\0" in self.name:
             raise ValueError(f"an event's name is one line without NUL, not {self.name!r}")
-        text = self.data if isinstance(self.data, str) else to_json(self._said())
+        text = self.data if isinstance(self.data, str) else to_json(self.data)
         lines = [f"event: {self.name}"] if self.name else []
         lines += [] if self.retry is None else [f"retry: {self.retry}"]
         lines += [f"data: {line}" for line in LINE_END.split(text)]
-        block = to_bytes("\n".join([*lines, ""]))
-        if self.pad:  # as bytes, and at once: to look through megabytes of text holds everybody up
-            block = b"".join((block[:-3], b"x" * self.pad, block[-3:]))
-        object.__setattr__(self, "block", block)
-
-    def _said(self) -> Any:
-        """Its data; where it is padded, the pad comes last, and is empty for now."""
-        if not self.pad:
-            return self.data
-        return {**{key: part for key, part in self.data.items() if key != "pad"}, "pad": ""}
+        object.__setattr__(self, "block", to_bytes("\n".join([*lines, ""])))
 
     def numbered(self, number: object) -> bytes:
         """Its bytes with this id; with None they have none."""
@@ -776,8 +765,14 @@ def _unknown_step(word: str, place: str) -> str:
 
 
 def _make_event(argument: Any, modifiers: Mapping[str, Any]) -> Event:
-    name, pad = in_one_line(argument.get("event", "")), modifiers.get("pad", 0)
-    return Event(name, argument["data"], argument.get("retry"), pad)
+    data = argument["data"]
+    if "pad" in modifiers:
+        data = {**{key: part for key, part in data.items() if key != "pad"}, "pad": ""}
+    event = Event(in_one_line(argument.get("event", "")), data, argument.get("retry"))
+    if "pad" in modifiers:  # put in as bytes: to look through megabytes of text holds everybody up
+        around = event.block[:-3], event.block[-3:]
+        object.__setattr__(event, "block", (b"x" * modifiers["pad"]).join(around))
+    return event
 
 
 def one_line(value: str) -> bytes:

@@ -32,6 +32,7 @@ import symtable
 import sys
 import threading
 import time
+import tracemalloc
 import types
 import uuid
 from functools import cache, partial
@@ -311,6 +312,19 @@ class Heard(logging.Handler):
         return "\n".join(self.lines)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def short_cuts():
+    """The pause before a drop or a reset is for clients that lose what comes with it; ours, but for a few, do not."""
+    usual, aura_stream.CUT_AFTER = aura_stream.CUT_AFTER, 0.02
+    yield usual
+    aura_stream.CUT_AFTER = usual
+
+
+@pytest.fixture
+def usual_cuts(short_cuts, monkeypatch):
+    monkeypatch.setattr(aura_stream, "CUT_AFTER", short_cuts)
+
+
 @pytest.fixture
 def heard():
     logger, handler = logging.getLogger("aura_stream"), Heard()
@@ -521,12 +535,6 @@ def test_an_event_has_exactly_these_bytes(name, data, block):
     assert Event(name, data).block == block
     assert Event(name, data).numbered(7) == block + b"id: 7\n\n"
     assert Event(name, data).numbered(None) == block + b"\n"
-
-
-@pytest.mark.parametrize("data", [{}, {"a": 1}, {"pad": "not this one", "b": "}"}])
-def test_a_padded_event_is_the_event_it_would_be(data):
-    padded = Event("big", data, pad=70_000)
-    assert json.loads(parsed(padded.numbered(1))[0][2]) == {**data, "pad": "x" * 70_000}
 
 
 @pytest.mark.parametrize("name", ["a\nb", "a\rb", "a\r\nid: 9", "a\0"])
@@ -783,7 +791,7 @@ MISTAKES = [
     ("stream", [{"event": {"data": 1, "retry": "soon"}}], "stream[0]", "'retry' takes a whole number"),
     ("run", [{"event": {"id": "1", "data": 1}}], "run[0]", "no 'id' in a run: there it comes by itself"),
     ("run", [{"event": {"data": "text"}, "pad": 5}], "run[0]", "needs 'data' to be an object"),
-    ("run", [{"event": {"data": {}}, "pad": 10**9}], "run[0]", "'pad' takes a whole number"),
+    ("run", [{"event": {"data": {}}, "pad": 2**24}], "run[0]", "'pad' takes a whole number from 0 to 8,388,608"),
     ("run", [{"repeat": 3}], "run[0]", "'repeat' needs steps"),
     ("run", [{"wait": 5}], "run[0]", "'wait' takes a text"),
     ("run", ["wait"], "run[0]", "'wait' needs an argument"),
@@ -842,6 +850,14 @@ def test_templates_fill_five_names_and_nothing_else():
     assert player.fill("{runId} {caseId} {n} {{n} {other} }}") == "r c 7 {n} {other} }}"
     assert player.fill({"{runId}": ["{tenantId}", 5, None]}) == {"r": ["", 5, None]}
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT.*\+00:00", player.fill("{now}"))
+
+
+@pytest.mark.parametrize("data", [{}, {"a": 1}, {"pad": "not this one", "b": "}"}])
+@pytest.mark.parametrize("size", [0, 70_000])
+def test_a_padded_event_is_the_event_it_would_be(data, size):
+    (step,) = parse_script([{"event": {"event": "big", "data": data}, "pad": size}], "run")
+    padded = step.ready or aura_stream.MAKERS["event"](step.argument, step.modifiers)
+    assert json.loads(parsed(padded.numbered(1))[0][2]) == {**data, "pad": "x" * size}
 
 
 def test_attempts_take_their_turn():
@@ -1031,6 +1047,28 @@ async def test_waiting_for_entries_counts_finished_ones_and_takes_the_oldest(aut
         assert trio.current_time() - start == pytest.approx(3)
         assert await journal.wait(9, {"run_id": "r"}, since=0, within=5) == journal.find({"run_id": "r"})
         assert trio.current_time() - start == pytest.approx(8), "it waits no longer than it was told"
+
+
+async def test_who_waits_is_asked_about_the_one_entry_that_has_ended(autojump_clock):
+    """Five hundred waiters, and no end of a request makes them look through the journal."""
+    journal, looks, found = aura_stream.Journal(), [], []
+    find = journal.find
+    journal.find = lambda *wanted, **more: looks.append(1) or find(*wanted, **more)
+
+    async def waiter(number):
+        found.append(await journal.wait(3 + number % 2, {"run_id": "r"}, since=0, within=50))
+
+    async with trio.open_nursery() as nursery:
+        for number in range(500):
+            nursery.start_soon(waiter, number)
+        await trio.testing.wait_all_tasks_blocked()
+        for _ in range(100):
+            an_entry(journal, "other")
+        assert len(looks) == 500, "once each, before they wait"
+        for _ in range(4):
+            an_entry(journal)
+            await trio.testing.wait_all_tasks_blocked()
+    assert sorted(map(len, found)) == [3] * 250 + [4] * 250 and len(looks) == 500 * 3 and not journal._waiting
 
 
 @pytest.mark.parametrize(("end", "said"), [
@@ -1403,6 +1441,23 @@ async def test_the_log_keeps_to_its_limits_and_says_what_is_gone(autojump_clock,
     assert heard.all().count("run_store: log full") == 1
 
 
+async def test_what_is_forgotten_while_a_gap_is_being_said_is_a_gap_too(autojump_clock):
+    async with hub_for(max_run_events=3) as hub:
+        run = await ended(hub.start(facts(Time()), scenario({"repeat": 9, "steps": says("a")[:1]})))
+        written = []
+
+        async def send(message):
+            written.append(message.get("body", b""))
+            if b"event: gap" in written[-1] and run.log.last < 20:
+                for _ in range(6):
+                    run.log.append(Event("b", "later"))
+                run.log.trim(3, 10**9)
+
+        await Faulty(ORDINARY, Entry("GET", "/", "test:1", "id", kind="stream"), hub, run).deliver(send)
+    assert [(int(id), name) for id, name, _ in parsed(b"".join(written))] == [
+        (6, "gap"), (12, "gap"), (18, "gap"), (19, "b"), (20, "b"), (21, "b")]  # fmt: skip
+
+
 def test_a_log_trims_by_bytes_but_spares_its_newest_event():
     log = Log(ids=True)
     for size in (100, 100, 100):
@@ -1417,7 +1472,7 @@ def test_a_log_trims_by_bytes_but_spares_its_newest_event():
 
 def test_of_a_full_log_a_big_newest_event_goes_too_and_the_gap_says_so():
     log = Log(ids=True)
-    log.append(Event("big", {}, pad=100_000))
+    log.append(Event("big", "x" * 100_000))
     assert log.trim(events=10, size=50_000) and (log.size, log.last, log.last_name) == (0, 1, "big")
     assert parsed(log.gap(0)) == [("1", "gap", '{"from": 1, "to": 1}')] and log.read(1) == (b"", 1)
     log.append(Event("completed", {}))
@@ -1436,12 +1491,58 @@ def test_a_piece_is_64_kib_or_one_event():
     assert log.read(0, most=1)[1] == 1
 
 
+def test_a_big_event_is_one_object_for_the_log_and_all_its_viewers():
+    log = Log(ids=True)
+    log.append(Event("big", "x" * 100_000))
+    log.append(Event("small", "x"))
+    assert log.read(0)[0] is log.read(0)[0]
+
+
 async def test_a_write_has_a_limit_that_is_a_setting(autojump_clock):
     async with hub_for(max_write=100) as hub:
         run = await ended(hub.start(facts(Time()), scenario(*says("a", "b", "c", "d", "e", "f"))))
         written, _ = await pieces([{"comment": "c"}, {"relay": "all"}], run=run, hub=hub)
         sizes = [len(data) for _, data in written]
         assert max(sizes) <= 100 and len(sizes) < 1 + 6, "several in a piece, no piece beyond the limit"
+
+
+async def test_what_is_bound_counts_as_what_logs_do(autojump_clock):
+    own = {"name": "own", "run": [{"event": {"event": "e", "data": ["🙂" * 5] * 4_000}}]}
+    async with in_memory(max_log_bytes=5_000_000) as (client, hub, _, _):
+        statuses = [(await client.post("/__aura/next", json={"scenario": own})).status_code for _ in range(12)]
+        assert set(statuses) == {200, 409} and statuses == sorted(statuses), "and the 409 comes before the limit is passed"
+        assert 3_000_000 < hub.held <= 5_000_000
+        full = await client.post("/__aura/next", json={"scenario": own})
+        assert "the limit is 5000000 bytes" in (await full.get_json())["error"]
+        await triggered(client, runId="one")
+        assert hub.held < 5_000_000, "a trigger uses one up"
+        await control(client, "POST", "reset")
+        assert hub.held == 0
+
+
+async def test_what_is_held_is_weighed_with_its_emoji(autojump_clock):
+    """One emoji makes a megabyte four."""
+    async with in_memory(max_log_bytes=30_000_000) as (client, hub, _, _):
+        asked = {"projectId": "p", "description": "a" * 1_000_000 + "🙂"}
+        statuses = [(await client.post("/api/v1/generations", json=asked)).status_code for _ in range(10)]
+        assert statuses == [201] * 8 + [503] * 2
+        assert max(run.log.size for run in hub.seen_by(None)) < 10_000, "and is not said over and over again"
+
+
+async def test_ids_of_any_length_are_remembered_at_no_cost(autojump_clock):
+    async with in_memory(max_journal=5) as (client, _, _, _):
+
+        async def viewed(number):
+            path = f"/aura/analysis-runs/{'x' * 15_000}{number}/stream?scenario=refuse-3-then-ok"
+            return [(await client.get(path, headers=BEARER)).headers["X-Aura-Attempt"] for _ in range(2)]
+
+        assert await viewed("warm") == ["1", "2"]
+        tracemalloc.start()
+        for number in range(100):
+            assert await viewed(number) == ["1", "2"], "each has its own count"
+        held = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+    assert held < 700_000, "not a hundred ids of 15 KB"
 
 
 async def test_what_requests_hold_counts_as_what_logs_do(autojump_clock):
@@ -1721,6 +1822,18 @@ async def test_cut_at_every_byte_and_resumed_a_stream_loses_and_doubles_nothing(
             after = resume_point(first[-1][0] if first else None, run.log.last)
             rest, _, _ = await played(ORDINARY, run=run, after=after)
             assert first + parsed(rest) == parsed(whole), offset
+
+
+async def test_a_client_that_takes_an_id_as_soon_as_its_line_comes_loses_nothing_but_a_blank_line(autojump_clock):
+    """As eventsource 2 and fetch-event-source do: with the id first, a cut anywhere in an event would lose it."""
+    async with hub_for() as hub:
+        run = await ended(hub.start(facts(Time()), Scenario("ok")))
+        whole, _, _ = await played(ORDINARY, run=run)
+        for offset in range(len(whole) + 1):
+            eager = re.findall(rb"^id: (\d+)\n", whole[:offset], re.M)
+            delivered = [id for id, _, _ in parsed(whole[:offset])]
+            between = whole[:offset].endswith(b"\n") and not whole[:offset].endswith(b"\n\n")
+            assert len(eager) - len(delivered) in ((0, 1) if between else (0,)), offset
 
 
 cuts = st.lists(st.integers(0, 400), max_size=4)
@@ -2057,6 +2170,21 @@ async def test_an_event_of_the_stream_s_own_is_written_as_it_is(autojump_clock):
     found, entry = await pieces([{"repeat": 2, "steps": [step]}])
     assert found[0][1] == b'event: gap\nretry: 5\ndata: {"a": 1, "pad": "xxx"}\nid: 71\n\n'
     assert (entry.events, entry.last_id_sent) == (2, 72)
+
+
+@pytest.mark.parametrize(("size", "half"), [(0.5, b"event: b\ndata: {"), (3, b"eve"), (0, b""), (10**6, b'event: b\ndata: {"n": "b"}\nid: 2\n\n')])
+async def test_a_relay_may_end_in_the_middle_of_the_event_that_comes_next(size, half, autojump_clock):
+    async with hub_for() as hub:
+        run = hub.start(facts(hub.time), scenario(*says("a", "b", "c", pause=10)))
+        began = hub.time.now()
+        found, entry = await pieces([{"relay": 1, "cut": size}, {"comment": "cut"}], run=run, hub=hub)
+        assert b"".join(data for _, data in found).split(b"id: 1\n\n")[1] == half + b": cut\n\n"
+        assert (entry.events, entry.last_id_sent, hub.time.now() - began) == (1, 1, 10), "it waits for it, and half is none"
+        await ended(run)
+        framed, _ = await pieces([{"frame": {"newline": "\r\n"}}, {"relay": {"until": "b"}, "cut": 0.1}, {"relay": "all"}], run=run, hub=hub)
+        events = parsed(b"".join(data for _, data in framed))
+        assert [event[:2] for event in events] == [("1", "a"), ("2", "b"), ("3", "message")], "it comes again, behind its own half"
+        assert await pieces([{"relay": "all", "cut": 0.5}], run=run, hub=hub), "behind the last one comes nothing"
 
 
 async def test_a_shared_cursor_is_the_old_queue(autojump_clock):
@@ -2922,6 +3050,22 @@ async def test_finished_and_fully_seen_is_a_204(autojump_clock):
             assert parsed(await answer.get_data())[0][0] == str(first)
 
 
+@pytest.mark.parametrize(("scenario", "statuses"), [
+    ("ok", [200, 204, 204, 204]), ("korean", [200, 204, 204, 204]), ("expired-run", [200, 404, 404, 404]),
+    ("other-worker", [200, 404, 200, 404]), ("unavailable", [503, 200, 204, 204]), ("refuse-3-then-ok", [503, 503, 503, 200, 204]),
+    ("gone-204", [204, 204]), ("no-done", [200, 200, 200]), ("generation", [200, 204, 204]),
+    ({"name": "third", "stream": [["open", "end"], [{"open": {"status": 500}}], [{"comment": "third"}]]}, [200, 500, 200, 200]),
+])  # fmt: skip
+async def test_a_script_plays_also_to_whoever_has_seen_everything(scenario, statuses, autojump_clock):
+    """The 204 stands in place of an ordinary stream only: one that is implied, or that an exhausted list repeats."""
+    async with in_memory() as (client, hub, _, _):
+        await triggered(client, runId="r", scenario=scenario)
+        await ended(hub.find("r"))
+        last = {"Last-Event-ID": str(hub.find("r").log.last)}
+        found = [(await read(client, "r", **(last if number else {})))[0].status_code for number in range(len(statuses))]
+        assert found == statuses
+
+
 async def test_an_unknown_run_is_a_404_that_helps(autojump_clock, heard):
     async with in_memory(instance="i1", retention=100) as (client, hub, _, _):
         await triggered(client, runId="test-run-001", scenario={"name": "s", "run": [{"sleep": 250}]})
@@ -3689,6 +3833,34 @@ def test_stalled_readers_cost_no_more_than_their_buffers():
         eventually(nothing_moves)
         assert max(seen[-1]) < 600_000
         assert (memory() - before) / 40 < 256, "KiB for each"
+
+
+BIG_ONE = {"name": "big", "run": [{"event": {"event": "big", "data": {}}, "pad": 8_000_000}, "hang"]}
+
+
+def resident(server):
+    """Bytes of memory that the process holds."""
+    return 1024 * int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{server.pid}/status").read_text())[1])
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="it reads /proc")
+def test_what_runs_hold_together_is_the_limit_and_a_viewer_of_a_big_event_adds_nothing():
+    """Sixty runs with an event of 8 MB each; then twenty viewers that read a few bytes of one, with a body in their GET."""
+    with process("--max-log-bytes", "67108864", "--log-level", "ERROR", "--send-timeout", "60") as (server, aura):
+        before = resident(server)
+        for number in range(60):
+            aura.trigger("1", run_id=f"r{number}", scenario=BIG_ONE)
+        eventually(lambda: all(run.events for run in aura._ask("GET", "/__aura/runs").runs))
+        assert resident(server) - before < (64 + 32) * 2**20
+        aura.reset()
+        aura.trigger("1", run_id="seen", scenario=BIG_ONE)
+        eventually(lambda: state(aura, "seen")["events"])
+        full = resident(server)
+        with contextlib.ExitStack() as wires:
+            for _ in range(20):
+                request = get("/aura/analysis-runs/seen/stream", headers={"Content-Length": "1000000"}) + b"x" * 1_000_000
+                read_until(wires.enter_context(connect(aura, request)), b"xxxxx")
+            assert resident(server) - full < 30 * 2**20
 
 
 def test_a_slow_reader_of_a_big_event_is_not_evicted():
@@ -5008,14 +5180,51 @@ def test_a_client_that_leaves_early_closed_first(upgrade):
         left_early(aura, run_id, entry, entry.t.open + before)
 
 
-def test_a_clean_end_is_never_blamed_on_the_client():
+@pytest.mark.parametrize(("scenario", "last"), [("ok", DONE), ("buffered-4k", DONE), ("after-done", b"data:\n\ndata:\n\n"), ("dribble", b"]\r\n1\r\n\n")])
+def test_a_clean_end_is_never_blamed_on_the_client(scenario, last):
+    """Whoever hangs up on reading the last words has got the end with them: it is one write."""
     with running(event_delay=0) as aura:
-        for number in range(30):
-            run_id = aura.trigger("1", run_id=f"r{number}")
+        for number in range(25):
+            run_id = aura.trigger("1", run_id=f"r{number}", scenario=scenario)
             with connect(aura, get(f"/aura/analysis-runs/{run_id}/stream")) as wire:
-                read_until(wire, DONE)  # and it leaves without waiting for the last chunk
-        ends = {(one.end.by, one.end.how) for one in aura.journal(count=30, within=WAIT)}
+                assert read_until(wire, last).endswith(b"\r\n0\r\n\r\n")
+        ends = {(one.end.by, one.end.how) for one in aura.journal(count=25, within=WAIT)}
     assert ends == {("server", "end")}
+
+
+@pytest.mark.parametrize("how", ["drop", "reset"])
+def test_a_break_comes_a_while_after_the_last_bytes_however_fast_script_time_is(how, usual_cuts):
+    """Some clients throw away what arrives together with a break; inline scripts have the pause, too."""
+    with running(event_delay=0, speed="max") as aura:
+        run_id = aura.trigger("1", scenario={"name": "short", "stream": [{"comment": "a"}, {"relay": 1}, how]})
+        with connect(aura, get(f"/aura/analysis-runs/{run_id}/stream")) as wire:
+            read_until(wire, b"id: 1\n\n\r\n")
+            before = time.monotonic()
+            with pytest.raises(ConnectionResetError) if how == "reset" else contextlib.nullcontext():
+                assert wire.recv(1) == b""
+            assert time.monotonic() - before > 0.15
+        assert aura.journal(run_id, count=1, within=WAIT)[0].end.how == how
+        began = time.monotonic()
+        run_id = aura.trigger("1", scenario="no-response")
+        with connect(aura, get(f"/aura/analysis-runs/{run_id}/stream")) as wire:
+            assert wire.recv(1) == b"" and time.monotonic() - began < 0.15, "where nothing was said nothing is waited for"
+
+
+def test_an_operator_s_restart_drops_with_a_retry_so_that_every_client_comes_back():
+    """To fetch-event-source and its likes a proper end is the end, and the run goes on."""
+    with running() as aura:
+        for query, how in (("", "drop"), ("?how=end", "end"), ("?how=reset", "reset")):
+            for path, said in (("restart", "closed"), ("broadcast-reconnect", "notified")):
+                wire, run_id = open_quiet_stream(aura, Connection="close")
+                assert aura._ask("POST", f"/api/admin/sse/{path}{query}").__dict__ == {said: 1}
+                with wire, pytest.raises(ConnectionResetError) if how == "reset" else contextlib.nullcontext():
+                    rest = read_until(wire, b"\n\n\r\n")
+                    assert re.match(rb"(\r\n)?d\r\nretry: \d{4}\n\n\r\n", rest)
+                    assert (rest + read_until(wire, None)).endswith(b"0\r\n\r\n") == (how == "end")
+                (entry,) = aura.journal(run_id, count=1, within=WAIT)
+                assert (entry.end.by, entry.end.how, state(aura, run_id)["status"]) == ("admin", how, "running")
+        with pytest.raises(RuntimeError, match="'how' takes"):
+            aura._ask("POST", "/api/admin/sse/restart?how=slowly")
 
 
 def test_an_http10_client_cannot_tell_a_drop_from_an_end_and_the_journal_says_so():
@@ -5167,6 +5376,20 @@ def test_no_script_holds_up_the_others(head):
         assert time.monotonic() - began < 1.5
 
 
+def test_four_runs_that_say_big_things_hold_nobody_up():
+    """100 ms are promised; five times the slack."""
+    big = {"name": "big", "run": [{"repeat": 1000, "steps": [{"event": {"event": "big", "data": {"n": "{n}"}}, "pad": 8_000_000}]}]}
+    with running() as aura:
+        for number in range(4):
+            aura.trigger("1", run_id=f"r{number}", scenario=big)
+        waits = []
+        for _ in range(15):
+            began = time.monotonic()
+            assert httpx.get(f"{aura.url}/health", timeout=WAIT).json()["runs"] == 4
+            waits.append(time.monotonic() - began)
+    assert max(waits) < 0.5
+
+
 def test_a_reset_ends_live_runs_and_their_streams_and_forgets_them():
     with running() as aura:
         run_id = aura.trigger("1", scenario={"name": "quiet", "run": ["hang"]})
@@ -5217,6 +5440,37 @@ def test_several_servers_do_not_meet():
         assert scenarios == ["bom", "ok", "ok"]
         modes = [aura._ask("GET", "/__aura/health").clock.mode for aura in (one, two, three)]
         assert modes == ["x10", "max", "x2.5"]
+
+
+def test_jumping_time_is_no_slower_than_a_thousand_times_real_time():
+    """An ordinary run took 215 ms, 13 at a speed of 1000; five times the slack."""
+    with running(speed="max") as aura:
+        took = []
+        for _ in range(5):
+            began = time.monotonic()
+            assert stream(aura, aura.trigger("1")).count(b"event: ") == 11
+            took.append(time.monotonic() - began)
+    assert sorted(took)[2] < 0.065
+
+
+def test_bytes_that_are_no_request_yet_do_not_hold_up_jumping_time():
+    """A byte every eight milliseconds made 0.2 s 21."""
+    with running(speed="max") as aura, connect(aura, b"GET /") as wire:
+        over = threading.Event()
+
+        def trickle():
+            while not over.wait(0.008):
+                wire.send(b"a")
+
+        trickler = threading.Thread(target=trickle)
+        trickler.start()
+        began = time.monotonic()
+        try:
+            assert stream(aura, aura.trigger("1", scenario="slow-run")).count(b"event: step") == 7
+        finally:
+            over.set()
+            trickler.join()
+        assert time.monotonic() - began < 1
 
 
 def test_three_hundred_seconds_take_milliseconds_and_protective_deadlines_do_not_move():
@@ -6167,7 +6421,7 @@ def quick():
 
 
 @pytest.mark.parametrize("client", CLIENTS)
-def test_each_client_sees_the_faults_as_the_table_says(client, quick, jvm):
+def test_each_client_sees_the_faults_as_the_table_says(client, quick, jvm, usual_cuts):
     texts = {}
     for name, (names, endings) in FAULTS.items():
         for chance in (1, 2, 3):  # a JDK that is too busy forgets lines which a break overtakes in it
@@ -6185,7 +6439,7 @@ def test_each_client_sees_the_faults_as_the_table_says(client, quick, jvm):
 
 
 @pytest.mark.parametrize("client", CLIENTS)
-def test_a_dropped_stream_is_resumed_by_every_client(client, quick, jvm):
+def test_a_dropped_stream_is_resumed_by_every_client(client, usual_cuts, quick, jvm):
     """Nothing lost, nothing twice; and the journal says who closed first, each time."""
     run_id = quick.trigger("85116", scenario="drop-resume", run_id=f"{client}-{time.monotonic_ns()}")
     url = f"{quick.url}/aura/analysis-runs/{run_id}/stream"
