@@ -2402,21 +2402,23 @@ def close_all(
 
 
 class Refusal(Exception):
-    """A request that is not granted: the status and the body of its answer."""
+    """A request that is not granted: the status of its answer, the error in a sentence, and what
+    else is told; no body where there is nothing to tell."""
 
     def __init__(
-        self, status: int, body: Any = None, headers: Mapping[str, str] | None = None,
-        script: Script = (),
+        self, status: int, error: str = "", /, headers: Mapping[str, str] | None = None,
+        script: Script = (), **told: Any,
     ) -> None:
-        super().__init__(status, body)
-        self.status, self.body, self.headers = status, body, dict(headers or {})
-        head = {"status": status, "headers": self.headers, "body": "" if body is None else body}
+        super().__init__(status, error, told)
+        self.status, self.headers = status, dict(headers or {})
+        self.body = {"error": error, **told} if error else told or None
+        head = {"status": status, "headers": self.headers, "body": self.body or ""}
         self.script = script or (Step("open", literal(head)),)  # for a stream route
 
     @property
     def why(self) -> str:
         """Its cause, for log and journal."""
-        body = self.body if isinstance(self.body, dict) else {}
+        body = self.body or {}
         said = body.get("error") or body.get("detail") or body.get("message")
         if isinstance(said, list):
             said = f"{'.'.join(map(str, said[0]['loc']))}: {said[0]['msg']}"
@@ -2426,7 +2428,7 @@ class Refusal(Exception):
 
 def invalid(says: str, *loc: str) -> Refusal:
     """422 in the form FastAPI gives it, which Aura's clients know."""
-    return Refusal(422, {"detail": [{"loc": list(loc), "msg": says, "type": "value_error"}]})
+    return Refusal(422, detail=[{"loc": list(loc), "msg": says, "type": "value_error"}])
 
 
 OPEN = re.compile(
@@ -2461,7 +2463,7 @@ def known_host(authority: str, hosts: set[str]) -> None:
     read a server on this machine."""
     if hosts and authority and name_in(authority) not in hosts:
         error = f"this server does not answer to the name {name_in(authority)[:200]!r}"
-        raise Refusal(421, {"error": error, "hint": "start it with --allow-host NAME if it should"})
+        raise Refusal(421, error, hint="start it with --allow-host NAME if it should")
 
 
 def origins(text: str) -> re.Pattern[str]:
@@ -2480,7 +2482,7 @@ def numbered_tenant(tenant: str | None) -> None:
     if tenant is None:
         raise Refusal(400)
     if not re.fullmatch("[0-9]{1,19}", tenant):
-        raise Refusal(400, {"error": "X-Tenant-ID must be numeric (e.g. 1) for Aura API."})
+        raise Refusal(400, "X-Tenant-ID must be numeric (e.g. 1) for Aura API.")
 
 
 def operate(headers: Mapping[bytes, bytes], peer: str, settings: Settings) -> None:
@@ -2491,7 +2493,7 @@ def operate(headers: Mapping[bytes, bytes], peer: str, settings: Settings) -> No
         token = os.fsencode(settings.admin_token.strip())
         if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), token):
             needs = "this needs 'Authorization: Bearer <the server's ADMIN_TOKEN>'"
-            raise Refusal(401, {"detail": needs}, CHALLENGE)
+            raise Refusal(401, headers=CHALLENGE, detail=needs)
         return
     origin, why = as_text(headers.get(b"origin", b"http://localhost")), ""
     if not peer.startswith("127.") and peer not in ("::1", "<local>"):
@@ -2501,7 +2503,7 @@ def operate(headers: Mapping[bytes, bytes], peer: str, settings: Settings) -> No
     elif not LOCAL_PAGE.fullmatch(origin):
         why = "this is not for pages of another site"
     if why:
-        raise Refusal(403, {"error": f"{why}; with ADMIN_TOKEN set, the token lets anybody in"})
+        raise Refusal(403, f"{why}; with ADMIN_TOKEN set, the token lets anybody in")
 
 
 def identify(headers: Mapping[bytes, bytes], query: Any) -> None:
@@ -2512,10 +2514,11 @@ def identify(headers: Mapping[bytes, bytes], query: Any) -> None:
     if not given:
         hint = "send the header 'Authorization: Bearer <any token>'; an EventSource, which cannot,"
         hint += " adds ?access_token=<any token> to the URL"
-        raise Refusal(401, {"detail": "Missing authorization header", "hint": hint}, CHALLENGE)
+        missing = "Missing authorization header"
+        raise Refusal(401, headers=CHALLENGE, detail=missing, hint=hint)
     scheme, _, token = given.partition(" ")
     if scheme.lower() != "bearer" or not token.strip():
-        raise Refusal(401, {"detail": "Invalid authorization header format"}, CHALLENGE)
+        raise Refusal(401, headers=CHALLENGE, detail="Invalid authorization header format")
 
 
 def resume_point(text: str | None, last: int) -> int:
@@ -2594,8 +2597,9 @@ class Desk:
         if name in self.catalogue:
             return self.catalogue[name]
         close = difflib.get_close_matches(name[:64], self.catalogue)
-        about = {"scenario": name[:200], "didYouMean": close, "known": list(self.catalogue)}
-        raise Refusal(400, {"error": "unknown scenario", **about})
+        known = list(self.catalogue)
+        raise Refusal(
+            400, "unknown scenario", scenario=name[:200], didYouMean=close, known=known)
 
     def _ordinary(self, phase: Phase) -> Scenario:
         """What happens where nobody has chosen. What is ordinary in it follows the settings."""
@@ -2636,7 +2640,7 @@ class Desk:
     def bind(self, binding: Binding) -> None:
         if len(self._bindings) >= (most := self.settings.max_bindings):
             error = f"{most} bindings are waiting already; POST /__aura/reset forgets them"
-            raise Refusal(409, {"error": error})
+            raise Refusal(409, error)
         self._bindings.append(binding)
 
     def attempts(self, *what: str) -> int:
@@ -2926,17 +2930,17 @@ def admission(  # noqa: C901  # ruff adds the routes up; a test looks at each fo
 
     @app.errorhandler(Mistake)
     async def point_out(mistake: Mistake) -> Response:
-        where = {"at": mistake.at, "step": mistake.step, "hint": mistake.hint}
-        return await refuse(Refusal(422, {"error": str(mistake), **where}))
+        at, step, hint = mistake.at, mistake.step, mistake.hint
+        return await refuse(Refusal(422, str(mistake), at=at, step=step, hint=hint))
 
     @app.errorhandler(HTTPException)
     async def explain(error: HTTPException) -> Response:
         allowed = {name: value for name, value in error.get_headers() if name == "Allow"}
-        body = {"error": f"{error.name}: {error.description}", "path": entry().path}
+        says = f"{error.name}: {error.description}"
         if error.code == 404:
             rules = [rule.rule for rule in app.url_map.iter_rules()]
-            body["error"] = "there is no such path" + did_you_mean(request.path, rules)
-        return await refuse(Refusal(error.code or 500, body, allowed))
+            says = "there is no such path" + did_you_mean(request.path, rules)
+        return await refuse(Refusal(error.code or 500, says, allowed, path=entry().path))
 
 
 CORS = {
@@ -2994,9 +2998,9 @@ class Reception:
             run = None
         if run and asked and asked.source != run.scenario.source:
             error = f"this run goes with scenario {run.scenario.name!r}; take another runId"
-            raise Refusal(409, {"error": error, "runId": run_id})
+            raise Refusal(409, error, runId=run_id)
         if run is None and (refused := hub.refusal) is not None:
-            raise Refusal(503, {"error": refused}, {"Retry-After": "5"})
+            raise Refusal(503, refused, {"Retry-After": "5"})
         scenario = run.scenario if run else asked
         scenario = scenario or desk.meant((run_id, order.case_id), this.test_id, lambda _: True)
         scenario, how = scenario or desk.usual[order.phase], "known" if run else "started"
@@ -3033,7 +3037,7 @@ class Reception:
     def stream(self, run_id: str) -> Response:
         """One viewer's stream of this run: which script, from where."""
         if not run_id:
-            raise Refusal(400, {"error": "runId is required", "runId": None})
+            raise Refusal(400, "runId is required", runId=None)
         this, query = entry(), request.args if request.query_string else {}
         asked = self.desk.asked(header(ASKED), query) if request.method != "POST" else None
         run = self.hub.find(run_id, tenant=g.tenant)
@@ -3071,14 +3075,14 @@ class Reception:
         limit = self.settings.max_sse_connections
         if self.hub.streams < limit:
             return
-        error = {"error": "too many open streams", "limit": limit}
-        why = f"too many open streams, the limit is {limit}"
+        error = "too many open streams"
+        why = f"{error}, the limit is {limit}"
         log.warning("%s (--max-sse-connections) run_id=%s", why, safe(entry().run_id))
         native = "text/event-stream" in header(b"accept") and header(b"sec-fetch-mode")
         if native and not header(b"authorization"):
             soft = [{"raw": f"retry: {random.randint(1000, 10_000)}\n\n"}, {"comment": why}]
-            raise Refusal(200, error, script=parse_script(soft, "stream"))
-        raise Refusal(503, error, {"Retry-After": str(random.randint(1, 10))})
+            raise Refusal(200, error, script=parse_script(soft, "stream"), limit=limit)
+        raise Refusal(503, error, {"Retry-After": str(random.randint(1, 10))}, limit=limit)
 
     def _without_a_run(self, run_id: str, asked: Scenario | None) -> Response:
         """A script that needs no log plays for an unknown run too."""
@@ -3128,8 +3132,7 @@ class Reception:
         if self.hub.was_here(run_id, tenant=g.tenant):
             hint = f"it has ended and was forgotten by instance {self._instance}; trigger it again"
         status = int(self.settings.unknown_run) if entry().kind == "stream" else 404
-        error = "runId not found or already completed"
-        return Refusal(status, {"error": error, "runId": run_id, "hint": hint})
+        return Refusal(status, "runId not found or already completed", runId=run_id, hint=hint)
 
 
 def client_routes(  # noqa: C901  # likewise
@@ -3190,8 +3193,7 @@ def client_routes(  # noqa: C901  # likewise
         run = next((run for run in reversed(runs) if run.status == "completed"), None)
         if run is None:
             hint = f"{len(runs)} of its runs are here, none completed; trigger one and wait for it"
-            error = "no completed analysis of this case"
-            raise Refusal(404, {"error": error, "caseId": case_id, "hint": hint})
+            raise Refusal(404, "no completed analysis of this case", caseId=case_id, hint=hint)
         return answer(result_of(run))
 
 
@@ -3222,7 +3224,7 @@ ACCEPTED = {
 def disabled(run_id: str, phase: str) -> Refusal:
     """DEMO_OFF: nothing is started, and the old server's answer says so with a 200."""
     off = {"accepted": False, "runId": run_id} if phase == "phase3" else {"status": "disabled"}
-    return Refusal(200, {**off, "message": "Analysis disabled (DEMO_OFF)"})
+    return Refusal(200, **off, message="Analysis disabled (DEMO_OFF)")
 
 
 def state_of(run: Run) -> dict[str, Any]:
@@ -3274,7 +3276,7 @@ def job_routes(  # noqa: C901  # likewise
         run = hub.find(job_id, tenant=g.tenant)
         if run is None or run.facts.phase != "generation":
             hint = "POST /api/v1/generations starts a job, and says where its events are"
-            raise Refusal(404, {"error": "there is no such job", "jobId": job_id, "hint": hint})
+            raise Refusal(404, "there is no such job", jobId=job_id, hint=hint)
         return run
 
     @app.get("/api/generation/jobs/<job_id>/events")
@@ -3386,7 +3388,7 @@ def operation_routes(  # noqa: C901  # likewise
             text = prometheus_text(journal.figures(), hub)
         except ImportError:
             install = "pip install 'aura-stream[metrics]'"
-            raise Refusal(501, {"error": f"metrics need an extra: {install}"}) from None
+            raise Refusal(501, f"metrics need an extra: {install}") from None
         return Response(text, content_type="text/plain; version=0.0.4; charset=utf-8")
 
 
@@ -3514,7 +3516,7 @@ def control_routes(  # noqa: C901  # likewise
         run_id = None if body.get("runId") is None else str(body["runId"])
         if not hub.gates.signal(body["gate"], run_id):
             error = f"{hub.gates.most} gates are open already; POST /__aura/reset closes them"
-            raise Refusal(409, {"error": error})
+            raise Refusal(409, error)
         return answer({"open": body["gate"], "runId": run_id})
 
     @app.post("/__aura/clock")
@@ -3541,7 +3543,7 @@ def control_routes(  # noqa: C901  # likewise
                 await sending.send(Event(body["event"], body["data"]))
         except (trio.ClosedResourceError, trio.BrokenResourceError):
             error = f"this run has ended ({run.status}), nobody listens any more"
-            raise Refusal(409, {"error": error, "runId": body["runId"]}) from None
+            raise Refusal(409, error, runId=body["runId"]) from None
         return answer({"emitted": body["event"]})
 
     @app.get("/__aura/connections")
@@ -3556,7 +3558,7 @@ def control_routes(  # noqa: C901  # likewise
         chosen = (one for one in hub.deliveries if number in (None, one.entry.seq))
         count = close_all(chosen, how)
         if number is not None and not count:
-            raise Refusal(404, {"error": f"no open connection has the id {number}"})
+            raise Refusal(404, f"no open connection has the id {number}")
         return answer({"closed": count, "how": how})
 
     @app.get("/__aura/tasks")
@@ -3573,13 +3575,13 @@ def control_routes(  # noqa: C901  # likewise
         else:
             found = await journal.wait(count, wanted, since=since, within=within)
         show = call if asked.get("view") == "calls" else journal.show
-        entries = {"entries": [show(one) for one in found]}
+        entries = [show(one) for one in found]
         if count is not None and len(found) < count:
             begun = len(journal.find(wanted, since=since)) - len(found)
             missing = f"{len(found)} of {count} finished entries came within {within:g} s"
             missing += f", {begun} more match and are still open"
-            raise Refusal(408, {"error": missing, **entries})
-        return answer(entries)
+            raise Refusal(408, missing, entries=entries)
+        return answer({"entries": entries})
 
     def call(entry: Entry) -> dict[str, Any]:
         """The entry as the gateway's call history has it."""
@@ -3602,7 +3604,7 @@ def control_routes(  # noqa: C901  # likewise
     @app.post("/__aura/shutdown")
     async def shut_down() -> Response:
         if stop is None:
-            raise Refusal(409, {"error": "this application runs in memory: end its nursery"})
+            raise Refusal(409, "this application runs in memory: end its nursery")
         stop()
         return answer({"status": "stopping"}, 202)
 
@@ -3634,7 +3636,7 @@ def query(checks: Mapping[str, Check]) -> dict[str, Any]:
     try:
         keys(checks)(found)
     except Wrong as wrong:
-        raise Refusal(400, {"error": f"the query {wrong}"}) from None
+        raise Refusal(400, f"the query {wrong}") from None
     return found
 
 
