@@ -215,6 +215,8 @@ class Settings:
                 if not re.fullmatch(one.metadata["each"], part):
                     like = f"like {one.default or 'a.test,b.test'}"
                     raise ValueError(f"{flag(one)} takes a list {like}, not {part!r}")
+        # a secret's file ends in a line break; and one that is empty is no secret
+        object.__setattr__(self, "admin_token", self.admin_token.strip())
         with contextlib.suppress(ValueError):
             if self.rate > 0:
                 return
@@ -617,6 +619,7 @@ class Verb:
     alone: Any = _NEEDED
 
 
+UNIX_TIME = {"unix": "{now}"}  # in data: the seconds of now, as a number
 TEMPLATE = re.compile(r"\{\{|\{(runId|caseId|tenantId|now|n)\}")
 MOST_TURNS = 1_000_000  # of all repeats of a script: more is not a test but a typing error
 MOST_STEPS = 5000  # of a script as written: checking more would hold up everybody else
@@ -896,6 +899,8 @@ class Player:
 
     def fill(self, value: Any) -> Any:
         """The value with its templates filled in."""
+        if value == UNIX_TIME:
+            return int(clock.time())
         if isinstance(value, dict):
             return {self.fill(key): self.fill(part) for key, part in value.items()}
         if isinstance(value, list):
@@ -1016,6 +1021,10 @@ class Failure(Exception):
         self.code = str(code) or f"ANALYSIS_{self.stage.upper()}"
 
 
+FOREIGN = re.compile(  # what asyncio without its loop, and Trio and Python of it, say
+    "event loop|yield message|create_future|can't be (used in 'await'|awaited)")
+
+
 def explained(error: BaseException) -> Failure:
     """What an exception says to a person: its class, its message, and of a call to somebody else
     its URL and status."""
@@ -1027,6 +1036,8 @@ def explained(error: BaseException) -> Failure:
     text, url = type(error).__name__, None
     with contextlib.suppress(Exception):  # an exception of somebody's own may not even have a text
         text += f": {error}"
+    if FOREIGN.search(text):
+        text += "; an analysis runs on Trio: `async def`, awaiting Trio or anyio, not asyncio"
     with contextlib.suppress(Exception):  # nor an honest `request`; httpx raises where it has none
         url = getattr(getattr(error, "request", None), "url", None)
     with contextlib.suppress(Exception):
@@ -1076,15 +1087,16 @@ def ordinary_stream(settings: Settings) -> Script:
     return _stream(settings, "heartbeat")
 
 
+JOB_FRAME = {"id": "{runId}_{n}"}
 JOB_BEAT = {"event": "heartbeat", "data": {
-    "type": "heartbeat", "timestamp": "{now}", "server_time": "{now}", "jobId": "{runId}"}}
+    "type": "heartbeat", "timestamp": "{now}", "server_time": UNIX_TIME, "jobId": "{runId}"}}
 
 
 def job_stream(settings: Settings) -> Script:
     """How a generation job is: its ids have its name in front, its heartbeats are events."""
-    frame = [{"frame": {"id": "{runId}_{n}"}}] if settings.event_ids else []
+    frame = [{"frame": JOB_FRAME}] if settings.event_ids else []
     beat = {"every": settings.heartbeat, **JOB_BEAT} if settings.heartbeat else "never"
-    return _stream(settings, {"heartbeat": beat}, *frame)
+    return _stream(settings, {"heartbeat": beat}, *frame)[:-1]  # its front end parses every message
 
 
 def _stream(settings: Settings, beat: Any, *first: Any) -> Script:
@@ -2350,6 +2362,7 @@ class Outlet:
 class Faulty(Delivery):
     """A delivery that knows every verb."""
 
+    own: Mapping[str, Any] = {"newline": "\n", "wrap": ""}  # its frame where no step says another
     _frame: Mapping[str, Any] | None = None
     _beat: Mapping[str, Any] | None = None
     _due = 0.0  # script time before which the next piece may not go
@@ -2432,8 +2445,8 @@ class Faulty(Delivery):
     async def frame(self, step: Step) -> None:
         """How later events, comments and beats are written; at its default, as the log has them."""
         wrap = in_one_line(self.fill(step.argument.get("wrap", "")))
-        self._frame, self.batch = {"newline": "\n", **step.argument, "wrap": wrap}, 1
-        if self._frame == {"newline": "\n", "wrap": ""}:
+        self._frame, self.batch = {**self.own, **step.argument, "wrap": wrap}, 1
+        if self._frame == Faulty.own:
             self._frame = None
 
     def dressed(self, block: bytes, number: int | None = None) -> bytes:
@@ -2522,6 +2535,13 @@ class Faulty(Delivery):
         await trio.sleep_forever()
 
 
+class JobDelivery(Faulty):
+    """A job's, whose ids have its name in front, in every scenario."""
+
+    batch = 1
+    own = _frame = {**Faulty.own, **JOB_FRAME}
+
+
 def close_all(
     deliveries: Iterable[Faulty], how: str, farewell: Callable[[], bytes] = bytes
 ) -> int:
@@ -2538,21 +2558,23 @@ def close_all(
 
 
 class Refusal(Exception):
-    """A request that is not granted: the status and the body of its answer."""
+    """A request that is not granted: the status of its answer, the error in a sentence, and what
+    else is told; no body where there is nothing to tell."""
 
     def __init__(
-        self, status: int, body: Any = None, headers: Mapping[str, str] | None = None,
-        script: Script = (),
+        self, status: int, error: str = "", /, headers: Mapping[str, str] | None = None,
+        script: Script = (), **told: Any,
     ) -> None:
-        super().__init__(status, body)
-        self.status, self.body, self.headers = status, body, dict(headers or {})
-        head = {"status": status, "headers": self.headers, "body": "" if body is None else body}
+        super().__init__(status, error, told)
+        self.status, self.headers = status, dict(headers or {})
+        self.body = {"error": error, **told} if error else told or None
+        head = {"status": status, "headers": self.headers, "body": self.body or ""}
         self.script = script or (Step("open", literal(head)),)  # for a stream route
 
     @property
     def why(self) -> str:
         """Its cause, for log and journal."""
-        body = self.body if isinstance(self.body, dict) else {}
+        body = self.body or {}
         said = body.get("error") or body.get("detail") or body.get("message")
         if isinstance(said, list):
             said = f"{'.'.join(map(str, said[0]['loc']))}: {said[0]['msg']}"
@@ -2562,15 +2584,15 @@ class Refusal(Exception):
 
 def invalid(says: str, *loc: str) -> Refusal:
     """422 in the form FastAPI gives it, which Aura's clients know."""
-    return Refusal(422, {"detail": [{"loc": list(loc), "msg": says, "type": "value_error"}]})
+    return Refusal(422, detail=[{"loc": list(loc), "msg": says, "type": "value_error"}])
 
 
-OPEN = re.compile(
-    r"/|/(health|metrics|__aura/health|api/(generation|v1/generations)(/.*)?)", re.DOTALL)
-CONTROL = re.compile(r"/(__aura|api/admin)(/.*)?", re.DOTALL)
+CONTROL = re.compile(r"/(__aura(?!/health\Z)|api/admin)(/.*)?", re.DOTALL)
+JOBS = re.compile(r"/api/(generation|v1/generations)(/.*)?", re.DOTALL)
 GATEWAY = re.compile(
     r"/api(?:(/aura(?:/.*)?)|/synapse(?:(/analysis-runs/[^/]*/stream)|/.*))", re.DOTALL)
 LOCAL = ("localhost", "127.0.0.1", "::1")
+LOCAL_PEER = re.compile(r"(127\..*|::1|<local>):\d+")
 LOCAL_PAGE = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?", re.IGNORECASE)
 CHALLENGE = {"WWW-Authenticate": "Bearer"}
 
@@ -2595,9 +2617,9 @@ def hosts_of(settings: Settings) -> set[str]:
 def known_host(authority: str, hosts: set[str]) -> None:
     """The 421 for a name that is not ours: a page on a name of its own, made to lead here, must not
     read a server on this machine."""
-    if hosts and authority and name_in(authority) not in hosts:
-        error = f"this server does not answer to the name {name_in(authority)[:200]!r}"
-        raise Refusal(421, {"error": error, "hint": "start it with --allow-host NAME if it should"})
+    if hosts and (name := name_in(authority)) not in hosts:
+        error = f"this server does not answer to the name {name[:200]!r}"
+        raise Refusal(421, error, hint="start it with --allow-host NAME if it should")
 
 
 def origins(text: str) -> re.Pattern[str]:
@@ -2616,28 +2638,28 @@ def numbered_tenant(tenant: str | None) -> None:
     if tenant is None:
         raise Refusal(400)
     if not re.fullmatch("[0-9]{1,19}", tenant):
-        raise Refusal(400, {"error": "X-Tenant-ID must be numeric (e.g. 1) for Aura API."})
+        raise Refusal(400, "X-Tenant-ID must be numeric (e.g. 1) for Aura API.")
 
 
-def operate(headers: Mapping[bytes, bytes], peer: str, settings: Settings) -> None:
+def operate(headers: Mapping[bytes, bytes], client: str, settings: Settings) -> None:
     """Let in who may control the server: who knows the token; without one, who is on this machine,
     and neither a proxy nor another site's page."""
     if settings.admin_token:
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
-        token = os.fsencode(settings.admin_token.strip())
+        token = os.fsencode(settings.admin_token)
         if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), token):
             needs = "this needs 'Authorization: Bearer <the server's ADMIN_TOKEN>'"
-            raise Refusal(401, {"detail": needs}, CHALLENGE)
+            raise Refusal(401, headers=CHALLENGE, detail=needs)
         return
     origin, why = as_text(headers.get(b"origin", b"http://localhost")), ""
-    if not peer.startswith("127.") and peer not in ("::1", "<local>"):
+    if not LOCAL_PEER.fullmatch(client):
         why = "this is for callers on the server's own machine"
     elif headers.keys() & {b"forwarded", b"x-forwarded-for", b"via"}:
         why = "this came through a proxy, and is for direct callers on the server's own machine"
     elif not LOCAL_PAGE.fullmatch(origin):
         why = "this is not for pages of another site"
     if why:
-        raise Refusal(403, {"error": f"{why}; with ADMIN_TOKEN set, the token lets anybody in"})
+        raise Refusal(403, f"{why}; with ADMIN_TOKEN set, the token lets anybody in")
 
 
 def identify(headers: Mapping[bytes, bytes], query: Any) -> None:
@@ -2648,10 +2670,11 @@ def identify(headers: Mapping[bytes, bytes], query: Any) -> None:
     if not given:
         hint = "send the header 'Authorization: Bearer <any token>'; an EventSource, which cannot,"
         hint += " adds ?access_token=<any token> to the URL"
-        raise Refusal(401, {"detail": "Missing authorization header", "hint": hint}, CHALLENGE)
+        missing = "Missing authorization header"
+        raise Refusal(401, headers=CHALLENGE, detail=missing, hint=hint)
     scheme, _, token = given.partition(" ")
     if scheme.lower() != "bearer" or not token.strip():
-        raise Refusal(401, {"detail": "Invalid authorization header format"}, CHALLENGE)
+        raise Refusal(401, headers=CHALLENGE, detail="Invalid authorization header format")
 
 
 def resume_point(text: str | None, last: int) -> int:
@@ -2730,8 +2753,9 @@ class Desk:
         if name in self.catalogue:
             return self.catalogue[name]
         close = difflib.get_close_matches(name[:64], self.catalogue)
-        about = {"scenario": name[:200], "didYouMean": close, "known": list(self.catalogue)}
-        raise Refusal(400, {"error": "unknown scenario", **about})
+        known = list(self.catalogue)
+        raise Refusal(
+            400, "unknown scenario", scenario=name[:200], didYouMean=close, known=known)
 
     def _ordinary(self, phase: Phase) -> Scenario:
         """What happens where nobody has chosen. What is ordinary in it follows the settings."""
@@ -2741,16 +2765,16 @@ class Desk:
         stream = None if found.stream == ordinary else found.stream
         return dataclasses.replace(found, run=run, stream=stream)
 
-    def asked(self, header: str, query: Any, body: Any = None) -> Scenario | None:
-        """What the request itself chooses: a name, or a whole scenario."""
-        wanted = header or query.get("scenario") or body
-        return None if wanted is None else self.chosen(wanted)
-
-    def chosen(self, wanted: Any) -> Scenario:
-        """The scenario of this name, or that this is."""
-        if isinstance(wanted, str) and wanted.startswith("{"):
-            wanted = checked_body(wanted, an_object, "scenario")
-        return self.named(wanted) if isinstance(wanted, str) else parse_scenario(wanted)
+    def chosen(self, wanted: Any, *, whole: bool = True) -> Scenario:
+        """The scenario of this name, or that this is, if it may be a whole one."""
+        text = isinstance(wanted, str)
+        if text and not wanted.startswith("{"):
+            return self.named(wanted)
+        if not whole:
+            error = "where no token is needed, a scenario is a name of the catalogue"
+            hint = "put yours into --scenarios FILE, or bind it to a job: POST /__aura/next"
+            raise Refusal(400, error, hint=hint)
+        return parse_scenario(checked_body(wanted, an_object, "scenario") if text else wanted)
 
     def meant(
         self, ids: tuple[str, str | None], test_id: str | None, able: Callable[[Scenario], bool]
@@ -2772,7 +2796,7 @@ class Desk:
     def bind(self, binding: Binding) -> None:
         if len(self._bindings) >= (most := self.settings.max_bindings):
             error = f"{most} bindings are waiting already; POST /__aura/reset forgets them"
-            raise Refusal(409, {"error": error})
+            raise Refusal(409, error)
         self._bindings.append(binding)
 
     def weight(self) -> int:
@@ -2888,17 +2912,20 @@ class Exchange(TrioASGIHTTPConnection):
         host, port = scope.get("client") or ("<local>", 0)
         given = scope["aura.headers"] = dict(scope["headers"])
         told = {name: as_text(given[name])[:200] for name in RECORDED if name in given}
-        known_as, tenant = told.get(b"x-request-id", ""), as_text(given.get(b"x-tenant-id", b""))
-        request_id = known_as if REQUEST_ID.fullmatch(known_as) else uuid.uuid4().hex
-        entry = Entry(scope["method"], asked, f"{host}:{port}", request_id, headers=told)
+
+        def known_as(name: bytes) -> str:
+            given_id = told.get(name, "")
+            return given_id if REQUEST_ID.fullmatch(given_id) else uuid.uuid4().hex
+
+        client, tenant = f"{host}:{port}", as_text(given.get(b"x-tenant-id", b""))
+        entry = Entry(scope["method"], asked, client, known_as(b"x-request-id"), headers=told)
         entry.http_version, entry.tenant_id = scope["http_version"], tenant.strip() or None
         entry.user_id, entry.agent_id = told.get(b"x-user-id"), told.get(b"x-agent-id")
         entry.test_id, scope["aura.entry"] = told.get(b"x-test-id"), entry
         if b"authorization" in told:
             told[b"authorization"] = "present"
         if inner:
-            trace = told.get(b"x-trace-id", "")
-            entry.trace_id = trace if REQUEST_ID.fullmatch(trace) else uuid.uuid4().hex
+            entry.trace_id = known_as(b"x-trace-id")
             told |= {**GATEWAY_SAYS, **told, b"x-trace-id": entry.trace_id}
         self._journal, self._entry = journal, entry
 
@@ -3000,7 +3027,8 @@ def admission(  # noqa: C901  # ruff adds the routes up; a test looks at each fo
     """What comes before every route, and after; and how a refusal leaves, wherever it was made.
 
     Refusals come in this order: a foreign name, (preflights are answered,) the gateway's tenant,
-    no token; in the route: a bad request, another's run, too many streams, an unknown run.
+    no token (or where none is needed, a foreign page); in the route: a bad request, another's run,
+    too many streams, an unknown run.
     """
     hosts, readers = hosts_of(settings), origins(settings.cors_origin)
 
@@ -3008,20 +3036,32 @@ def admission(  # noqa: C901  # ruff adds the routes up; a test looks at each fo
     async def admit() -> Response | None:
         note(entry())
         this, path, given = entry(), request.path, request.scope["aura.headers"]  # type: ignore[typeddict-item]
-        known_host(header(b"host"), hosts)
+        if b"host" in given:  # in HTTP/1.0 there may be none
+            known_host(header(b"host"), hosts)
         if request.method == "OPTIONS":
             asks = b"access-control-request-method" in given
             return Response(b"", 204, PREFLIGHT) if asks else None
         if this.trace_id is not None:
             numbered_tenant(this.tenant_id)
-        if OPEN.fullmatch(path):
-            return None
         if CONTROL.fullmatch(path):
-            operate(given, this.client.rpartition(":")[0], settings)
+            operate(given, this.client, settings)
             g.tenant = None
+        elif JOBS.fullmatch(path):
+            refuse_foreign_pages()
         elif settings.auth == "on" and path.startswith("/aura/"):
             identify(given, request.args)
         return None
+
+    def refuse_foreign_pages() -> None:
+        """Where no token is needed, keep out other sites' pages: each can make a browser send a GET
+        or a plain POST. This server's own page is at home, under whatever name."""
+        origin, own = header(b"origin"), f"://{header(b'host')}"
+        foreign = header(b"sec-fetch-site") == "cross-site"
+        if origin:
+            foreign = not (readers.fullmatch(origin) or origin.endswith(own))
+        if foreign:
+            error = "this needs no token, so it is not for pages of another site"
+            raise Refusal(403, error, hint="start it with --cors-origin ORIGIN if it should be")
 
     def note(this: Entry) -> None:
         """Which route this is, and whose run."""
@@ -3058,17 +3098,17 @@ def admission(  # noqa: C901  # ruff adds the routes up; a test looks at each fo
 
     @app.errorhandler(Mistake)
     async def point_out(mistake: Mistake) -> Response:
-        where = {"at": mistake.at, "step": mistake.step, "hint": mistake.hint}
-        return await refuse(Refusal(422, {"error": str(mistake), **where}))
+        at, step, hint = mistake.at, mistake.step, mistake.hint
+        return await refuse(Refusal(422, str(mistake), at=at, step=step, hint=hint))
 
     @app.errorhandler(HTTPException)
     async def explain(error: HTTPException) -> Response:
         allowed = {name: value for name, value in error.get_headers() if name == "Allow"}
-        body = {"error": f"{error.name}: {error.description}", "path": entry().path}
+        says = f"{error.name}: {error.description}"
         if error.code == 404:
             rules = [rule.rule for rule in app.url_map.iter_rules()]
-            body["error"] = "there is no such path" + did_you_mean(request.path, rules)
-        return await refuse(Refusal(error.code or 500, body, allowed))
+            says = "there is no such path" + did_you_mean(request.path, rules)
+        return await refuse(Refusal(error.code or 500, says, allowed, path=entry().path))
 
 
 CORS = {
@@ -3111,12 +3151,20 @@ class Reception:
         usual = [phase.stream(Settings()) for phase in PHASES.values()]  # as a catalogue writes it
         self._plain = [*usual, *(one.of(1) for one in self._ordinary.values())]
 
+    def asked(self, query: Any, body: Any = None) -> Scenario | None:
+        """What the request itself chooses: a name, or a whole scenario; that not where anybody may
+        come without a token."""
+        wanted = header(ASKED) or query.get("scenario") or body
+        if wanted is None:
+            return None
+        return self.desk.chosen(wanted, whole=not JOBS.fullmatch(request.path))
+
     def trigger(self, order: Order) -> tuple[Run | None, str, Script | None]:
         """The run a trigger asks for, if it may start; whether it was `started` or `known`; and
         how the scenario answers, if it does."""
         this, hub, desk = entry(), self.hub, self.desk
         run_id = this.run_id = order.run_id
-        asked = desk.asked(header(ASKED), request.args, order.body.get("scenario"))
+        asked = self.asked(request.args, order.body.get("scenario"))
         run = hub.find(run_id)
         if run and not may_see(g.tenant, run.facts.tenant_id):
             raise self.unknown(run_id)
@@ -3128,9 +3176,9 @@ class Reception:
             run = None
         if run and asked and asked.source != run.scenario.source:
             error = f"this run goes with scenario {run.scenario.name!r}; take another runId"
-            raise Refusal(409, {"error": error, "runId": run_id})
+            raise Refusal(409, error, runId=run_id)
         if run is None and (refused := hub.refusal) is not None:
-            raise Refusal(503, {"error": refused}, {"Retry-After": "5"})
+            raise Refusal(503, refused, {"Retry-After": "5"})
         scenario = run.scenario if run else asked
         scenario = scenario or desk.meant((run_id, order.case_id), this.test_id, lambda _: True)
         scenario, how = scenario or desk.usual[order.phase], "known" if run else "started"
@@ -3145,32 +3193,44 @@ class Reception:
     def _start(self, order: Order, scenario: Scenario) -> Run:
         failing = (header(b"x-aura-test-fail"), request.args.get("test_fail_query"))
         fail = next((stage for stage in failing if stage in ("rag", "llm")), None)
-        ids, more = (order.run_id, order.case_id, g.tenant), (order.phase, order.body)
-        delay, test_id = self.settings.event_delay, entry().test_id
         shared = (self.desk.catalogue.get(scenario.name), self.desk.usual[order.phase])
         kept = 0 if any(scenario is one for one in shared) else scenario.weight
         evidence = 2 * weight(order.body.get("evidence"))  # in the script, and encoded
-        weights = (weight(order.body) + evidence + kept, kept)
-        facts = Facts(*ids, *more, self.hub.time, delay, fail, test_id, *weights)
+        facts = Facts(
+            order.run_id, order.case_id, g.tenant, order.phase, order.body, self.hub.time,
+            self.settings.event_delay, fail, entry().test_id,
+            weight(order.body) + evidence + kept, kept)
         return self.hub.start(facts, scenario, scripted(scenario, self.hub.gates, self._analysis))
 
     def accepted(self, order: Order) -> Response:
         """The answer to a trigger."""
         run, how, script = self.trigger(order)
         status, says = ACCEPTED[order.phase]
-        told = says(order.run_id, run.facts.case_id if run else order.case_id, order.body)
+        told = says(order, run.facts.case_id if run else order.case_id, self.url())
         headers = {**self._echo(), **({"x-aura-run": how} if run else {})}
         if script is None:
             return answer(told, status, headers)
         usual = Step("open", literal({"status": status, "body": told}))
         return self.played(script, headers=headers, usual=usual)
 
+    def url(self) -> str:
+        """Where its caller finds this server; a proxy on this machine may say it, if it says a name
+        of ours."""
+        scheme, host = "http", request.host
+        with contextlib.suppress(Refusal):
+            if LOCAL_PEER.fullmatch(entry().client):
+                forwarded = header(b"x-forwarded-host").partition(",")[0] or host
+                known_host(forwarded, hosts_of(self.settings))
+                scheme = header(b"x-forwarded-proto").partition(",")[0] or scheme
+                host = forwarded
+        return f"{scheme}://{host}"
+
     def stream(self, run_id: str) -> Response:
         """One viewer's stream of this run: which script, from where."""
         if not run_id:
-            raise Refusal(400, {"error": "runId is required", "runId": None})
+            raise Refusal(400, "runId is required", runId=None)
         this, query = entry(), request.args if request.query_string else {}
-        asked = self.desk.asked(header(ASKED), query) if request.method != "POST" else None
+        asked = self.asked(query) if request.method != "POST" else None
         run = self.hub.find(run_id, tenant=g.tenant)
         if request.method != "HEAD" and (run or self.hub.find(run_id) is None):
             self.make_room()  # another tenant's run is unknown, whether there is room or not
@@ -3204,19 +3264,19 @@ class Reception:
 
     def make_room(self) -> None:
         """Refuse a viewer too many. (What is decided here has opened its delivery before anybody
-        else is asked: there is no checkpoint in between.) A native EventSource would never come
-        back after a 503; so it gets a short stream, and the time at which to come again."""
+        else is asked: there is no checkpoint in between.) An EventSource, which sends no token,
+        ends for good at a 503; so it gets a short stream, and the time at which to come again."""
         limit = self.settings.max_sse_connections
         if self.hub.streams < limit:
             return
-        error = {"error": "too many open streams", "limit": limit}
-        why = f"too many open streams, the limit is {limit}"
-        log.warning("%s (--max-sse-connections) run_id=%s", why, safe(entry().run_id))
-        native = "text/event-stream" in header(b"accept") and header(b"sec-fetch-mode")
-        if native and not header(b"authorization"):
-            soft = [{"raw": f"retry: {random.randint(1000, 10_000)}\n\n"}, {"comment": why}]
-            raise Refusal(200, error, script=parse_script(soft, "stream"))
-        raise Refusal(503, error, {"Retry-After": str(random.randint(1, 10))})
+        pause = random.randint(1000, 10_000)  # ms: each client its own
+        again = {"Retry-After": str(pause // 1000)}
+        refusal = Refusal(503, "too many open streams", again, limit=limit)
+        log.warning("%s (--max-sse-connections) run_id=%s", refusal.why, safe(entry().run_id))
+        if "text/event-stream" in header(b"accept") and not header(b"authorization"):
+            soft = [{"raw": f"retry: {pause}\n\n"}, {"comment": refusal.why}]
+            refusal.status, refusal.script = 200, parse_script(soft, "stream")
+        raise refusal
 
     def _without_a_run(self, run_id: str, asked: Scenario | None) -> Response:
         """A script that needs no log plays for an unknown run too."""
@@ -3237,7 +3297,9 @@ class Reception:
 
     def played(self, script: Script, run: Run | None = None, **more: Any) -> Response:
         below, headers = connection_of(request.scope), more.pop("headers", None) or self._echo()
-        return Streamed(Faulty(script, entry(), self.hub, run, headers, below, **more))
+        job = run and run.facts.phase == "generation" and self.settings.event_ids
+        play = JobDelivery if job else Faulty
+        return Streamed(play(script, entry(), self.hub, run, headers, below, **more))
 
     def _echo(self) -> dict[str, str]:
         this = entry()
@@ -3266,8 +3328,7 @@ class Reception:
         if self.hub.was_here(run_id, tenant=g.tenant):
             hint = f"it has ended and was forgotten by instance {self._instance}; trigger it again"
         status = int(self.settings.unknown_run) if entry().kind == "stream" else 404
-        error = "runId not found or already completed"
-        return Refusal(status, {"error": error, "runId": run_id, "hint": hint})
+        return Refusal(status, "runId not found or already completed", runId=run_id, hint=hint)
 
 
 def client_routes(  # noqa: C901  # likewise
@@ -3328,27 +3389,29 @@ def client_routes(  # noqa: C901  # likewise
         run = next((run for run in reversed(runs) if run.status == "completed"), None)
         if run is None:
             hint = f"{len(runs)} of its runs are here, none completed; trigger one and wait for it"
-            error = "no completed analysis of this case"
-            raise Refusal(404, {"error": error, "caseId": case_id, "hint": hint})
+            raise Refusal(404, "no completed analysis of this case", caseId=case_id, hint=hint)
         return answer(result_of(run))
 
 
-def phase2_accepted(run_id: str, case_id: str, body: Mapping[str, Any]) -> dict[str, Any]:
-    ids, url = {"runId": run_id, "caseId": case_id}, f"/aura/analysis-runs/{encoded(run_id)}/stream"
-    return {"status": "ACCEPTED", **ids, "streamUrl": url}
+def phase2_accepted(order: Order, case_id: str, _: str) -> dict[str, Any]:
+    url = f"/aura/analysis-runs/{encoded(order.run_id)}/stream"
+    return {"status": "ACCEPTED", "runId": order.run_id, "caseId": case_id, "streamUrl": url}
 
 
-def phase3_accepted(run_id: str, case_id: str, body: Mapping[str, Any]) -> dict[str, Any]:
-    path = f"/aura/cases/{encoded(case_id)}/analysis/stream?runId={encoded(run_id)}"
-    return {"accepted": True, "runId": run_id, "streamPath": path}
+def phase3_accepted(order: Order, case_id: str, _: str) -> dict[str, Any]:
+    path = f"/aura/cases/{encoded(case_id)}/analysis/stream?runId={encoded(order.run_id)}"
+    return {"accepted": True, "runId": order.run_id, "streamPath": path}
 
 
-def job_accepted(job_id: str, case_id: str, body: Mapping[str, Any]) -> dict[str, Any]:
-    url, project = f"/api/v1/generations/{encoded(job_id)}", body.get("projectId")
-    urls = {"sseUrl": f"{url}/events", "cancelUrl": url, "projectId": project}
-    title = body.get("title") or (body.get("description") or "Untitled")[:80]
-    told = {"title": title, "estimatedDuration": 18}  # seconds, at the ordinary pace
-    return {"jobId": job_id, "status": "queued", **urls, **told}
+def job_accepted(order: Order, _: str, here: str) -> dict[str, Any]:
+    """Its front end calls `new URL`, and so needs whole ones."""
+    body, url = order.body, f"{here}/api/v1/generations/{order.run_id}"
+    return {
+        "jobId": order.run_id, "status": "queued", "sseUrl": f"{url}/events", "cancelUrl": url,
+        "projectId": body.get("projectId"),
+        "title": body.get("title") or (body.get("description") or "Untitled")[:80],
+        "estimatedDuration": 18,  # seconds, at the ordinary pace
+    }
 
 
 ACCEPTED = {
@@ -3360,13 +3423,15 @@ ACCEPTED = {
 def disabled(run_id: str, phase: str) -> Refusal:
     """DEMO_OFF: nothing is started, and the old server's answer says so with a 200."""
     off = {"accepted": False, "runId": run_id} if phase == "phase3" else {"status": "disabled"}
-    return Refusal(200, {**off, "message": "Analysis disabled (DEMO_OFF)"})
+    return Refusal(200, **off, message="Analysis disabled (DEMO_OFF)")
 
 
 def state_of(run: Run) -> dict[str, Any]:
-    ids = {"runId": run.facts.run_id, "caseId": run.facts.case_id, "phase": run.facts.phase}
-    counts = {"status": run.status, "events": run.log.last, "viewers": run.viewers}
-    return {**ids, **counts, "startedAt": run.started_at, "endedAt": run.ended_at}
+    return {
+        "runId": run.facts.run_id, "caseId": run.facts.case_id, "phase": run.facts.phase,
+        "status": run.status, "events": run.log.last, "viewers": run.viewers,
+        "startedAt": run.started_at, "endedAt": run.ended_at,
+    }
 
 
 def said_last(log: Log, name: str, count: int, *, among: float = math.inf) -> list[Any]:
@@ -3387,10 +3452,12 @@ def result_of(run: Run) -> dict[str, Any]:
     """The last result of a case, read from the log: what was streamed is what was found."""
     last = (said_last(run.log, "completed", 1) or [{}])[0]
     breakdown = (said_last(run.log, "confidence", 1) or [None])[0]
-    found = {"proposals": said_last(run.log, "proposal", 100) or None}
-    score = {"score": last.get("score"), "severity": last.get("severity")}
-    text = {"caseId": run.facts.case_id, "reasonText": last.get("summary"), **found}
-    return {**text, "confidenceBreakdown": breakdown, "ragRefs": [], "similarCases": [], **score}
+    return {
+        "caseId": run.facts.case_id, "reasonText": last.get("summary"),
+        "proposals": said_last(run.log, "proposal", 100) or None,
+        "confidenceBreakdown": breakdown, "ragRefs": [], "similarCases": [],
+        "score": last.get("score"), "severity": last.get("severity"),
+    }
 
 
 # ═══ 11  Operations ═══════════════════════════════════════════════════════════════════════════════
@@ -3412,7 +3479,7 @@ def job_routes(  # noqa: C901  # likewise
         run = hub.find(job_id, tenant=g.tenant)
         if run is None or run.facts.phase != "generation":
             hint = "POST /api/v1/generations starts a job, and says where its events are"
-            raise Refusal(404, {"error": "there is no such job", "jobId": job_id, "hint": hint})
+            raise Refusal(404, "there is no such job", jobId=job_id, hint=hint)
         return run
 
     @app.get("/api/generation/jobs/<job_id>/events")
@@ -3445,18 +3512,18 @@ def job_routes(  # noqa: C901  # likewise
     @app.delete("/api/v1/generations/<job_id>")
     async def cancel_job(job_id: str) -> Response:
         why = "the job was cancelled by a DELETE"
-        job(job_id).cancel(Failure(why, stage="cancelled", retryable=False))
+        with contextlib.suppress(Refusal):  # what is not there is as its caller wants it
+            job(job_id).cancel(Failure(why, stage="cancelled", retryable=False))
         return answer(None, 204)
 
     @app.get("/api/v1/generations/_stats")
     async def job_statistics() -> Response:
         here = jobs()
-        states = collections.Counter(map(job_status, here))
-        counts = {name: states[name] for name in JOB_STATUSES}
-        viewers = {"active_connections": sum(run.viewers for run in here)}
-        told = {"total_jobs": len(here), **counts, **viewers}
-        operational = {"service_status": "operational", "timestamp": now_iso()}
-        return answer({"job_statistics": told, **operational})
+        counts = {**dict.fromkeys(JOB_STATUSES, 0), **collections.Counter(map(job_status, here))}
+        viewers = sum(run.viewers for run in here)
+        told = {"total_jobs": len(here), **counts, "active_connections": viewers}
+        now = {"service_status": "operational", "timestamp": now_iso()}
+        return answer({"job_statistics": told, **now})
 
     @app.get("/api/v1/generations/active")
     async def active_jobs() -> Response:
@@ -3474,8 +3541,10 @@ def job_status(run: Run) -> str:
 
 def job_of(run: Run) -> dict[str, Any]:
     last = (said_last(run.log, "progress", 1, among=1000) or [{}])[0]
-    state = {"jobId": run.facts.run_id, "status": job_status(run)}
-    return {**state, "progress": last.get("value", 0), "createdAt": run.started_at}
+    return {
+        "jobId": run.facts.run_id, "status": job_status(run), "progress": last.get("value", 0),
+        "createdAt": run.started_at,
+    }
 
 
 def operation_routes(  # noqa: C901  # likewise
@@ -3488,16 +3557,16 @@ def operation_routes(  # noqa: C901  # likewise
     async def front() -> Response:
         if page and "text/html" in header(b"accept").lower():
             return Response(page, headers=guard, content_type="text/html; charset=utf-8")
-        told = {"message": "Aura analysis stream", "version": about["version"]}
-        return answer({**told, "status": "operational"})
+        told = {"message": "Aura analysis stream", "version": __version__, "status": "operational"}
+        return answer(told)
 
     @app.get("/health")
     @app.get("/api/generation/health")
     async def health() -> Response:
-        uptime = round(clock.perf_counter() - began, 3)
-        counts = {"runs": hub.live, "sse_connections": hub.streams, "uptime": uptime}
-        told = {"instance": about["instance"], "version": about["version"]}
-        return answer({"status": "healthy", **told, **counts})
+        return answer({
+            "status": "healthy", **about, "runs": hub.live, "sse_connections": hub.streams,
+            "uptime": round(clock.perf_counter() - began, 3),
+        })
 
     def streams() -> Iterator[Faulty]:
         return (one for one in hub.deliveries if one.entry.streams)
@@ -3526,7 +3595,7 @@ def operation_routes(  # noqa: C901  # likewise
             text = prometheus_text(journal.figures(), hub)
         except ImportError:
             install = "pip install 'aura-stream[metrics]'"
-            raise Refusal(501, {"error": f"metrics need an extra: {install}"}) from None
+            raise Refusal(501, f"metrics need an extra: {install}") from None
         return Response(text, content_type="text/plain; version=0.0.4; charset=utf-8")
 
 
@@ -3545,8 +3614,7 @@ def policy(page: str) -> str:
         sums = (hashlib.sha256(text.encode()).digest() for text in found)
         return " ".join(f"'sha256-{base64.b64encode(one).decode()}'" for one in sums)
 
-    nothing = "; ".join(f"{what} 'none'" for what in (
-        "default-src", "base-uri", "form-action", "frame-ancestors"))
+    nothing = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     own = f"script-src {hashes('script')}; style-src {hashes('style')}"
     return f"{nothing}; {own}; connect-src 'self'; img-src data:"
 
@@ -3557,7 +3625,7 @@ def measured(figures: Figures, hub: Hub) -> Iterator[tuple[str, str, str, tuple[
     fold(figures.names)
     sent = {name: figures.names[name] for name in (*KNOWN_EVENTS, "other")}
     there = collections.Counter(run.status for run in hub.seen_by(None))
-    runs = {status: there[status] for status in RUN_STATUSES}
+    runs = {**dict.fromkeys(RUN_STATUSES, 0), **there}
     ended = {**dict.fromkeys(ACTS, 0), **figures.ended}
     rate = figures.written / figures.due if figures.due else 1
     asked = collections.Counter[tuple[str, ...]]()
@@ -3647,17 +3715,19 @@ def control_routes(  # noqa: C901  # likewise
         left = math.inf if times is None else times
         if scenario.weight + hub.held > (most := hub.settings.max_log_bytes):
             error = f"this would hold too much, the limit is {most} bytes; a reset forgets all"
-            raise Refusal(409, {"error": error})
+            raise Refusal(409, error)
         desk.bind(Binding(scenario, left, case_id, body.get("testId")))
         return answer({"scenario": scenario.name, "times": times, "caseId": case_id})
 
     @app.post("/__aura/signal")
     async def signal_gate() -> Response:
         body = await told(SIGNAL)
-        run_id = None if body.get("runId") is None else str(body["runId"])
+        run_id = body.get("runId")
+        if run_id is not None:
+            run_id = reception.seen(str(run_id)).facts.run_id
         if not hub.gates.signal(body["gate"], run_id):
             error = f"{hub.gates.most} gates are open already; POST /__aura/reset closes them"
-            raise Refusal(409, {"error": error})
+            raise Refusal(409, error)
         return answer({"open": body["gate"], "runId": run_id})
 
     @app.post("/__aura/clock")
@@ -3684,12 +3754,12 @@ def control_routes(  # noqa: C901  # likewise
                 await sending.send(Event(body["event"], body["data"]))
         except (trio.ClosedResourceError, trio.BrokenResourceError):
             error = f"this run has ended ({run.status}), nobody listens any more"
-            raise Refusal(409, {"error": error, "runId": body["runId"]}) from None
+            raise Refusal(409, error, runId=body["runId"]) from None
         return answer({"emitted": body["event"]})
 
     @app.get("/__aura/connections")
     async def list_connections() -> Response:
-        entries = [delivery.entry for delivery in hub.deliveries]
+        entries = (one.entry for one in hub.deliveries)
         return answer({"connections": [{"id": one.seq, **journal.show(one)} for one in entries]})
 
     @app.delete("/__aura/connections")
@@ -3699,7 +3769,7 @@ def control_routes(  # noqa: C901  # likewise
         chosen = (one for one in hub.deliveries if number in (None, one.entry.seq))
         count = close_all(chosen, how)
         if number is not None and not count:
-            raise Refusal(404, {"error": f"no open connection has the id {number}"})
+            raise Refusal(404, f"no open connection has the id {number}")
         return answer({"closed": count, "how": how})
 
     @app.get("/__aura/tasks")
@@ -3716,20 +3786,19 @@ def control_routes(  # noqa: C901  # likewise
         else:
             found = await journal.wait(count, wanted, since=since, within=within)
         show = call if asked.get("view") == "calls" else journal.show
-        entries = {"entries": [show(one) for one in found]}
+        entries = [show(one) for one in found]
         if count is not None and len(found) < count:
             begun = len(journal.find(wanted, since=since)) - len(found)
             missing = f"{len(found)} of {count} finished entries came within {within:g} s"
             missing += f", {begun} more match and are still open"
-            raise Refusal(408, {"error": missing, **entries})
-        return answer(entries)
+            raise Refusal(408, missing, entries=entries)
+        return answer({"entries": entries})
 
     def call(entry: Entry) -> dict[str, Any]:
         """The entry as the gateway's call history has it."""
-        shown = journal.show(entry)
-        names = ("latency", "tenantId", "userId", "agentId", "end")
-        told = {"path": entry.path, "statusCode": entry.status}
-        return {**told, **{name: shown[name] for name in names}}
+        shown = {**journal.show(entry), "statusCode": entry.status}
+        names = ("path", "statusCode", "latency", "tenantId", "userId", "agentId", "end")
+        return {name: shown[name] for name in names}
 
     @app.post("/__aura/reset")
     async def reset() -> Response:
@@ -3745,16 +3814,16 @@ def control_routes(  # noqa: C901  # likewise
     @app.post("/__aura/shutdown")
     async def shut_down() -> Response:
         if stop is None:
-            raise Refusal(409, {"error": "this application runs in memory: end its nursery"})
+            raise Refusal(409, "this application runs in memory: end its nursery")
         stop()
         return answer({"status": "stopping"}, 202)
 
 
 _how = just("end", "drop", "reset")
 _an_id = that("a text that is not empty", lambda text: bool(text))
-_where = {"runId": _an_id, "testId": _an_id, "kind": just("stream", "trigger", "request")}
 JOURNAL = {
-    **_where, "since": number(0, 10**15, whole=True),
+    "runId": _an_id, "testId": _an_id, "kind": just("stream", "trigger", "request"),
+    "since": number(0, 10**15, whole=True),
     "within": number(0, 3600), "view": just("calls"),
 }
 NEXT = keys({
@@ -3769,16 +3838,14 @@ EMIT = keys({"runId": _run_id, "event": a_line, "data": anything}, needs="runId 
 
 def query(checks: Mapping[str, Check]) -> dict[str, Any]:
     """The query of a control request, its numbers as numbers, or the 400 in a sentence."""
-    found: dict[str, Any] = {}
-    for key, text in request.args.items():
-        numeric = key in ("since", "count", "within")
-        found[key] = text
+    found: dict[str, Any] = request.args.to_dict()
+    for key in found.keys() & {"since", "count", "within"}:
         with contextlib.suppress(ValueError):
-            found[key] = (float(text) if "." in text else int(text)) if numeric else text
+            found[key] = int(found[key]) if found[key].isdigit() else float(found[key])
     try:
         keys(checks)(found)
     except Wrong as wrong:
-        raise Refusal(400, {"error": f"the query {wrong}"}) from None
+        raise Refusal(400, f"the query {wrong}") from None
     return found
 
 
@@ -3952,10 +4019,13 @@ class Http11(H11Protocol):
     @staticmethod
     def _plain(request: h11.Request) -> h11.Request:
         """The request with a path for its target, as Quart wants it, and no `Connection`, which
-        h11 has heeded already: without it Hypercorn sees no WebSocket."""
-        target = re.sub(rb"^https?://[^/?]*", b"", request.target, flags=re.IGNORECASE)
+        h11 has heeded already: without it Hypercorn sees no WebSocket. A host in the target counts,
+        whatever `Host` says (RFC 9112, 3.2.2)."""
+        *whole, target = re.split(rb"^https?://([^/?]*)", request.target, flags=re.IGNORECASE)
         target = target if target.startswith(b"/") else b"/" + target
-        headers = [pair for pair in request.headers if pair[0] != b"connection"]
+        heeded = (b"connection", b"host") if whole else (b"connection",)
+        headers = [pair for pair in request.headers if pair[0] not in heeded]
+        headers += [(b"host", host) for host in whole[1:]]
         version, method = request.http_version, request.method
         return h11.Request(method=method, target=target, headers=headers, http_version=version)
 
@@ -4204,10 +4274,10 @@ CATALOGUE: dict[str, tuple[str, dict[str, Any]]] = {
     "ok": ("all is well: the ordinary run, the ordinary stream", {}),
     "phase3": ("all is well: the ordinary Phase3 run, whoever triggers it", {
         "run": [{"ordinary": "phase3"}]}),
-    "generation": ("a generation job: progress, ids `{jobId}_{n}`, heartbeats as events", {
+    "generation": ("a generation job: ids `{jobId}_{n}`, heartbeats as events, no [DONE]", {
         "run": [{"ordinary": "generation"}],
-        "stream": [{"frame": {"id": "{runId}_{n}"}}, _HELLO,
-                   {"heartbeat": {"every": 30, **JOB_BEAT}}, _REST, _BYE]}),
+        "stream": [{"frame": JOB_FRAME}, _HELLO, {"heartbeat": {"every": 30, **JOB_BEAT}},
+                   _REST]}),
     "failed": ("the analysis fails: `failed` says why and is the last event, then [DONE]", {
         "run": [*_FOUR[:2], {"fail": {"error": "the model refused the prompt", "stage": "llm"}}]}),
     "crash": ("the analysis raises: `failed` names the exception, the server lives", {
@@ -5142,7 +5212,7 @@ async def serve(
             if hub.time.rate == math.inf:
                 clocks.start_soon(hub.time.jump, name="clock")
             token = trio.lowlevel.current_trio_token()
-            bearer = settings.admin_token.strip() or "aura"
+            bearer = settings.admin_token or "aura"
             task_status.started(Aura(url, port, stopping.set, token, bearer))
             await stopping.wait()
             log.info("stopping: first nobody new, then the runs, then their streams")
@@ -5865,8 +5935,8 @@ def turned_away(it: Examination) -> Any:
 
 def ended(it: Examination) -> str:
     """Which parts of an end a properly ended stream lacks."""
-    main, done = it.main, it.main.done is not None
-    last = any(one.name in TERMINAL for one in it.events)
+    main, last = it.main, next((one for one in it.events if one.name in TERMINAL), None)
+    done = main.done is not None or (last and "jobId" in (last.fields or {}))  # a job has no [DONE]
     if main.ending != "end" or not it.events or (done and last):
         return ""
     if not done and (main.rest or main.lines[-1][1]):

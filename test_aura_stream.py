@@ -8,6 +8,7 @@ that needs a program (Java, Node, curl, nginx, Chromium) skips where it is missi
 """
 
 import ast
+import asyncio
 import base64
 import contextlib
 import dataclasses
@@ -1336,6 +1337,43 @@ async def test_an_ended_run_does_not_keep_its_request(autojump_clock):
         assert run.log.last == 10
 
 
+async def naps(its_facts, sending):
+    await asyncio.sleep(1)
+
+
+async def naps_briefly(its_facts, sending):
+    await asyncio.sleep(0)
+
+
+async def waits_for_a_queue(its_facts, sending):
+    await asyncio.Queue().get()
+
+
+def is_not_async(its_facts, sending):
+    return None
+
+
+def hands_on_a_nap(its_facts, sending):
+    return asyncio.sleep(1)
+
+
+async def yields(its_facts, sending):
+    yield "an event"
+
+
+@pytest.mark.parametrize(("analysis", "text"), [
+    (naps, "RuntimeError: no running event loop"), (naps_briefly, "TypeError: trio.run received unrecognized yield message"),
+    (waits_for_a_queue, "AttributeError: "), (is_not_async, "TypeError: "), (hands_on_a_nap, "RuntimeError: no running event loop"),
+    (yields, "TypeError: "),
+])  # fmt: skip
+async def test_an_analysis_that_needs_asyncio_fails_with_a_sentence_that_says_trio(analysis, text, autojump_clock):
+    async with hub_for() as hub:
+        run = await ended(hub.start(facts(Time()), scenario(), aura_stream.scripted(scenario("ordinary"), hub.gates, analysis)))
+        error = said(run)[-1][1]["error"]
+        assert run.status == "failed" and error.startswith(text)
+        assert error.endswith("an analysis runs on Trio: `async def`, awaiting Trio or anyio, not asyncio")
+
+
 async def test_an_analysis_that_fails_in_its_own_nursery_is_still_only_its_run(autojump_clock):
     async def child():
         raise ValueError("child")
@@ -2532,7 +2570,9 @@ async def test_post_sse_counts_as_an_attempt_and_is_refused_like_a_trigger(autoj
     ("c.test", {"allow_host": "a.test, B.test"}, 421),
     ("evil.test", {"host": "0.0.0.0"}, 200),
     ("evil.test", {"host": "::"}, 200),
-    ("", {}, 200),  # HTTP/1.0 may have none, and no browser's page can send none
+    ("", {}, 421),
+    (":9000", {}, 421),
+    ("", {"host": "0.0.0.0"}, 200),
 ])  # fmt: skip
 async def test_a_page_on_a_name_of_its_own_does_not_reach_the_server(host, settings, status):
     async with in_memory(**settings) as (client, _, _, _):
@@ -2541,6 +2581,31 @@ async def test_a_page_on_a_name_of_its_own_does_not_reach_the_server(host, setti
             assert answer.status_code == status
         if status == 421:
             assert host.rpartition(":")[0] in (await answer.get_json())["error"] and "--allow-host" in (await answer.get_json())["hint"]
+
+
+@pytest.mark.parametrize(("line", "host", "status"), [
+    ("GET http://evil.test/health HTTP/1.1", "localhost", 421),
+    ("GET HTTP://EVIL.TEST:9000/health HTTP/1.1", "localhost", 421),
+    ("GET http://localhost@evil.test/health HTTP/1.1", "localhost", 421),
+    ("GET http:///health HTTP/1.1", "localhost", 421),
+    ("GET http://evil.test/health HTTP/1.0", None, 421),
+    ("GET http://localhost:9000/health HTTP/1.1", "localhost", 200),
+    ("GET http://127.0.0.1?x HTTP/1.1", "evil.test", 200),
+    ("GET /health HTTP/1.1", "", 421),
+    ("GET /health HTTP/1.0", "", 421),
+    ("GET /health HTTP/1.0", None, 200),  # there is none to check, and no page can make a browser send none
+])  # fmt: skip
+def test_the_host_in_a_request_s_target_counts_whatever_its_header_says(line, host, status, one_server):
+    head = [line, *([] if host is None else [f"Host: {host}"]), "Connection: close", "", ""]
+    with connect(one_server, "\r\n".join(head).encode()) as wire:
+        assert int(read_until(wire, None).split()[1]) == status
+
+
+@pytest.fixture(scope="module")
+def one_server():
+    """A server for all who only ask it something."""
+    with running(event_delay=0) as aura:
+        yield aura
 
 
 async def test_control_sees_every_tenant_s_runs_whoever_it_says_it_is(autojump_clock):
@@ -2574,6 +2639,13 @@ TOKEN = {"Authorization": "Bearer s3cret"}
     ({}, "127.0.0.1", {"Origin": "http://localhost]"}, 403, "pages of another site"),
     ({"admin_token": " s3cret\n"}, "127.0.0.1", TOKEN, 200, ""),
     ({"admin_token": "\udcff"}, "127.0.0.1", TOKEN, 401, "ADMIN_TOKEN"),
+    ({"admin_token": "\n"}, "127.0.0.1", {}, 200, ""),
+    ({"admin_token": " \t\r\n"}, "192.168.1.4", {"Authorization": "Bearer "}, 403, "callers on the server's own machine"),
+    ({"admin_token": "\n"}, "127.0.0.1", {"Authorization": "Bearer ", "Origin": "http://evil.test"}, 403, "pages of another site"),
+    ({"admin_token": "\n"}, "127.0.0.1", {"Authorization": "Bearer  ", "Via": "1.1 x"}, 403, "through a proxy"),
+    ({"admin_token": "s3cret"}, "127.0.0.1", {"Authorization": "Bearer "}, 401, "ADMIN_TOKEN"),
+    ({"admin_token": "s3cret"}, "127.0.0.1", {"Authorization": "Bearer"}, 401, "ADMIN_TOKEN"),
+    ({"admin_token": "s3cret"}, "127.0.0.1", {"Authorization": "Bearer  s3cret "}, 200, ""),
     ({"cors_origin": "https://app.test"}, "127.0.0.1", {"Origin": "https://app.test"}, 403, "pages of another site"),
     ({"admin_token": "s3cret"}, "192.168.1.4", TOKEN | {"Via": "1.1 x", "Origin": "http://evil.test"}, 200, ""),
     ({"admin_token": "s3cret"}, "127.0.0.1", {"Authorization": "bearer s3cret"}, 200, ""),
@@ -2595,6 +2667,92 @@ async def test_control_is_for_whoever_may(settings, peer, headers, status, sente
                 assert sentence in told.get("error", told.get("detail"))
                 assert (answer.headers.get("WWW-Authenticate") == "Bearer") == (status == 401)
         assert (await client.get("/__aura/health", headers=headers)).status_code == 200
+
+
+def test_a_secret_s_file_with_nothing_in_it_is_no_token(tmp_path, heard):
+    empty = tmp_path / "secret"
+    empty.write_text("\n")
+    settings = Settings.read({"host": "0.0.0.0"}, {"ADMIN_TOKEN": empty.read_text()})
+    assert settings.admin_token == "", "control stays local"
+    aura_stream.warn(settings)
+    heard.wait_for("control (/__aura, /api/admin) is for callers on this machine; ADMIN_TOKEN opens it", within=0)
+    for token in ("\n", " s3cret\n"):
+        with running(admin_token=token) as aura:
+            aura.reset()
+            forged = httpx.get(f"{aura.url}/__aura/journal", headers={"Authorization": "Bearer", "X-Forwarded-For": "10.0.0.9"})
+            assert forged.status_code == (401 if token.strip() else 403)
+
+
+JOB_WAYS = [("GET", "/api/generation/jobs/j/events"), ("POST", "/api/v1/generations"), ("GET", "/api/v1/generations/active")]
+
+
+@pytest.mark.parametrize(("headers", "settings", "comes"), [
+    ({"Origin": "http://evil.test"}, {}, False),
+    ({"Origin": "null"}, {}, False),
+    ({"Origin": "http://localhost.evil.test"}, {}, False),
+    ({"Origin": "http://evil.test", "Sec-Fetch-Site": "none"}, {}, False),
+    ({"Sec-Fetch-Site": "cross-site"}, {}, False),  # what an <img> of any page sends
+    ({"Origin": "http://localhost:5173"}, {"cors_origin": "https://app.test"}, False),
+    ({"Origin": "https://app.test", "Sec-Fetch-Site": "cross-site"}, {"cors_origin": "https://app.test"}, True),
+    ({"Origin": "http://localhost:5173", "Sec-Fetch-Site": "same-site"}, {}, True),
+    ({"Sec-Fetch-Site": "same-origin"}, {}, True),
+    ({"Sec-Fetch-Site": "same-site"}, {}, True),
+    ({"Sec-Fetch-Site": "none"}, {}, True),
+    ({"Origin": "http://box.lan:9000", "Host": "box.lan:9000"}, {"host": "box.lan"}, True),  # its own page, under its name
+    ({"Origin": "http://box.lan:8080", "Host": "box.lan:9000"}, {"host": "box.lan"}, False),
+    ({}, {}, True),
+])  # fmt: skip
+async def test_no_page_of_another_site_starts_or_watches_a_job(headers, settings, comes, autojump_clock):
+    """These routes need no token, and any page can make a browser send such a GET or a plain POST."""
+    async with in_memory(**settings) as (client, hub, _, _):
+        for method, path in JOB_WAYS:
+            answer = await client.open(path, method=method, headers={"Content-Type": "text/plain", **headers}, data=b"{}" if method == "POST" else b"")
+            if comes:
+                assert answer.status_code == (201 if method == "POST" else 200)
+            else:
+                told = await answer.get_json()
+                assert answer.status_code == 403
+                assert "pages of another site" in told["error"] and "--cors-origin" in told["hint"]
+                assert "Access-Control-Allow-Origin" not in answer.headers
+        assert bool(hub.seen_by(None)) == comes
+        assert (await client.get("/health", headers=headers)).status_code == 200, "what starts nothing is for all"
+
+
+async def test_refusals_come_in_their_order_where_no_token_is_needed():
+    foreign, asks = {"Origin": "http://evil.test"}, {"Access-Control-Request-Method": "POST"}
+    whole = "?scenario=%7B%22name%22:%22x%22%7D"
+    async with in_memory() as (client, _, _, _):
+        assert (await client.get("/api/generation/jobs/j/events", headers={**foreign, "Host": "evil.test"})).status_code == 421
+        assert (await client.options("/api/v1/generations", headers={**foreign, **asks})).status_code == 204
+        for path in (f"/api/generation/jobs/j/events{whole}", "/api/v1/generations/nobody"):
+            assert (await client.get(path, headers=foreign)).status_code == 403
+        assert (await client.get(f"/api/v1/generations/nobody/events{whole}")).status_code == 404
+
+
+async def test_where_no_token_is_needed_a_scenario_is_a_name(autojump_clock):
+    """In the header, the query or the body; one of one's own is bound beforehand, by whoever may."""
+    own = {"name": "own", "run": says("own")}
+    text, plain = json.dumps(own), {"Content-Type": "text/plain"}
+    watch, make = "/api/generation/jobs/j/events", "/api/v1/generations"
+    async with in_memory() as (client, hub, _, _):
+        made = (await (await client.post(make, json={})).get_json())["jobId"]
+        for answer in (
+            await client.get(f"{watch}?scenario={quote(text)}"), await client.get(watch, headers={"X-Aura-Scenario": text}),
+            await client.get(f"{make}/{made}/events?scenario={quote(text)}"), await client.post(f"{make}?scenario={quote(text)}", data=b"", headers=plain),
+            await client.post(make, headers=plain, data=json.dumps({"scenario": own}).encode()), await client.post(make, json={"scenario": text}),
+            await client.post(make, json={"scenario": 5}), await client.get(f"{watch}?scenario=%7B"),
+        ):  # fmt: skip
+            told = await answer.get_json()
+            assert answer.status_code == 400 and "a name of the catalogue" in told["error"]
+            assert "--scenarios FILE" in told["hint"] and "POST /__aura/next" in told["hint"]
+        assert [run.facts.run_id for run in hub.seen_by(None)] == [made], "nothing was started"
+        assert (await client.get(f"{watch}?scenario=dorp")).status_code == 400
+        named = await client.get(f"{watch}?scenario=failed")
+        assert (named.status_code, named.headers["X-Aura-Scenario"]) == (200, "failed")
+        assert (await client.post("/__aura/next", json={"scenario": own, "caseId": "p"})).status_code == 200
+        bound = (await (await client.post(make, json={"projectId": "p"})).get_json())["jobId"]
+        assert [name for name, _ in said(await ended(hub.find(bound)))] == ["own"]
+        assert (await triggered(client, scenario=own))[0].headers["X-Aura-Scenario"] == "own", "with a token, as ever"
 
 
 @pytest.mark.parametrize(("settings", "origin", "readable"), [
@@ -2694,6 +2852,8 @@ async def test_no_route_opens_for_a_stranger(method, rule):
     if control and not is_open(rule):
         tries += [({"Origin": "http://evil.test"}, {}, 403), ({"Origin": "null"}, {}, 403), ({"Via": "1.1 x"}, {}, 403), ({"X-Forwarded-For": "::1"}, {}, 403)]
         tries += [({}, {"admin_token": "s3cret"}, 401), (BEARER, {"admin_token": "s3cret"}, 401)]
+    elif rule.startswith(("/api/generation/", "/api/v1/generations")):
+        tries += [({"Origin": "http://evil.test"}, {}, 403), ({"Sec-Fetch-Site": "cross-site"}, {}, 403)]
     elif not is_open(rule):
         tries += [({}, {}, 401), ({"Authorization": "Basic x"}, {}, 401), ({"X-Tenant-ID": "1"}, {}, 401)]
     for headers, settings, status in tries:
@@ -2752,7 +2912,7 @@ async def test_another_tenant_cannot_tell_a_run_that_is_there_from_one_that_is_n
                 headers = {name: text for name, text in answer.headers.items() if name not in ("x-request-id", "x-aura-run-id")}
                 answers.append((answer.status_code, body, headers))
             assert answers[0] == answers[1]
-            assert answers[0][0] == 404
+            assert answers[0][0] == (204 if rule.startswith("/api/v1/generations") and method == "DELETE" else 404)
 
 
 @pytest.mark.parametrize("secret", [SECRET, f"job-{SECRET}"])
@@ -2844,6 +3004,8 @@ async def test_a_hint_costs_little_whatever_lives_here():
     ("/api/aura/analysis-runs/r/stream", {**BEARER, "X-Tenant-ID": "x"}, 400, "X-Tenant-ID must be numeric"),
     ("/aura/analysis-runs/r/stream", {}, 401, "Missing authorization header"),
     ("/__aura/runs", {"Via": "x"}, 403, "this came through a proxy"),
+    ("/api/generation/jobs/j/events", {"Origin": "http://evil.test"}, 403, "this needs no token, so it is not for pages of another site"),
+    ("/api/generation/jobs/j/events?scenario=%7B%7D", {}, 400, "where no token is needed, a scenario is a name of the catalogue"),
     ("/aura/cases/1/analysis/stream", BEARER, 422, "query.runId: the query needs runId="),
     ("/aura/analysis-runs/none/stream", BEARER, 404, "runId not found or already completed"),
     ("/aura/analysis-runs/r/stream", {**BEARER, "X-Tenant-ID": "2"}, 404, "runId not found or already completed"),
@@ -3295,6 +3457,18 @@ async def test_emit_speaks_into_a_live_run_and_only_there(autojump_clock):
         assert "one line" in bad["detail"][0]["msg"]
 
 
+async def test_a_signal_for_a_run_that_is_not_there_opens_nothing(autojump_clock):
+    async with in_memory(max_gates=2) as (client, hub, _, _):
+        for _ in range(3):
+            assert (await control(client, "POST", "signal", 404, gate="go", runId="later"))["runId"] == "later"
+        await triggered(client, runId="7", scenario={"name": "x", "run": [{"wait": "go"}, *says("a")]})
+        assert await control(client, "POST", "signal", gate="other", runId=None) == {"open": "other", "runId": None}
+        assert not hub.find("7").ended
+        assert await control(client, "POST", "signal", gate="go", runId=7) == {"open": "go", "runId": "7"}
+        await ended(hub.find("7"))
+        assert await control(client, "POST", "signal", gate="go", runId="7"), "and a run that has ended is there"
+
+
 async def test_an_analysis_of_one_s_own_takes_the_place_of_the_ordinary_one(autojump_clock):
     async def analyse(facts, sending):
         await sending.send(Event("mine", {"case": facts.case_id}))
@@ -3378,6 +3552,8 @@ async def test_waiting_in_vain_is_a_408_that_says_what_is_missing():
     ("POST", "next", {"scenario": "drop", "tiems": 1}, 422, "did you mean 'times'?"),
     ("POST", "next", {"scenario": 5}, 422, "takes a name or a scenario"),
     ("POST", "signal", {"gat": "a"}, 422, "did you mean 'gate'?"),
+    ("POST", "signal", {"gate": "a", "runId": "nobody"}, 404, "no such run on instance"),
+    ("POST", "signal", {"gate": "a", "runId": 7}, 404, "runId not found"),
     ("POST", "clock", {"advance": -1}, 422, "takes a number from 0"),
     ("POST", "clock", [], 422, "takes an object"),
     ("POST", "check", "text", 422, "takes an object"),
@@ -3404,18 +3580,20 @@ async def test_a_job_is_made_watched_listed_and_cancelled(autojump_clock, heard)
         job_id = told["jobId"]
         assert re.fullmatch("job_[0-9a-f]{16}", job_id)
         assert (told["status"], told["projectId"], told["title"]) == ("queued", 12, "연말 보고서 {n}")
-        assert (told["sseUrl"], told["cancelUrl"]) == (f"/api/v1/generations/{job_id}/events", f"/api/v1/generations/{job_id}")
-        state = await (await client.get(told["cancelUrl"])).get_json()
+        here, there = f"/api/v1/generations/{job_id}", f"http://localhost/api/v1/generations/{job_id}"
+        assert (told["sseUrl"], told["cancelUrl"]) == (f"{there}/events", there)
+        state = await (await client.get(here)).get_json()
         assert set(state) == {"jobId", "status", "progress", "createdAt"} and (state["status"], state["progress"]) in [("queued", 0), ("streaming", 10)]
         assert (await (await client.get("/api/v1/generations/active")).get_json())["total_active"] == 1
         await trio.sleep(4.5)
         for _ in range(2):  # the second time a preview has come
-            state = await (await client.get(told["cancelUrl"])).get_json()
+            state = await (await client.get(here)).get_json()
             assert (state["status"], state["progress"]) == ("streaming", 40)
             await trio.sleep(2)
         began = trio.current_time()
-        data = await (await client.get(told["sseUrl"])).get_data()
+        data = await (await client.get(f"{here}/events")).get_data()
         assert trio.current_time() - began == pytest.approx(18 - 8.5), "2 s a step"
+        assert b"[DONE]" not in data, "its own front end parses every message"
         events = parsed(data)
         assert [id for id, _, _ in events] == [f"{job_id}_{n}" for n in range(1, 11)]
         assert [name for _, name, _ in events] == ["progress"] * 3 + ["preview"] + ["progress"] * 2 + ["preview"] + ["progress"] * 2 + ["completed"]
@@ -3424,10 +3602,10 @@ async def test_a_job_is_made_watched_listed_and_cancelled(autojump_clock, heard)
         assert set(preview) == {"type", "jobId", "markdown", "isPartial", "wordCount", "estimatedTokens"} and preview["isPartial"]
         assert "연말 보고서 {n}" in preview["markdown"]
         assert done["jobId"] == job_id and set(done["result"]) == {"markdown", "tokens"}
-        assert (await (await client.get(told["cancelUrl"])).get_json())["status"] == "completed"
-        resumed = await client.get(told["sseUrl"], headers={"Last-Event-ID": f"{job_id}_8"})
+        assert (await (await client.get(here)).get_json())["status"] == "completed"
+        resumed = await client.get(f"{here}/events", headers={"Last-Event-ID": f"{job_id}_8"})
         assert [id for id, _, _ in parsed(await resumed.get_data())] == [f"{job_id}_9", f"{job_id}_10"]
-        assert (await client.get(told["sseUrl"], headers={"Last-Event-ID": f"{job_id}_10"})).status_code == 204
+        assert (await client.get(f"{here}/events", headers={"Last-Event-ID": f"{job_id}_10"})).status_code == 204
         other = (await (await client.post("/api/v1/generations", json={})).get_json())["jobId"]
         assert (await client.delete(f"/api/v1/generations/{other}")).status_code == 204
         last = parsed(await (await client.get(f"/api/v1/generations/{other}/events")).get_data())[-1]
@@ -3438,9 +3616,11 @@ async def test_a_job_is_made_watched_listed_and_cancelled(autojump_clock, heard)
         assert f"case_id={job_id}" not in heard.all()
         assert await stats(client) == {
             "total_jobs": 2, "queued": 0, "streaming": 0, "completed": 1, "failed": 0, "canceled": 1, "active_connections": 0}  # fmt: skip
-        for method, path in (("GET", ""), ("DELETE", ""), ("GET", "/events")):
-            gone = await client.open(f"/api/v1/generations/nobody{path}", method=method)
+        for path in ("", "/events"):
+            gone = await client.get(f"/api/v1/generations/nobody{path}")
             assert (gone.status_code, (await gone.get_json())["jobId"]) == (404, "nobody")
+        gone = await client.delete("/api/v1/generations/nobody")
+        assert (gone.status_code, await gone.get_data()) == (204, b""), "as its caller wants it"
         wrong = await client.post("/api/v1/generations", json={"description": 5})
         assert (wrong.status_code, (await wrong.get_json())["detail"][0]["loc"]) == (422, ["body", "description"])
 
@@ -3452,10 +3632,11 @@ async def test_whoever_watches_an_unknown_job_starts_it(autojump_clock):
         watched = await client.get("/api/generation/jobs/test-job-id/events")
         assert watched.status_code == 200 and watched.headers.items() >= aura_stream.STREAM_HEAD.items()
         data = await watched.get_data()
-        assert data.startswith(b": connected\n\n") and data.endswith(DONE) and b"\n: heartbeat" not in data
+        assert data.startswith(b": connected\n\n") and DONE not in data and b"\n: heartbeat" not in data
         events = parsed(data)
         beats = [json.loads(text) for _, name, text in events if name == "heartbeat"]
         assert len(beats) >= 9 and set(beats[0]) == {"type", "timestamp", "server_time", "jobId"} and beats[0]["jobId"] == "test-job-id"
+        assert type(beats[0]["server_time"]) is int and abs(beats[0]["server_time"] - time.time()) < WAIT
         assert [name for _, name, _ in events].count("progress") == 7
         assert hub.find("test-job-id").facts.phase == "generation"
         await triggered(client, runId="r", scenario="stepped")
@@ -3463,15 +3644,63 @@ async def test_whoever_watches_an_unknown_job_starts_it(autojump_clock):
             refused = await client.get(f"/api/generation/jobs/{quote(job_id)}/events")
             assert refused.status_code == (404 if job_id == "r" else 422)
         assert (await client.get("/api/v1/generations/r")).status_code == 404
-        assert (await client.delete("/api/v1/generations/r")).status_code == 404 and hub.live == 1
+        assert (await client.delete("/api/v1/generations/r")).status_code == 204 and hub.live == 1, "it is no job, and goes on"
         scripted = await client.get("/api/generation/jobs/j~failed/events")
         assert json.loads(parsed(await scripted.get_data())[-1][2])["error"]["message"] == "the model refused the prompt"
 
 
 async def test_without_ids_a_job_has_none_and_without_beats_no_heartbeat(autojump_clock):
     async with in_memory(event_ids=False, heartbeat=0, retry_ms=7) as (client, _, _, _):
-        data = await (await client.get("/api/generation/jobs/j/events")).get_data()
-        assert b"id: " not in data and b"heartbeat" not in data and data.startswith(b": connected\n\nretry: 7\n\n")
+        for job in ("j", "j~expired-run"):
+            data = await (await client.get(f"/api/generation/jobs/{job}/events")).get_data()
+            assert b"id: " not in data and b"heartbeat" not in data and data.startswith(b": connected\n\n")
+            assert (b"retry: 7\n\n" in data) == (job == "j")
+
+
+@pytest.mark.parametrize(("name", "form"), [
+    *((name, "{job}_{n}") for name in (
+        "generation", "ok", "failed", "drop", "drop-resume", "reset", "expired-run", "crlf", "cr-only", "dribble", "double-wrapped",
+        "resume-gap", "duplicate-events", "out-of-order", "bad-json", "fallback-completed", "retry-field", "two-subscribers")),
+    ("gateway-ids", "gw-{n}"), ("resume-unknown-id", "opaque:{n}"),
+])  # fmt: skip
+def test_a_job_s_ids_have_its_form_in_every_scenario(name, form, jumping):
+    """Unless the scenario's own `frame` has another id."""
+    job, seen = f"job{time.monotonic_ns()}~{name}", []
+    for _ in range(2):  # some say more to whoever comes back
+        last = f"Last-Event-ID: {seen[-1]}\r\n" if seen else ""
+        head = f"GET /api/generation/jobs/{job}/events HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n{last}\r\n"
+        with connect(jumping, head.encode()) as wire:
+            answer = Seen(wire)
+        seen += [text.decode() for text in re.findall(rb"(?:^|[\r\n])(?:data:)?id: ([^\r\n]+)[\r\n]", answer.body)]
+    numbers = [int(re.search(r"\d+$", text)[0]) for text in seen]
+    assert seen == [form.format(job=job, n=n) for n in numbers] and len(seen) >= 2
+
+
+@pytest.mark.parametrize(("headers", "peer", "settings", "base"), [
+    ({"Host": "localhost:9000"}, "127.0.0.1", {}, "http://localhost:9000"),
+    ({"Host": "[::1]:9000"}, "::1", {}, "http://[::1]:9000"),
+    ({"X-Forwarded-Proto": "https"}, "127.0.0.1", {}, "https://localhost"),  # nginx that passes Host on
+    ({"X-Forwarded-Proto": "https, http", "X-Forwarded-Host": "app.test, b"}, "127.0.0.1", {"allow_host": "app.test"}, "https://app.test"),
+    ({"X-Forwarded-Proto": "https", "X-Forwarded-Host": "app.test:8443"}, "::1", {"allow_host": "app.test"}, "https://app.test:8443"),
+    ({"X-Forwarded-Proto": "https", "X-Forwarded-Host": "evil.test"}, "127.0.0.1", {}, "http://localhost"),
+    ({"X-Forwarded-Proto": "https", "X-Forwarded-Host": "app.test"}, "10.0.0.9", {"allow_host": "app.test"}, "http://localhost"),
+    ({"X-Forwarded-Host": "any.test"}, "127.0.0.1", {"host": "0.0.0.0"}, "http://any.test"),
+])  # fmt: skip
+async def test_a_job_s_urls_are_whole_and_lead_the_way_its_caller_came(headers, peer, settings, base):
+    """(Its front end calls `new URL`.) A proxy on this machine may say which way that was, if it names one of ours."""
+    async with in_memory(**settings) as (client, _, _, _):
+        client.peer = peer
+        told = await (await client.post("/api/v1/generations", json={}, headers=headers)).get_json()
+        url = f"{base}/api/v1/generations/{told['jobId']}"
+        assert (told["sseUrl"], told["cancelUrl"]) == (f"{url}/events", url)
+
+
+def test_a_job_s_urls_work_as_they_are(one_server):
+    told = httpx.post(f"{one_server.url}/api/v1/generations", json={}).json()
+    assert told["sseUrl"].startswith(f"{one_server.url}/")
+    with httpx.stream("GET", told["sseUrl"]) as answer:
+        assert answer.status_code == 200
+    assert httpx.delete(told["cancelUrl"]).status_code == 204
 
 
 async def test_without_an_interval_a_slow_job_beats_never(autojump_clock):
@@ -3495,8 +3724,9 @@ async def test_a_job_that_may_not_start_is_refused(autojump_clock):
 
 
 async def test_the_streams_open_at_once_have_a_limit(autojump_clock, heard):
-    """A client gets 503 and its own time to come back; a native EventSource, which a 503 would end, a stream that says so."""
-    native = {"Accept": "text/event-stream", "Sec-Fetch-Mode": "cors"}
+    """A client gets 503 and its own time to come back; an EventSource, which a 503 would end, a stream that says so: it
+    asks for an event stream and sends no token, in a browser (`Sec-Fetch-Mode`) or in Node (without)."""
+    native, in_node = {"Accept": "text/event-stream", "Sec-Fetch-Mode": "cors"}, {"Accept": "text/event-stream"}
     async with in_memory(max_sse_connections=2) as (client, hub, _, _):
         await triggered(client, runId="r", scenario={"name": "s", "run": [*says("a"), {"wait": "go"}]})
         await triggered(client, runId="theirs", headers={**BEARER, "X-Tenant-ID": "1"})
@@ -3515,13 +3745,13 @@ async def test_the_streams_open_at_once_have_a_limit(autojump_clock, heard):
             assert await answers[0].get_json() == {"error": "too many open streams", "limit": 2}
             soft, data = await read(client, "r", **native, Authorization="")
             assert soft.status_code == 401, "first the token"
-            softly = [await client.get("/aura/analysis-runs/r/stream?access_token=t", headers=native) for _ in range(10)]
+            softly = [await client.get("/aura/analysis-runs/r/stream?access_token=t", headers=one) for one in 5 * [native, in_node]]
             assert {answer.status_code for answer in softly} == {200}
             assert softly[0].headers["Content-Type"] == "text/event-stream; charset=utf-8"
             texts = [re.fullmatch(rb"retry: (\d+)\n\n: too many open streams, the limit is 2\n\n", await answer.get_data()) for answer in softly]
             assert all(1000 <= int(text[1]) <= 10_000 for text in texts) and len({text[1] for text in texts}) > 1
             assert (await client.get("/api/generation/jobs/j/events", headers=native)).status_code == 200
-            for own in ({**native, **BEARER}, {"Accept": "text/event-stream"}, {"Sec-Fetch-Mode": "cors"}):
+            for own in ({**native, **BEARER}, {**in_node, **BEARER}, {"Sec-Fetch-Mode": "cors"}):
                 asked = await client.get("/aura/analysis-runs/r/stream?access_token=t", headers=own)
                 assert asked.status_code == 503, "it can read a status"
             assert (await client.get("/api/generation/jobs/j/events")).status_code == 503
@@ -4372,7 +4602,7 @@ def _(bench):
     assert [id for id, _, _ in seen.events] == [f"{bench.run_id}_{n}" for n in range(1, len(seen.events) + 1)]
     values = [json.loads(data)["value"] for _, name, data in seen.events if name == "progress"]
     assert values == [10, 25, 40, 60, 75, 90, 100]
-    assert json.loads(seen.events[0][2])["jobId"] == bench.run_id
+    assert json.loads(seen.events[0][2])["jobId"] == bench.run_id and b"[DONE]" not in seen.body
 
 
 @effect("failed", "crash")
@@ -6613,7 +6843,7 @@ def test_a_native_event_source_resumes_by_itself_and_stops_by_itself(page):
         for gate in ("go-2", "go-3", "go-4"):
             aura.signal(gate)
         seen, state = page.run(UNTIL % "source.readyState == EventSource.CLOSED")
-        assert [id for id, _, _ in seen] == [f"{job}_{n}" for n in (1, 2, 3, 4, 4)] and seen[-1][1:] == ["message", "[DONE]"]
+        assert [id for id, _, _ in seen] == [f"{job}_{n}" for n in (1, 2, 3, 4)] and seen[-1][1] == "completed"
         entries = aura.journal(job, count=3, within=WAIT)
         assert [(entry.status, entry.resumed_after) for entry in entries] == [(200, 0), (200, 1), (204, 4)]
 
@@ -6629,7 +6859,7 @@ def test_a_native_event_source_comes_back_after_a_soft_refusal(page):
             entry = aura.journal(count=1, kind="stream", within=WAIT)[0]
             assert (entry.status, entry.run_id) == (200, "j~ok") and "too many open streams, the limit is 1" in entry.said
         seen, _ = page.run(UNTIL % "source.readyState == EventSource.CLOSED")
-        assert [id for id, _, _ in seen][-2:] == ["j~ok_10", "j~ok_10"]
+        assert seen[-1][:2] == ["j~ok_10", "completed"]
 
 
 # ═══ Behind nginx, watched by Prometheus ════════════════════════════════════════════════════════
@@ -6689,6 +6919,8 @@ def test_the_readme_s_nginx_passes_streams_on_as_they_happen_and_control_not_at_
         resumed = httpx.get(path, headers={**BEARER, "Last-Event-ID": "2"}, timeout=WAIT)
         assert [id for id, _, _ in parsed(resumed.content)] == ["3", "4"] and resumed.content.endswith(DONE)
         assert aura.journal(run_id, count=2, within=WAIT)[1].resumed_after == 2
+        made = httpx.post(f"{url}/api/v1/generations", json={}, headers={"Origin": url}).json()
+        assert made["sseUrl"] == f"{url}/api/v1/generations/{made['jobId']}/events", "the way through nginx"
         cut = aura.trigger("1", scenario="drop")
         with pytest.raises(httpx.RemoteProtocolError):
             httpx.get(f"{url}/aura/analysis-runs/{cut}/stream", headers=BEARER, timeout=WAIT)
