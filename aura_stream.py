@@ -65,7 +65,6 @@ import base64
 import bisect
 import collections
 import contextlib
-import copy
 import dataclasses
 import difflib
 import errno
@@ -1415,6 +1414,7 @@ class Entry:
     trace_id: str | None = None  # of a request to the gateway's face
     tally: collections.Counter[str] = field(default_factory=collections.Counter)  # of all sent
     due: int = 0  # events of the log that this stream should have brought, once it has ended
+    counted: tuple[int, ...] = (0,) * 5  # what of it is in the metrics already
     first_event: float | None = None
     step: int | None = None  # of the script, where it is now
     opened: float = field(default_factory=clock.perf_counter)
@@ -1501,23 +1501,6 @@ def camel(name: str) -> str:
     return first + "".join(word.title() for word in rest)
 
 
-class Histogram:
-    """How many values were at most each of these bounds, and their sum."""
-
-    def __init__(self, *bounds: float) -> None:
-        self.bounds, self.counts, self.sum = bounds, [0] * (len(bounds) + 1), 0.0
-
-    def add(self, value: float) -> None:
-        self.counts[bisect.bisect_left(self.bounds, value)] += 1
-        self.sum += value
-
-    def buckets(self) -> list[tuple[str, float]]:
-        """Each bound with the number of values up to it."""
-        sums = itertools.accumulate(self.counts)
-        return list(zip([*(str(float(one)) for one in self.bounds), "+Inf"], sums, strict=True))
-
-
-METHODS = ("GET", "POST", "PUT", "DELETE", "PATCH", "HEAD", "OPTIONS")
 KNOWN_EVENTS = (
     "started", "step", "evidence", "confidence", "proposal", "completed", "failed", "agent",
     "progress", "preview",
@@ -1528,37 +1511,6 @@ def fold(tally: collections.Counter[str]) -> None:
     """Count the names that are not of the contract as one."""
     for name in tally.keys() - {*KNOWN_EVENTS, "other"}:
         tally["other"] += tally.pop(name)
-
-
-class Figures:
-    """Entries, added up: what `/metrics` shows of them."""
-
-    def __init__(self) -> None:
-        self.streams = self.reconnects = self.bytes = self.heartbeats = self.written = self.due = 0
-        self.names = collections.Counter[str]()  # of events; entries count them as they are sent
-        self.ended = collections.Counter[tuple[str, str]]()
-        self.requests = collections.Counter[tuple[str, str, str]]()
-        self.durations = Histogram(0.1, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600, 1800, 3600)
-        self.first_events = Histogram(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
-
-    def add(self, entry: Entry) -> None:
-        """Count a request: one that is over, or one that is open as far as it is."""
-        if entry.closed is not None:
-            method = entry.method if entry.method in METHODS else "other"
-            self.requests[method, entry.pattern, str(entry.status)] += 1
-        if not entry.streams:
-            return
-        self.streams += 1
-        self.reconnects += entry.last_event_id is not None
-        self.bytes += entry.bytes
-        self.heartbeats += entry.heartbeats
-        if entry.first_event is not None:
-            self.first_events.add(entry.first_event - entry.opened)
-        if entry.closed is not None:
-            self.ended[(entry.end or LEFT)[:2]] += 1
-            self.durations.add(entry.closed - entry.opened)
-            self.due += entry.due
-            self.written += min(entry.events, entry.due)
 
 
 def fitting(wanted: Mapping[str, Any], since: int) -> Callable[[Entry], bool]:
@@ -1572,21 +1524,21 @@ def fitting(wanted: Mapping[str, Any], since: int) -> Callable[[Entry], bool]:
 
 
 class Journal:
-    """What happened to every request: the latest, a way to wait for the next, and the sum of all
-    there ever were."""
+    """What happened to every request: the latest, and a way to wait for the next."""
 
     def __init__(self, most: int = 1000) -> None:
         self.most, self.began = most, clock.perf_counter()
         self._entries: dict[int, Entry] = {}
         self._seq = 0
         self._waiting: dict[trio.Event, Callable[[Entry], bool]] = {}
-        self._open: dict[int, Entry] = {}
-        self._figures = Figures()
+        self.under_way: dict[int, Entry] = {}
+        self.tally = collections.Counter[str]()  # all requests count their events' names here
+        self.count: Callable[[Entry], object] = id  # what counts requests that are over, if any
 
     def open(self, entry: Entry, *, kept: bool = True) -> None:
         """A request has begun; its entry fills while it lasts, and is kept, or only counted."""
-        self._open[id(entry)] = entry
-        entry.tally = self._figures.names  # all requests count their events' names in one place
+        self.under_way[id(entry)] = entry
+        entry.tally = self.tally
         if not kept:
             return
         self._seq = entry.seq = self._seq + 1
@@ -1596,18 +1548,11 @@ class Journal:
             if self._seq == self.most + 1:
                 log.info("the journal is full at %d entries: the oldest go", self.most)
 
-    def figures(self) -> Figures:
-        """The sum of all requests, those that are still open as far as they are."""
-        total = copy.deepcopy(self._figures)
-        for entry in self._open.values():
-            total.add(entry)
-        return total
-
     def close(self, entry: Entry) -> None:
-        """The last word on a request: its log lines, its part of the sum, news for who waits."""
+        """The last word on a request: its log lines, its part of the sums, news for who waits."""
         entry.closed = clock.perf_counter()
-        self._open.pop(id(entry), None)
-        self._figures.add(entry)
+        self.under_way.pop(id(entry), None)
+        self.count(entry)
         duration, end = entry.closed - entry.opened, entry.end or LEFT
         if entry.kind == "stream":
             log.info(
@@ -1921,7 +1866,7 @@ class Hub:
         self.also: Callable[[], int] = int  # bytes that are held for runs to come
         self.deliveries: dict[Any, None] = {}  # open ones, oldest first
         self.streams = 0  # of them, those that play a script to a viewer
-        self.durations = Histogram(0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600, 1800, 3600)  # of runs
+        self.time_taken: Callable[[float], object] = id  # what counts how long runs took, if any
         self._stopping = False
 
     @property
@@ -2005,7 +1950,7 @@ class Hub:
         limits."""
         limits = self.settings
         if run.ended:
-            self.durations.add(run.ended_clock - run.started_clock)
+            self.time_taken(run.ended_clock - run.started_clock)
         if run.ended and self._runs.get(run.facts.run_id) is run:
             self._ended[run.facts.run_id] = run
         trimmed = run.log.trim(limits.max_run_events, limits.max_run_bytes)
@@ -3548,7 +3493,7 @@ def job_of(run: Run) -> dict[str, Any]:
 
 
 def operation_routes(  # noqa: C901  # likewise
-    app: QuartTrio, hub: Hub, journal: Journal, about: Mapping[str, Any], page: str
+    app: QuartTrio, hub: Hub, metrics: Metrics | None, about: Mapping[str, Any], page: str
 ) -> None:
     """For whoever comes by, and for whoever is on call."""
     began, guard = clock.perf_counter(), {**GUARD, "Content-Security-Policy": policy(page)}
@@ -3590,13 +3535,11 @@ def operation_routes(  # noqa: C901  # likewise
         return answer({"dropped": close_all(streams(), "drop")})
 
     @app.get("/metrics")
-    async def metrics() -> Response:
-        try:
-            text = prometheus_text(journal.figures(), hub)
-        except ImportError:
-            install = "pip install 'aura-stream[metrics]'"
-            raise Refusal(501, f"metrics need an extra: {install}") from None
-        return Response(text, content_type="text/plain; version=0.0.4; charset=utf-8")
+    async def show_metrics() -> Response:
+        if metrics is None:
+            raise Refusal(501, "metrics need an extra: pip install 'aura-stream[metrics]'")
+        plain = "text/plain; version=0.0.4; charset=utf-8"
+        return Response(metrics.text(), content_type=plain)
 
 
 GUARD = {
@@ -3619,52 +3562,89 @@ def policy(page: str) -> str:
     return f"{nothing}; {own}; connect-src 'self'; img-src data:"
 
 
-def measured(figures: Figures, hub: Hub) -> Iterator[tuple[str, str, str, tuple[str, ...], Any]]:
-    """Kind, name, meaning, labels and values of every metric. What can be known beforehand begins
-    at 0: a counter that appears has no rate."""
-    fold(figures.names)
-    sent = {name: figures.names[name] for name in (*KNOWN_EVENTS, "other")}
-    there = collections.Counter(run.status for run in hub.seen_by(None))
-    runs = {**dict.fromkeys(RUN_STATUSES, 0), **there}
-    ended = {**dict.fromkeys(ACTS, 0), **figures.ended}
-    rate = figures.written / figures.due if figures.due else 1
-    asked = collections.Counter[tuple[str, ...]]()
-    for (method, path, status), count in figures.requests.items():
-        asked[method, shown_path(path), status] += count
-    for kind, name, says, labels, values in (
-        ("gauge", "sse_connections_open", "streams open now", "", hub.streams),
-        ("counter", "sse_connections_total", "streams opened", "", figures.streams),
-        ("unknown", "sse_reconnect_count", "opened with a Last-Event-ID", "", figures.reconnects),
-        ("counter", "sse_message_sent_total", "events sent", "event", sent),
-        ("counter", "sse_bytes_sent_total", "bytes of streams sent", "", figures.bytes),
-        ("counter", "sse_heartbeat_sent_total", "heartbeats sent", "", figures.heartbeats),
-        ("histogram", "sse_connection_duration_seconds", "open so long", "", figures.durations),
-        ("histogram", "sse_time_to_first_event_seconds", "waited", "", figures.first_events),
-        ("counter", "sse_stream_ended_total", "who ended streams, and how", "by how", ended),
-        ("gauge", "sse_message_delivery_success_rate", "events written of events due", "", rate),
-        ("counter", "http_requests_total", "requests answered", "method endpoint status", asked),
-        ("gauge", "aura_runs", "runs that are here", "status", runs),
-        ("histogram", "aura_run_duration_seconds", "runs took so long", "", hub.durations),
-    ):
-        yield kind, name, says, tuple(labels.split()), values if labels else {(): values}
+METHODS = ("GET", "POST", "PUT", "DELETE", "PATCH", "HEAD", "OPTIONS")
+QUICK = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+LONG = (0.1, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600, 1800, 3600)
 
 
-def prometheus_text(figures: Figures, hub: Hub) -> bytes:
-    """The figures of this application, and of no other in the process, as Prometheus reads them."""
-    from prometheus_client import generate_latest  # an extra
-    from prometheus_client.metrics_core import HistogramMetricFamily, Metric
+class Metrics:
+    """What Prometheus reads of this application, and of no other in the process. What can be known
+    beforehand begins at 0: a counter that appears has no rate."""
 
-    families: list[Any] = []
-    for kind, name, says, labels, values in measured(figures, hub):
-        family = Metric(name.removesuffix("_total"), says, kind)
-        if kind == "histogram":
-            found = values[()]
-            family = HistogramMetricFamily(name, says, found.buckets(), found.sum)
-        for key, value in values.items() if kind != "histogram" else ():
-            parts = key if isinstance(key, tuple) else (key,)
-            family.add_sample(name, dict(zip(labels, parts, strict=True)), value)
-        families.append(family)
-    return generate_latest(types.SimpleNamespace(collect=lambda: families))
+    def __init__(self, hub: Hub, journal: Journal) -> None:
+        from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram  # an extra
+
+        self._hub, self._journal, self._registry = hub, journal, CollectorRegistry()
+        self._due = self._written = 0
+        quick, long = (partial(Histogram, buckets=bounds) for bounds in (QUICK, LONG))
+        made: list[Any] = [
+            kind(name, says, labels.split(), registry=self._registry)
+            for kind, name, says, labels in (
+                (Counter, "sse_connections_total", "streams opened", ""),
+                (Gauge, "sse_reconnect_count", "streams opened with a Last-Event-ID", ""),
+                (Counter, "sse_bytes_sent_total", "bytes of streams sent", ""),
+                (Counter, "sse_heartbeat_sent_total", "heartbeats sent", ""),
+                (Gauge, "sse_connections_open", "streams open now", ""),
+                (Gauge, "sse_message_delivery_success_rate", "events written of events due", ""),
+                (Counter, "sse_message_sent_total", "events sent", "event"),
+                (Counter, "sse_stream_ended_total", "who ended streams, and how", "by how"),
+                (Counter, "http_requests_total", "requests answered", "method endpoint status"),
+                (Gauge, "aura_runs", "runs that are here", "status"),
+                (quick, "sse_time_to_first_event_seconds", "it took so long", ""),
+                (long, "sse_connection_duration_seconds", "streams were open so long", ""),
+                (long, "aura_run_duration_seconds", "runs took so long", ""),
+            )
+        ]
+        self._sums, (self._open, self._rate, self._names, self._ended) = made[:4], made[4:8]
+        self._requests, self._runs, self._first, self._lasted, ran = made[8:]
+        for name in (*KNOWN_EVENTS, "other"):
+            self._names.labels(name)
+        for end in ACTS:
+            self._ended.labels(*end)
+        hub.time_taken, journal.count = ran.observe, self._over
+
+    def _so_far(self, entry: Entry) -> None:
+        """Count what has come of a stream since the last look."""
+        begun = entry.first_event is not None
+        now = (1, entry.last_event_id is not None, entry.bytes, entry.heartbeats, begun)
+        for one, after, before in zip(self._sums, now, entry.counted, strict=False):
+            one.inc(after - before)
+        if begun > entry.counted[-1]:
+            self._first.observe((entry.first_event or 0.0) - entry.opened)
+        entry.counted = now
+
+    def _over(self, entry: Entry) -> None:
+        method = entry.method if entry.method in METHODS else "other"
+        self._requests.labels(method, shown_path(entry.pattern), entry.status).inc()
+        if entry.streams and entry.closed is not None:
+            self._so_far(entry)
+            self._ended.labels(*(entry.end or LEFT)[:2]).inc()
+            self._lasted.observe(entry.closed - entry.opened)
+            self._due += entry.due
+            self._written += min(entry.events, entry.due)
+
+    def collect(self) -> Iterator[Any]:
+        """All of it, without the library's notes on when each was made."""
+        for family in self._registry.collect():
+            family.samples = [one for one in family.samples if not one.name.endswith("_created")]
+            yield family
+
+    def text(self) -> bytes:
+        from prometheus_client import generate_latest
+
+        for entry in self._journal.under_way.values():
+            if entry.streams:
+                self._so_far(entry)
+        fold(tally := self._journal.tally)
+        for name in tally:
+            self._names.labels(name).inc(tally[name])
+        tally.clear()
+        there = collections.Counter(run.status for run in self._hub.seen_by(None))
+        for status in RUN_STATUSES:
+            self._runs.labels(status).set(there[status])
+        self._open.set(self._hub.streams)
+        self._rate.set(self._written / self._due if self._due else 1)
+        return generate_latest(self)
 
 
 RUN_STATUSES = ("running", "completed", "failed", "cancelled")
@@ -3896,7 +3876,10 @@ def create_app(
     admission(app, settings, hub)
     client_routes(app, reception)
     job_routes(app, reception)
-    operation_routes(app, hub, journal, about, page.replace("{tries}", str(settings.max_retries)))
+    metrics = None
+    with contextlib.suppress(ImportError):
+        metrics = Metrics(hub, journal)
+    operation_routes(app, hub, metrics, about, page.replace("{tries}", str(settings.max_retries)))
     told = {**about, "pid": os.getpid(), "url": url}
     control_routes(app, reception, journal, told, stop)
     return app
