@@ -5225,6 +5225,9 @@ async def ending(nursery: trio.Nursery) -> AsyncIterator[None]:
     nursery.cancel_scope.cancel(reason="nobody needs them any more")
 
 
+SEGMENT = 16 * 2**10  # bytes: two are acknowledged at once; one that fills the buffer, after 40 ms
+
+
 async def listen(settings: Settings) -> list[trio.SocketListener]:
     """The listening sockets; the sockets they accept inherit the options."""
     listeners = await trio.open_tcp_listeners(settings.port, host=settings.host, backlog=4096)
@@ -5234,6 +5237,7 @@ async def listen(settings: Settings) -> list[trio.SocketListener]:
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # the kernel's own eviction, a second line
             patience = int(min(2000 * settings.send_timeout, 2**31 - 1))
             raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, patience)
+            raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, SEGMENT)
     return listeners
 
 
