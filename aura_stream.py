@@ -2065,9 +2065,7 @@ class Delivery(Player):
             with contextlib.suppress(Over):
                 for at, step in enumerate(self._script):
                     self.entry.step = at
-                    paced = self.outlet is not None and self.outlet.every is not None
-                    last = step.verb in MAKERS and self._script[at + 1 :] in ENDS
-                    self._parting = last and not paced
+                    self._parting = step.verb in MAKERS and self._script[at + 1 :] in ENDS
                     await self.play((step,))
             await self.flush()
             self._closed = False  # an operator's end is one: what is usual still goes out
@@ -2343,6 +2341,7 @@ class Faulty(Delivery):
             self._till_beat.move(math.inf)
         while piece := outlet.next():
             if outlet.every is not None and not self._closed:
+                self._parting = False  # each has its time
                 with self.time.limit(self._due - self.time.now()) as self._resting:
                     await trio.sleep_forever()
                 self._resting, self._due = None, self.time.now() + self.draw(outlet.every)
@@ -4031,7 +4030,7 @@ class Connection(TCPServer):
         self._leave_by = math.inf  # when the stopping server's grace is over
         self._ending: Ending | None = None  # why it ended, where that was not the request's doing
         self.gathers = False  # what is written now goes out with what comes next
-        self._gathered: list[bytes] = []
+        self._gathered: tuple[bytes, ...] = ()
         self.unsent = False  # the peer was gone, or stalled, when we had something to write
         begin_by = trio.current_time() + (settings.keep_alive or settings.head_timeout)
         self._patience = trio.CancelScope(deadline=begin_by)  # with a client that sends nothing
@@ -4122,10 +4121,11 @@ class Connection(TCPServer):
         """Send directly while the kernel takes it, nearly always; else wait, but not for ever."""
         if self.lost:
             return
-        self._gathered += parts
-        if self.gathers and sum(map(len, self._gathered)) < PIECE:
+        if self.gathers or self._gathered:
+            parts, self._gathered = (*self._gathered, *parts), ()
+        if self.gathers and sum(map(len, parts)) < PIECE:
+            self._gathered = parts
             return
-        parts, self._gathered = tuple(self._gathered), []
         try:
             busy = self.send_lock.locked() or os.name != "posix"
             sent = 0 if busy else os.writev(self.stream.socket.fileno(), parts)
