@@ -78,6 +78,7 @@ import json
 import logging
 import math
 import os
+import queue
 import random
 import re
 import shlex
@@ -87,6 +88,7 @@ import struct
 import sys
 import threading
 import time as clock
+import traceback
 import types
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
@@ -215,6 +217,8 @@ class Settings:
                     raise ValueError(f"{flag(one)} takes a list {like}, not {part!r}")
         # a secret's file ends in a line break; and one that is empty is no secret
         object.__setattr__(self, "admin_token", self.admin_token.strip())
+        if 0 < self.heartbeat < 0.001:  # scripts do not take it either
+            raise ValueError(f"--heartbeat must be 0 or at least 0.001, not {self.heartbeat!r}")
         with contextlib.suppress(ValueError):
             if self.rate > 0:
                 return
@@ -1345,6 +1349,11 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
+def indented(text: str) -> str:
+    """The text so that none of its lines can be taken for a line of a log."""
+    return "\n  ".join(map(printable, text.splitlines()))
+
+
 class Ending(NamedTuple):
     """Who closed, how, why, and at which step of the script."""
 
@@ -1809,8 +1818,10 @@ async def perform(run: Run, analysis: Analysis) -> None:
             if ending or isinstance(error, KeyboardInterrupt):
                 raise
             run.failure = run.failure or explained(error)
-            about = (safe(facts.run_id), safe(facts.case_id), run.failure.stage)
-            log.exception("analysis failed run_id=%s case_id=%s stage=%s", *about)
+            about = (safe(facts.run_id), safe(facts.case_id), safe(run.failure.stage))
+            with contextlib.suppress(Exception):  # one of somebody's own may defy being written out
+                trace = indented("".join(traceback.format_exception(error))[:10_000])
+                log.error("analysis failed run_id=%s case_id=%s stage=%s\n  %s", *about, trace)
         run.last_word = LastWord()
         if run.failure is not None:
             run.last_word.event = Event("failed", PHASES[facts.phase].failed(facts, run.failure))
@@ -2058,6 +2069,8 @@ class Delivery(Player):
     async def deliver(self, send: Send, headers: Iterable[tuple[str, str]] = ()) -> None:
         """Play the script to its end; `headers` go out beside its own."""
         self._send, self._headers = send, headers
+        if self._connection and self.entry.streams:
+            self._connection.stream_begins()
         name = f"delivery {safe(self.entry.run_id)} (id {self.entry.seq})"
         trio.lowlevel.current_task().name = name
         with self._hub.playing(self, self._run):
@@ -2885,6 +2898,8 @@ class Exchange(TrioASGIHTTPConnection):
             if isinstance(cause, Exception):
                 self._entry.finish("server", "error", explained(cause).error)
             self._entry.finish(*(connection.blame() if connection else LEFT)[:3])
+            if connection and connection.half_closed:
+                self._entry.notes.append("the client had closed its side by then")
             self._journal.close(self._entry)
 
     def _create_request_from_scope(self, send: ASGISendCallable) -> Any:
@@ -3891,64 +3906,34 @@ def create_app(
 
 CUT = Ending("shutdown", "cancelled", "still open when the server had to go")
 PIECE = 64 * 2**10  # bytes that have one send deadline
-AHEAD = 64 * 2**10  # bytes read ahead of an answer; then a client's leaving shows at a write only
-
-
-class Ahead(Exception):
-    """The client has sent bytes behind its request, whose turn has not come."""
+HEARD = (h11.DONE, h11.MUST_CLOSE)  # of a client: its whole request is here
+GONE = (trio.BrokenResourceError, trio.ClosedResourceError)
 
 
 class Reader(h11.Connection):
-    """h11, deaf to what comes behind a request that closes: it would be a 400 in place of the
-    answer."""
+    """h11 without pipelining: what comes behind a request before its answer is out is thrown away,
+    and that answer is the last."""
 
     def next_event(self) -> Any:
-        return h11.NEED_DATA if self.their_state is h11.MUST_CLOSE else super().next_event()
+        # with its last byte on the way the client may ask again, before we have closed the books
+        out = self.our_state is h11.DONE or getattr(self._writer, "_length", None) == 0
+        if self.their_state not in HEARD or (out and self.their_state is h11.DONE):
+            return super().next_event()
+        if self._receive_buffer.maybe_extract_at_most(2**20):
+            self.end_with_this()
+        return h11.NEED_DATA
 
-
-class NoParking:
-    """Hypercorn parks its reader while a client is ahead, and would not see it leave."""
-
-    async def clear(self) -> None: ...
-
-    async def set(self) -> None: ...
-
-    async def wait(self) -> None:
-        raise Ahead
+    def end_with_this(self) -> None:
+        """No request comes after this one; the answer says so, if its head is not out yet."""
+        self._cstate.process_keep_alive_disabled()
 
 
 class Http11(H11Protocol):
     """HTTP/1.1 and nothing else: no h2c, no WebSocket, a head of bounded size."""
 
-    connection: h11.Connection
+    connection: Reader
     write: Callable[..., Awaitable[None]]  # the connection's own
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        most = self.config.h11_max_incomplete_size
-        self.connection = Reader(h11.SERVER, max_incomplete_event_size=most)
-        self.can_read = NoParking()  # type: ignore[assignment]
-        self._mute = False
-        self._turn = trio.Lock()  # who reads on: the reader, or the end of an answer
-
-    async def handle(self, event: ServerEvent) -> None:
-        if not isinstance(event, RawData):
-            await super().handle(event)
-        elif self._turn.locked():
-            self.connection.receive_data(event.data)  # whoever is reading on comes to it
-        else:
-            self._turn.acquire_nowait()  # no checkpoint: this is once per request
-            try:
-                with contextlib.suppress(Ahead):
-                    await super().handle(event)
-            finally:
-                self._turn.release()
-
-    async def read_on(self) -> None:
-        """The answer is out: now the bytes that were ahead."""
-        async with self._turn:
-            with contextlib.suppress(Ahead):
-                await self._handle_events()
+    _mute = False
 
     async def _send_error_response(self, status_code: int) -> None:
         """What is refused below the application has a request id and a line in the log, too."""
@@ -3956,24 +3941,22 @@ class Http11(H11Protocol):
         says = {408: "the head took too long", 431: f"the head is longer than {most} bytes"}
         why = says.get(status_code, "this is no request of HTTP/1.1")
         log.info("[%s] %d refused: %s, from %s", known_as, status_code, why, self.client)
-        headers = [(b"content-length", b"0"), (b"connection", b"close")]
-        headers += [(b"x-request-id", known_as.encode())]
-        headers += self.config.response_headers("h11")
+        headers = [(b"content-length", b"0"), (b"connection", b"close"),
+                   (b"x-request-id", known_as.encode()), *self.config.response_headers("h11")]
         await self._send_h11_event(h11.Response(status_code=status_code, headers=headers))
         await self._send_h11_event(h11.EndOfMessage())
 
     async def stream_send(self, event: StreamEvent) -> None:
         """Chunks of a body need no state machine: h11's costs as much as the system call."""
         if isinstance(event, Body) and isinstance(self.connection._writer, ChunkedWriter):
-            if not event.data:
-                return  # an empty chunk would be the last one
-            await self.write(b"%x\r\n" % len(event.data), event.data, b"\r\n")
+            if event.data:  # an empty chunk would be the last one
+                await self.write(b"%x\r\n" % len(event.data), event.data, b"\r\n")
             return
         if isinstance(event, Answer):
             # a head from a task that is being cancelled is not ours: Hypercorn invents a 500
             self._mute = trio.current_effective_deadline() == -math.inf
             if self.connection.their_state is h11.SEND_BODY:  # nobody will read the rest of it
-                event.headers.append((b"connection", b"close"))
+                self.connection.end_with_this()
         if not self._mute or isinstance(event, StreamClosed):
             await super().stream_send(event)
 
@@ -3990,9 +3973,11 @@ class Http11(H11Protocol):
             await self._send_error_response(431 if too_big else 505)
             await self.send(Closed())
             return
-        names, target = {name for name, _ in request.headers}, request.target
-        if b"upgrade" in names or not target.startswith(b"/"):
+        names = {name for name, _ in request.headers}
+        if b"upgrade" in names or not request.target.startswith(b"/"):
             request = self._plain(request)
+        if {b"content-length", b"transfer-encoding"} <= names:  # RFC 9112, 6.1: smuggling, perhaps
+            self.connection.end_with_this()
         if b"upgrade" in names:
             log.warning("Unsupported upgrade request.")
         await super()._create_stream(request)
@@ -4016,6 +4001,16 @@ class Connection(TCPServer):
 
     stream: trio.SocketStream  # type: ignore[assignment]  # Hypercorn says TLS, which we do not do
     protocol: Http11  # type: ignore[assignment]  # not its wrapper, which may switch to HTTP/2
+    scope: trio.CancelScope  # around all its tasks
+    lost = False  # the peer is gone, or we have cut it off
+    unsent = False  # it was gone, or stalled, when we had something to write
+    gathers = False  # what is written now goes out with what comes next
+    _gathered: tuple[bytes, ...] = ()
+    half_closed = False  # the client says no more; what it asked for may still be answered
+    _streams = False  # what it asked for is a stream
+    _closing = False  # we say goodbye
+    _leave_by = math.inf  # when the stopping server's grace is over
+    _ending: Ending | None = None  # why it ended, where that was not the request's doing
 
     def __init__(
         self, app: ASGIWrapper, config: Config, context: WorkerContext, settings: Settings,
@@ -4023,34 +4018,27 @@ class Connection(TCPServer):
     ) -> None:
         super().__init__(app, config, context, {"connection": self}, stream)  # type: ignore[arg-type]
         self.settings = settings
-        self.lost = False  # the peer is gone, or we have cut it off
-        self._idle = True  # between requests
-        self._closing = self._severed = False  # we say goodbye; we have cut the socket
-        self._leave_by = math.inf  # when the stopping server's grace is over
-        self._ending: Ending | None = None  # why it ended, where that was not the request's doing
-        self.gathers = False  # what is written now goes out with what comes next
-        self._gathered: tuple[bytes, ...] = ()
-        self.unsent = False  # the peer was gone, or stalled, when we had something to write
-        begin_by = trio.current_time() + (settings.keep_alive or settings.head_timeout)
-        self._patience = trio.CancelScope(deadline=begin_by)  # with a client that sends nothing
-        self._sending = trio.CancelScope()  # and with one that reads nothing
-        self._answered = trio.Event()
+        # with a client that sends nothing, and with one that reads nothing
+        self._patience = trio.move_on_after(settings.keep_alive or settings.head_timeout)
+        self._sending = trio.CancelScope()
 
     async def run(self) -> None:
         raw = self.stream.socket
         try:
-            client = parse_socket_addr(raw.family, raw.getpeername())
-            server = parse_socket_addr(raw.family, raw.getsockname())
             async with TaskGroup() as group:
-                self._task_group = group
                 self.protocol = Http11(
                     self.app, self.config, self.context, group, ConnectionState(self.state), False,
-                    client, server, self.protocol_send,
+                    parse_socket_addr(raw.family, raw.getpeername()),
+                    parse_socket_addr(raw.family, raw.getsockname()), self.protocol_send,
                 )
                 self.protocol.write = self._send
-                await self._read_data()
+                self.protocol.connection = Reader(
+                    h11.SERVER, max_incomplete_event_size=self.settings.max_head)
                 assert group._nursery is not None
-                group._nursery.cancel_scope.cancel(reason="the client left")
+                self.scope = group._nursery.cancel_scope
+                await self._read_data()
+                if not self.half_closed:
+                    self.give_up()
         except* OSError:
             pass  # the peer is gone, and there is nobody to tell
         except* Exception as errors:  # noqa: BLE001  # else one bad request ends every connection
@@ -4062,40 +4050,34 @@ class Connection(TCPServer):
 
     async def _read_data(self) -> None:
         """Hand on what the client sends, until it leaves, is too slow, or we have closed."""
-        receive, left_over = partial(self.stream.receive_some, 2**16), self.settings.max_linger
-        gone = (trio.BrokenResourceError, trio.ClosedResourceError)
-        with self._patience, contextlib.suppress(*gone):
-            while (data := bytes(await receive())) and not self._closing:
-                if self._idle and not self._head_begun:
+        client, thrown, data = self.protocol.connection, 0, b"?"
+        with self._patience, contextlib.suppress(*GONE):
+            while data and thrown <= self.settings.max_linger:
+                data = bytes(await self.stream.receive_some(2**16))
+                if client.their_state is h11.IDLE and not client.trailing_data[0]:
                     self._patience.deadline = trio.current_time() + self.settings.head_timeout
-                await self.protocol.handle(RawData(data))
-                await self._catch_up()
-            while self._closing and data and left_over > 0:
-                data = bytes(await receive())
-                left_over -= len(data)
+                if self._closing:
+                    thrown += len(data)
+                elif data:
+                    await self.protocol.handle(RawData(data))
         if self._closing:
-            if (thrown := self.settings.max_linger - left_over) and data:
+            if thrown and data:
                 log.info("cut a refused client that was still sending, after %d bytes", thrown)
-            return
-        if self._patience.cancelled_caught and self._head_begun:
+        elif self._patience.cancelled_caught and client.trailing_data[0]:
             await self.protocol._send_error_response(408)
         elif self._patience.cancelled_caught:
             log.debug("closed a connection that was idle for %g s", self.settings.keep_alive)
-        await self._give_up()
+        elif not (data or self._streams) and client.their_state in HEARD:
+            # perhaps it has left, perhaps it waits for its answer: nobody can tell
+            self.half_closed, self._ending = True, LEFT
+            client.end_with_this()
+            self.scope.deadline = trio.current_time() + self.settings.head_timeout
 
-    @property
-    def _over(self) -> bool:
-        return self._closing or self.lost or self._severed
-
-    async def _catch_up(self) -> None:
-        """A client far ahead of its answers is not read on: it shall wait, as it makes us wait."""
-        while len(self.protocol.connection.trailing_data[0]) > AHEAD and not self._over:
-            self._answered = trio.Event()
-            await self._answered.wait()
-
-    @property
-    def _head_begun(self) -> bool:
-        return bool(self.protocol.connection.trailing_data[0])
+    def stream_begins(self) -> None:
+        """What is short is answered to a client that says no more; from a stream it has left."""
+        self._streams = True
+        if self.half_closed:
+            self.give_up()
 
     async def protocol_send(self, event: ServerEvent) -> None:
         """What the protocol wants done. No cancel can leave half a write: nothing in it waits, or
@@ -4103,18 +4085,11 @@ class Connection(TCPServer):
         if isinstance(event, RawData):
             await self._send(event.data)
         elif isinstance(event, Updated):
-            self._idle = event.idle
-            ahead = event.idle and self._head_begun
-            idle = self.settings.head_timeout if ahead else self.settings.keep_alive
-            self._patience.deadline = trio.current_time() + (idle if event.idle else math.inf)
-            if ahead:
-                self._task_group.spawn(self._read_on)
+            self._streams = False
+            patience = self.settings.keep_alive if event.idle else math.inf
+            self._patience.deadline = trio.current_time() + patience
         elif isinstance(event, Closed):
             await self._close_gently()
-
-    async def _read_on(self) -> None:
-        await self.protocol.read_on()
-        self._answered.set()
 
     async def _send(self, *parts: bytes) -> None:
         """Send directly while the kernel takes it, nearly always; else wait, but not for ever."""
@@ -4131,8 +4106,8 @@ class Connection(TCPServer):
         except BlockingIOError:
             sent = 0
         except OSError:
-            self.unsent = not self._severed
-            await self._give_up()
+            self.unsent = True
+            self.give_up()
             return
         if sent < sum(map(len, parts)):
             with trio.CancelScope(shield=True):  # bounded: each piece has its deadline
@@ -4152,7 +4127,7 @@ class Connection(TCPServer):
             return
         patience = self.settings.send_timeout
         deadline = min(trio.current_time() + patience, self._leave_by)
-        with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+        with contextlib.suppress(*GONE):
             with trio.CancelScope(deadline=deadline) as self._sending:
                 await self.stream.send_all(piece)
                 return
@@ -4160,53 +4135,48 @@ class Connection(TCPServer):
             self._ending = stalled if trio.current_time() < self._leave_by else CUT
             self.unsent = True
             self.cut(reset=True)  # frees the kernel's buffers, which nobody will read
-        self.unsent = self.unsent or not self._severed
-        await self._give_up()
+        self.unsent |= not self.lost
+        self.give_up()
 
-    async def _give_up(self) -> None:
-        """Nobody is there: tell the protocol, which tells the request, whose nursery ends."""
+    def give_up(self) -> None:
+        """Nobody is there: all that this connection does ends."""
         self.lost = True
-        self._answered.set()
-        await self.protocol.handle(Closed())
+        self.scope.cancel(reason="the client left")
 
     async def _close_gently(self) -> None:
-        """Say that we are done. If the client is still sending, listen a little longer: closing on
-        it would be a reset, and it could not read our answer."""
+        """Say that we are done, and wait a little for the client to say so too: closing on one that
+        is still sending would be a reset, and it could not read our answer."""
         if self._closing:
             return
         self._closing = True
-        self._answered.set()
         self._ending = self._ending or Ending("server", "error", "the request was malformed")
-        heard = self.protocol.connection.their_state in (h11.DONE, h11.MUST_CLOSE, h11.CLOSED)
-        at_once = (heard and not self._head_begun) or self._leave_by < math.inf
-        self._patience.deadline = trio.current_time() + (0.0 if at_once else self.settings.linger)
+        linger = self.settings.linger if self._leave_by == math.inf else 0.0
+        self._patience.deadline = trio.current_time() + linger
         with contextlib.suppress(OSError):
             self.stream.socket.shutdown(socket.SHUT_WR)
         await self.protocol.handle(Closed())
 
     def blame(self) -> Ending:
         """Who ended the request that has not ended itself."""
-        if self._ending is None and not self.lost:
-            return CUT
-        return self._ending or LEFT
+        return self._ending or (LEFT if self.lost else CUT)
 
     def cut(self, *, reset: bool = False) -> None:
-        """Close the socket at once: no last chunk, no goodbye. The reader notices and ends the
-        connection's tasks."""
-        raw, self._severed = self.stream.socket, True
-        self._answered.set()
+        """Close the socket at once, no last chunk, no goodbye; and end the connection's tasks."""
+        raw = self.stream.socket
         with contextlib.suppress(OSError):
             if reset:
                 raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             else:
                 raw.shutdown(socket.SHUT_WR)
         raw.close()
+        self.give_up()
 
     def leave(self, *, by: float) -> None:
         """The server stops: who has no request goes now, a send has until then."""
         self._leave_by = by
         self._sending.deadline = min(self._sending.deadline, by)
-        if self._idle or self._closing or self.protocol.connection.their_state is h11.SEND_BODY:
+        unasked = self.protocol.connection.their_state in (h11.IDLE, h11.SEND_BODY)
+        if unasked or self._closing:
             self._ending = self._ending or CUT
             self.cut()
 
@@ -5074,8 +5044,7 @@ class Aura:
         self, case: str | int, *, run_id: str | None = None, scenario: Any = None, **body: Any
     ) -> str:
         """Start a run of this case; its id."""
-        chosen = {"runId": run_id, "scenario": scenario}
-        wanted = {**body, **{name: value for name, value in chosen.items() if value is not None}}
+        wanted = {"runId": run_id, "scenario": scenario, **body}
         path = f"/aura/cases/{encoded(str(case))}/analysis-runs"
         if not hasattr(reply := self._ask("POST", path, wanted), "run_id"):
             raise RuntimeError(f"POST {path} was answered without a runId: {reply}")
@@ -5087,10 +5056,10 @@ class Aura:
     ) -> list[Any]:
         """The journal's entries, oldest first; with `count` it waits for so many that are
         finished. Attributes are the JSON names in snake_case."""
-        wanted = {"runId": run_id, "kind": kind, "count": count, "testId": test_id}
-        given = {name: value for name, value in wanted.items() if value is not None}
-        path = "/__aura/journal?" + urlencode({**given, "within": within})
-        return list(self._ask("GET", path, patience=within).entries)
+        wanted: dict[str, Any] = {"runId": run_id, "kind": kind, "count": count}
+        wanted |= {"testId": test_id, "within": within}
+        query = urlencode({name: value for name, value in wanted.items() if value is not None})
+        return list(self._ask("GET", "/__aura/journal?" + query, patience=within).entries)
 
     def next(self, scenario: Any, *, times: int | None = 1, case: str | None = None) -> None:
         """The next triggers get this scenario: so many of them, or with None all until a reset."""
@@ -5114,8 +5083,7 @@ class Aura:
 
     def scenarios(self) -> dict[str, str]:
         """The catalogue: each name with what a client sees."""
-        listed = self._ask("GET", "/__aura/scenarios").scenarios
-        return {one.name: one.doc for one in listed}
+        return {one.name: one.doc for one in self._ask("GET", "/__aura/scenarios").scenarios}
 
     def _ask(self, method: str, path: str, body: Any = None, *, patience: float = 0) -> Any:
         if trio.lowlevel.in_trio_run() and self.token is trio.lowlevel.current_trio_token():
@@ -5123,8 +5091,7 @@ class Aura:
         token = os.fsencode(f"Bearer {self.bearer}")
         headers: dict[str, Any] = {"Authorization": token, "Content-Type": "application/json"}
         content = None if body is None else to_json(body).encode()
-        host = urlsplit(self.url).hostname or ""
-        wire = http.client.HTTPConnection(host, self.port, timeout=10 + patience)
+        wire = http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=10 + patience)
         with contextlib.closing(wire):
             wire.request(method, path, content, headers)
             reply = wire.getresponse()
@@ -5145,8 +5112,8 @@ def in_short(found: Any) -> str:
 
 def attributes(said: Mapping[str, Any]) -> types.SimpleNamespace:
     """An object of JSON, its names in snake_case."""
-    snake = {re.sub("([A-Z])", r"_\1", name).lower(): value for name, value in said.items()}
-    return types.SimpleNamespace(**snake)
+    return types.SimpleNamespace(
+        **{re.sub("([A-Z])", r"_\1", name).lower(): value for name, value in said.items()})
 
 
 def known_scenarios(settings: Settings) -> dict[str, Scenario]:
@@ -5194,8 +5161,14 @@ async def serve(
             if hub.time.rate == math.inf:
                 clocks.start_soon(hub.time.jump, name="clock")
             token = trio.lowlevel.current_trio_token()
-            bearer = settings.admin_token or "aura"
-            task_status.started(Aura(url, port, stopping.set, token, bearer))
+
+            def stop() -> None:
+                """From any thread, also when it has stopped."""
+                with contextlib.suppress(trio.RunFinishedError):
+                    token.run_sync_soon(stopping.set)
+
+            bearer = settings.admin_token or Aura.bearer
+            task_status.started(Aura(url, port, stop, token, bearer))
             await stopping.wait()
             log.info("stopping: first nobody new, then the runs, then their streams")
             accept.cancel_scope.cancel(reason="the server is stopping")
@@ -5213,8 +5186,7 @@ def warn(settings: Settings) -> None:
     if settings.allow_host and not hosts_of(settings):
         log.warning("--allow-host has no effect: on %s any name will do", settings.host)
     if settings.host not in LOCAL and not settings.admin_token:
-        text = "control (/__aura, /api/admin) is for callers on this machine; ADMIN_TOKEN opens it"
-        log.warning(text)
+        log.warning("control (/__aura, /api/admin) is for callers on this machine: no ADMIN_TOKEN")
 
 
 @contextlib.asynccontextmanager
@@ -5231,8 +5203,8 @@ async def listen(settings: Settings) -> list[trio.SocketListener]:
     """The listening sockets; the sockets they accept inherit the options."""
     listeners = await trio.open_tcp_listeners(settings.port, host=settings.host, backlog=4096)
     for raw in (listener.socket for listener in listeners):
-        size = min(settings.send_buffer // 2, 2**30)  # the kernel doubles it
-        raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
+        # the kernel doubles it
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, min(settings.send_buffer // 2, 2**30))
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # the kernel's own eviction, a second line
             patience = int(min(2000 * settings.send_timeout, 2**31 - 1))
             raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, patience)
@@ -5240,10 +5212,9 @@ async def listen(settings: Settings) -> list[trio.SocketListener]:
     return listeners
 
 
-Make = Callable[[trio.SocketStream], Connection]
-
-
-async def attend_to(make: Make, open_ones: set[Connection], stream: trio.SocketStream) -> None:
+async def attend_to(
+    make: Callable[..., Connection], open_ones: set[Connection], stream: trio.SocketStream
+) -> None:
     """One connection, from its accepting to its end."""
     connection = make(stream)
     trio.lowlevel.current_task().name = "connection"
@@ -5269,49 +5240,41 @@ def running(
 
     A failed start raises here, as the OSError it was; a crash of the server raises at the end.
     """
-    fields |= {} if scenario is None else {"scenario": scenario}
-    fields |= {} if speed is None else {"speed": str(speed).replace("inf", "max")}
+    if scenario is not None:
+        fields["scenario"] = scenario
+    if speed is not None:
+        fields["speed"] = str(speed).replace("inf", "max")
     settings = settings or Settings()
     port = 0 if settings.port == Settings.port else settings.port  # the usual one may be taken
     settings = dataclasses.replace(settings, **{"port": port, **fields})
-    started, ended = Future[Aura](), Future[None]()
-
-    class Status:
-        def started(self, aura: Any = None) -> None:
-            started.set_result(aura)
+    started, crashes = Future[Aura](), list[BaseException]()
+    status: Any = types.SimpleNamespace(started=started.set_result)
 
     def thread() -> None:
         try:
-            trio.run(partial(serve, settings, analysis=analysis, task_status=Status()))
-            ended.set_result(None)
+            trio.run(partial(serve, settings, analysis=analysis, task_status=status))
         except BaseException as error:  # noqa: BLE001  # handed over to the thread that waits
-            (ended if started.done() else started).set_exception(innermost(error))
-
-    worker = threading.Thread(target=thread, name="aura-stream", daemon=True)
-    worker.start()
-    aura = started.result()
-
-    def stop() -> None:
-        with contextlib.suppress(trio.RunFinishedError):
-            if aura.token is not None:
-                aura.token.run_sync_soon(aura.stop)
+            (crashes.append if started.done() else started.set_exception)(innermost(error))
 
     failing: BaseException | None = None
+    worker = threading.Thread(target=thread, name="aura-stream", daemon=True)
+    worker.start()
     try:
-        yield dataclasses.replace(aura, stop=stop)
+        yield started.result()
     except BaseException as error:
         failing = error
         raise
     finally:
-        stop()
+        if worker.is_alive() and not started.exception():  # in a forked process it is not
+            started.result().stop()
         worker.join(settings.grace + 5)
         if worker.is_alive():
             late = f"no stop within {settings.grace + 5:g} s"
             raise RuntimeError(f"{late}: an analysis does not heed its cancellation")
-        if (crash := ended.exception()) and failing:
+        for crash in crashes:
+            if failing is None:
+                raise crash
             failing.add_note(f"and the server had crashed: {crash!r}")
-        elif crash:
-            raise crash
 
 
 # ═══ 16  Diagnosis ════════════════════════════════════════════════════════════════════════════════
@@ -6195,7 +6158,7 @@ async def keep_watch(these: list[Examination], say: Callable[[str], None]) -> No
 # ═══ 17  Command line ═════════════════════════════════════════════════════════════════════════════
 # A flag for each setting, a sentence for each mistake, exit status 2 for what could not begin.
 
-ABOUT = "A local server that speaks Aura's analysis-stream contract, better behaved than Aura."
+ABOUT = "A local server that speaks Aura's analysis-stream contract, and can misbehave."
 FIRST_STEPS = """try it, in a second terminal or in a browser at {url}/ :
   curl -N -X POST {url}/aura/cases/85116/analysis/trigger -H "Authorization: Bearer t"
   curl -N -X POST {url}/aura/cases/85116~drop/analysis/trigger -H "Authorization: Bearer t"
@@ -6244,16 +6207,15 @@ def add_flag(about: Any, one: dataclasses.Field[Any]) -> None:
     """The flag of a setting; its help names its environment variable."""
     says = one.metadata["says"].replace("`", "").replace("%", "%%")
     says += f" ({'none' if one.default == '' else one.default}; {variable(one)})"
-    alone = "?" if isinstance(one.default, bool) else None
-    const = None if alone is None else "true"
+    alone: Any = {"nargs": "?", "const": "true"} if isinstance(one.default, bool) else {}
     kinds = {bool: "true|false", int: "N", float: "N"}
     form = "|".join(one.metadata["choices"]) or kinds.get(type(one.default), "TEXT")
-    about.add_argument(flag(one), dest=one.name, metavar=form, nargs=alone, const=const, help=says)
+    about.add_argument(flag(one), dest=one.name, metavar=form, help=says, **alone)
 
 
 def serve_command(words: list[str]) -> int:
     """Serve until a signal."""
-    usage = "[serve] [settings]\n       aura-stream diagnose URL …\n       aura-stream scenarios …"
+    usage = "[serve] …\n       aura-stream diagnose URL …\n       aura-stream scenarios …"
     steps = FIRST_STEPS.format(url="http://localhost:9000", me="aura-stream")
     about = Parser("serve", ABOUT, steps, usage)
     about.add_argument("--version", action="version", version=f"aura-stream {__version__}")
@@ -6263,41 +6225,55 @@ def serve_command(words: list[str]) -> int:
     flags = about.read(words)
     settings = Settings.read(flags, os.environ)
     shape = "%(asctime)s - %(name)s - %(levelname)s - %(message)s"
-    logging.basicConfig(stream=sys.stderr, level=settings.log_level, format=shape)
-    warn_of_strangers(os.environ)
-    prepare_process()
-    trio.run(serve_until_signalled, settings)
+    with contextlib.closing(LogWriter()) as lines:
+        logging.basicConfig(stream=lines, level=settings.log_level, format=shape)
+        warn_of_strangers(os.environ)
+        prepare_process()
+        trio.run(serve_until_signalled, settings)
     return 0
+
+
+class LogWriter:
+    """Standard error for log lines. A thread of its own writes them, so that who does not read
+    them holds up nobody; those that find no room are dropped, and then their number is said."""
+
+    most = 10_000  # lines that wait for a reader who pauses: a few megabytes
+    _dropped = 0
+
+    def __init__(self) -> None:
+        self._lines = queue.SimpleQueue[str]()
+        self._thread = threading.Thread(target=self._put_out, daemon=True)
+        self._thread.start()
+
+    def write(self, text: str) -> None:
+        if self._lines.qsize() >= (1 if self._dropped else self.most):
+            self._dropped += 1
+            return
+        if self._dropped:
+            self._lines.put(f"aura-stream: dropped {self._dropped} log lines, nobody read them")
+            self._dropped = 0
+        self._lines.put(indented(text))
+
+    def _put_out(self) -> None:
+        """Past Python's buffer: to be stuck in there when the process ends would be a crash."""
+        for line in iter(self._lines.get, ""):
+            with contextlib.suppress(OSError):
+                if sys.stderr:  # else 2 may be anything
+                    os.write(2, to_bytes(line + "\n"))
+
+    def close(self) -> None:
+        """What is left goes out, if somebody reads it."""
+        self._lines.put("")
+        self._thread.join(1)
 
 
 def cannot_listen(settings: Settings, error: BaseException) -> str:
     """Why not, and what to do."""
-    where, code = f"{settings.host}:{settings.port}", getattr(error, "errno", None)
-    if code != errno.EADDRINUSE:
+    where = f"{settings.host}:{settings.port}"
+    if getattr(error, "errno", None) != errno.EADDRINUSE:
         return f"cannot listen on {where}: {error}; is it an address of this machine?"
-    who = holder_of(settings.port) or "another program"
-    return f"cannot listen on {where}: {who} does already; stop that, or --port 0 takes a free port"
-
-
-def holder_of(port: int) -> str:
-    """The process that listens on this port, where this machine tells (Linux, one's own)."""
-    with contextlib.suppress(OSError):  # processes come and go
-        tables = (table.read_text() for table in Path("/proc/net").glob("tcp*"))
-        lines = (line.split() for table in tables for line in table.splitlines())
-        here = (one for one in lines if one[1].endswith(f":{port:04X}") and one[3] == "0A")
-        inodes = {f"socket:[{one[9]}]" for one in here}  # 0A: it listens
-        links = (link for link in Path("/proc").glob("[0-9]*/fd/*") if leads_to(link) in inodes)
-        if inodes and (link := next(links, None)):
-            command = link.parents[1].joinpath("cmdline").read_bytes().replace(b"\0", b" ")
-            return f"process {link.parts[2]} ({safe(as_text(command).strip())[:80]})"
-    return ""
-
-
-def leads_to(link: Path) -> str:
-    try:
-        return os.readlink(link)
-    except OSError:
-        return ""
+    return (f"cannot listen on {where}: another program does already; "
+            "stop that, or --port 0 takes a free port")
 
 
 def warn_of_strangers(environment: Iterable[str]) -> None:
@@ -6305,7 +6281,7 @@ def warn_of_strangers(environment: Iterable[str]) -> None:
     known = [variable(one) for one in dataclasses.fields(Settings)]
     for name in sorted(set(environment) - set(known)):
         if name.startswith("AURA_") and (close := difflib.get_close_matches(name, known, n=1)):
-            log.warning("there is no %s; did you mean %s?", name, close[0])
+            log.warning("there is no %s; did you mean %s?", safe(name), close[0])
 
 
 def prepare_process() -> None:
@@ -6344,8 +6320,7 @@ async def serve_until_signalled(settings: Settings) -> None:
 
 def how_called() -> str:
     """The command that started this, to be typed again."""
-    me = os.path.abspath(sys.argv[0])
-    return shlex.join([sys.executable, me] if me.endswith(".py") else [me])
+    return shlex.join([sys.executable, os.path.abspath(sys.argv[0])])
 
 
 async def stop_with_stdin(aura: Aura) -> None:
@@ -6404,11 +6379,10 @@ def diagnose_command(words: list[str]) -> int:
     """Examine a stream; 0 if it is healthy, 1 if not."""
     about = Parser("diagnose", DIAGNOSES, DIAGNOSED, "diagnose URL [--case ID] [--via URL] …")
     about.add_argument("url", metavar="URL", help="a stream's; or with --case, the server's")
-    for name, form, says in (
-        ("--case", "ID", "trigger an analysis of this case first, and ask for its stream"),
-        ("--via", "URL", "ask the same stream this way too: which hop loses what?"),
-    ):
-        about.add_argument(name, metavar=form, help=says)
+    about.add_argument("--case", metavar="ID",
+                       help="trigger an analysis of this case first, and ask for its stream")
+    about.add_argument("--via", metavar="URL",
+                       help="ask the same stream this way too: which hop loses what?")
     about.add_argument("--limit", metavar="S", type=float, default=600.0,
                        help="listen so many seconds at most (600)")
     about.add_argument("-H", dest="headers", metavar="'NAME: VALUE'", action="append", default=[],
@@ -6434,8 +6408,8 @@ def in_lines(report: Mapping[str, Any]) -> str:
     for one in (report, *([report["via"]] if "via" in report else [])):
         lines += [one["url"], *(f"  {name:12} {text}" for name, text in one["answers"].items())]
         lines += [f"  {'ill':12} {ill['ill']}: {ill['says']}" for ill in one["ills"]]
-    found = report["verdict"] != "healthy"
-    verdict = f"faulty ({report['verdict']})" if found else "healthy"
+    verdict = report["verdict"]
+    verdict = verdict if verdict == "healthy" else f"faulty ({verdict})"
     shown = "\n".join(printable(line)[:1000] for line in (*lines, f"{verdict}: {report['says']}"))
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     return shown.encode(encoding, "backslashreplace").decode(encoding)
@@ -6455,21 +6429,17 @@ def complain(text: str) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The exit status. What goes wrong at the start is one sentence, and 2."""
-    words, complaint, status = sys.argv[1:] if arguments is None else arguments, "", 0
+    words, status = sys.argv[1:] if arguments is None else arguments, 2
     command, *rest = words if words and not words[0].startswith("-") else ["serve", *words]
     try:
         if command not in COMMANDS:
             raise ValueError(f"there is no command {command!r}{did_you_mean(command, COMMANDS)}")
         status = COMMANDS[command](rest)
-    except* ValueError as group:
-        complaint = str(innermost(group))
-    except* OSError as group:
-        complaint = str(innermost(group))
+    except* (ValueError, OSError) as group:
+        complain(f"aura-stream: {innermost(group)}")
     except* KeyboardInterrupt:
         status = 130
-    if complaint:
-        complain(f"aura-stream: {complaint}")
-    return 2 if complaint else status
+    return status
 
 
 if __name__ == "__main__":

@@ -510,6 +510,8 @@ def test_a_flag_beats_its_variable_which_beats_the_default():
     ({"cors_origin": "https://a.test/"}, {}, "--cors-origin takes a list like localhost:*,127.0.0.1:*, not 'https://a.test/'"),
     ({"grace": "-1"}, {}, "--grace must be from 0 to 10,000,000, not -1.0"),
     ({"grace": "nan"}, {}, "--grace must be from 0 to 10,000,000, not nan"),
+    ({"heartbeat": "0.0001"}, {}, "--heartbeat must be 0 or at least 0.001, not 0.0001"),
+    ({}, {"SSE_HEARTBEAT_INTERVAL": "1e-9"}, "--heartbeat must be 0 or at least 0.001, not 1e-09"),
     ({"auth": "maybe"}, {}, "--auth must be on or off, not 'maybe'"),
     ({}, {"DEMO_OFF": "perhaps"}, "DEMO_OFF must be true or false, not 'perhaps'"),
     ({}, {"LOG_LEVEL": "loud"}, "--log-level must be DEBUG or INFO or WARNING or ERROR, not 'loud'"),
@@ -518,6 +520,19 @@ def test_a_flag_beats_its_variable_which_beats_the_default():
 def test_a_wrong_setting_is_one_sentence_that_names_it(flags, environment, sentence):
     with pytest.raises(ValueError, match=re.escape(sentence)):
         Settings.read(flags, environment)
+
+
+@pytest.mark.parametrize("one", [one for one in dataclasses.fields(Settings) if type(one.default) in (int, float)], ids=aura_stream.flag)
+@pytest.mark.parametrize("value", [0, 1e-9, 0.0009, 0.001, 1, 1e7, 10**12])
+def test_whatever_a_setting_may_be_the_ordinary_scripts_are_valid(one, value):
+    """Or else the message names the flag, not the place in a script that the user has not written."""
+    try:
+        settings = Settings(**{one.name: type(one.default)(value)})
+    except ValueError as error:
+        assert str(error).startswith(aura_stream.flag(one) + " must be ")
+        return
+    for phase in aura_stream.PHASES.values():
+        assert phase.stream(settings) and parse_script(phase.script(facts(None, event_delay=settings.event_delay)), "run")
 
 
 # ═══ 2  Events ══════════════════════════════════════════════════════════════════════════════════
@@ -1149,7 +1164,42 @@ async def test_a_failure_is_the_last_event_in_the_shape_of_its_phase(phase, data
         run = await ended(hub.start(facts(Time(), phase=phase), scenario(*says("a"), {"fail": "no luck"})))
         assert said(run) == [("a", {"n": "a"}), ("failed", data)]
         assert run.status == "failed"
-    assert heard.wait_for("analysis failed run_id=r1 case_id=85116 stage=pipeline").endswith("+trace")
+    line = heard.wait_for("analysis failed run_id=r1 case_id=85116 stage=pipeline")
+    assert "\n  Traceback (most recent call last):\n" in line and line.endswith("no luck")
+
+
+FORGED = "2026-01-01 00:00:00,000 - aura_stream - INFO - forged"
+FORGING = f"no\n{FORGED}\r{FORGED}\u2028{FORGED}\x1b[2J\x85{FORGED}"
+
+
+@pytest.mark.parametrize("step", [{"crash": FORGING}, {"fail": FORGING}, {"fail": {"error": "no", "stage": FORGING}}])
+async def test_no_text_of_a_failure_can_forge_a_line_of_the_log_whoever_formats_it(step):
+    """Embedded, the host's formatter knows nothing of us: each line but the first is indented before it gets there."""
+    written = io.StringIO()
+    handler = logging.StreamHandler(written)
+    logging.getLogger("aura_stream").addHandler(handler)
+    try:
+        async with hub_for() as hub:
+            await ended(hub.start(facts(Time(), FORGING), scenario(step)))
+    finally:
+        logging.getLogger("aura_stream").removeHandler(handler)
+    first, *rest = written.getvalue().splitlines()
+    assert first.startswith("analysis failed run_id=no\\n2026-01-01") and len(rest) > 3
+    assert all(line.startswith("  ") and line.isprintable() for line in rest)
+
+
+async def test_a_failure_that_cannot_be_written_out_or_only_at_length_does_no_harm(heard):
+    async def analysis(its_facts, sending):
+        error = SyntaxError("odd") if its_facts.run_id == "odd" else ValueError("x\n" * 1_000_000)
+        if its_facts.run_id == "odd":
+            error.lineno, error.text = 1, object()
+        raise error
+
+    async with hub_for() as hub:
+        for run_id in ("odd", "long"):
+            run = await ended(hub.start(facts(Time(), run_id), scenario(), analysis))
+            assert run.status == "failed"
+    assert max(map(len, heard.all().split("ERROR"))) < 50_000
 
 
 async def test_an_analysis_that_crashes_takes_nothing_with_it(autojump_clock):
@@ -1670,7 +1720,7 @@ async def test_a_crash_becomes_failed_and_names_what_happened(autojump_clock, he
     async with hub_for() as hub:
         run = await ended(hub.start(facts(hub.time), scenario({"crash": "row 7 of {caseId}"})))
     assert said(run)[-1][1]["error"] == "RuntimeError: row 7 of 85116"
-    assert heard.wait_for("analysis failed").endswith("+trace")
+    assert "\n  Traceback (most recent call last):\n    File" in heard.wait_for("analysis failed"), "no line of it begins as the log's do"
 
 
 async def test_a_reset_forgets_all_runs_and_an_id_is_new_again(autojump_clock):
@@ -2661,7 +2711,7 @@ def test_a_secret_s_file_with_nothing_in_it_is_no_token(tmp_path, heard):
     settings = Settings.read({"host": "0.0.0.0"}, {"ADMIN_TOKEN": empty.read_text()})
     assert settings.admin_token == "", "control stays local"
     aura_stream.warn(settings)
-    heard.wait_for("control (/__aura, /api/admin) is for callers on this machine; ADMIN_TOKEN opens it", within=0)
+    heard.wait_for("control (/__aura, /api/admin) is for callers on this machine: no ADMIN_TOKEN", within=0)
     for token in ("\n", " s3cret\n"):
         with running(admin_token=token) as aura:
             aura.reset()
@@ -4168,36 +4218,56 @@ def test_a_viewer_that_sent_bytes_ahead_is_seen_to_leave(ahead, how, heard):
         assert "by=client how=disconnect" in heard.wait_for("stream closed", within=2)
 
 
-def test_requests_sent_ahead_get_their_answers_in_order():
+def test_of_requests_sent_ahead_the_first_is_answered_and_says_that_it_was_the_last():
     with running(event_delay=0) as aura:
         run_id = aura.trigger("1")
         path = f"/aura/analysis-runs/{run_id}/stream"
         stream(aura, run_id)
-        with connect(aura, get(path) + get("/health") + get(path) + request_of(b"GET /nowhere HTTP/1.1", b"Connection: close")) as wire:
-            answers = read_until(wire, None)
-        assert [int(status) for status in re.findall(rb"HTTP/1\.1 (\d+)", answers)] == [200, 200, 200, 404]
-        assert answers.count(DONE) == 2
+        for first, marker in ((path, DONE), ("/health", b"healthy")):
+            with connect(aura, get(first) + get("/health") + get(path) + get("/nowhere")) as wire:
+                answers = read_until(wire, None)
+            assert [int(status) for status in re.findall(rb"HTTP/1\.1 (\d+)", answers)] == [200]
+            assert answers.count(marker) == 1 and b"\r\nconnection: close\r\n" in answers.lower()
+        assert aura.journal(run_id, count=1, within=WAIT)[0].end.by == "server"
 
 
-def test_a_client_far_ahead_waits_and_gets_every_answer():
+@pytest.mark.parametrize("behind", [
+    get("/health") * 900,
+    b"POST /aura/cases/1/analysis-runs HTTP/1.1\r\nHost: localhost\r\nContent-Length: 900000\r\n\r\n" + b" " * 900_000,
+], ids=["requests", "a long one"])  # fmt: skip
+def test_a_client_far_ahead_can_read_its_one_answer_and_meets_no_reset(behind):
+    """What it sends on is read and thrown away until it has the answer."""
+    slow = {"name": "s", "run": [*says("a"), {"sleep": 0.2}, *says("b")]}
     with running(event_delay=0) as aura:
-        run_id = aura.trigger("1", scenario={"name": "s", "run": [*says("a"), {"sleep": 0.2}, *says("b")]})
-        body = b'{"runId": "late"}' + b" " * 100_000
-        post = request_of(b"POST %b HTTP/1.1" % RUNS_URL, b"Content-Length: %d" % len(body), body=body)
-        close = request_of(b"GET /nowhere HTTP/1.1", b"Connection: close")
-        with connect(aura) as wire:
-            sender = threading.Thread(target=wire.sendall, args=(get(f"/aura/analysis-runs/{run_id}/stream") + post + close,))
-            sender.start()
-            answers = read_until(wire, None)
-            sender.join()
-        assert [int(status) for status in re.findall(rb"HTTP/1\.1 (\d+)", answers)] == [200, 202, 404]
-        assert answers.count(DONE) == 1
-        with connect(aura) as wire:
-            sender = threading.Thread(target=wire.sendall, args=(get("/health") * 900 + close,))
-            sender.start()
-            answers = read_until(wire, None)
-            sender.join()
-        assert answers.count(b"healthy") == 900
+        for first, marker in ((f"/aura/analysis-runs/{aura.trigger('1', scenario=slow)}/stream", DONE), ("/health", b"healthy")):
+            with connect(aura) as wire:
+                sent = []
+                sender = threading.Thread(target=lambda: sent.append(wire.sendall(get(first) + behind)))
+                sender.start()
+                answers = read_until(wire, None)
+                sender.join()
+            assert sent == [None] and answers.count(b"HTTP/1.1 ") == answers.count(marker) == 1
+
+
+IMPATIENT = """
+import re, socket, sys
+wire = socket.create_connection(("127.0.0.1", int(sys.argv[1])), 20)
+for _ in range(300):
+    wire.sendall(sys.argv[2].encode())
+    data = b""
+    while (at := data.find(b"\\r\\n\\r\\n")) < 0 or len(data) < at + 4 + int(re.search(rb"(?i)content-length: (\\d+)", data)[1]):
+        data += wire.recv(1 << 20) or sys.exit("the connection was closed")
+"""
+
+
+def test_a_client_that_waits_for_its_answer_may_ask_again_on_the_same_connection_however_fast():
+    """Also where the last bytes had to wait for room: then the client has them before the server knows."""
+    with running(event_delay=0) as aura:
+        for _ in range(300):
+            aura.trigger("1")  # so that the list of runs is longer than what the kernel takes at once
+        asked = [sys.executable, "-c", IMPATIENT, str(aura.port), get("/__aura/runs").decode()]
+        for client in [subprocess.Popen(asked, stderr=subprocess.PIPE, text=True) for _ in range(2)]:
+            assert (client.communicate(timeout=WAIT)[1], client.returncode) == ("", 0)
 
 
 @pytest.mark.parametrize("line", [b"GET /health HTTP/1.0", b"GET /health HTTP/1.1\r\nConnection: close"])
@@ -4305,6 +4375,80 @@ def test_a_half_closed_connection_counts_as_left(heard):
         wire.shutdown(socket.SHUT_WR)
         assert "by=client how=disconnect" in heard.wait_for("stream closed", within=2)
         wire.close()
+
+
+def half_closed(aura, data):
+    """What is answered to a client that sends this and says no more."""
+    with connect(aura, data) as wire:
+        wire.shutdown(socket.SHUT_WR)
+        return read_until(wire, None)
+
+
+def test_what_is_short_is_answered_to_a_client_that_has_closed_its_half():
+    trigger = request_of(b"POST %b HTTP/1.1" % RUNS_URL, b"Content-Length: 2", body=b"{}")
+    slow = request_of(b"POST %b HTTP/1.1" % RUNS_URL, b"Content-Length: 28", body=b'{"scenario": "slow-trigger"}')
+    with running(speed=20) as aura:
+        for data, status in ((trigger, b"202"), (get("/health"), b"200"), (get("/health", version="1.0"), b"200"),
+                             (get("/aura/analysis-runs/none/stream"), b"404"), (get("/health") * 2, b"200")):  # fmt: skip
+            for _ in range(100 if data in (trigger, get("/health")) else 5):
+                answer = half_closed(aura, data)
+                assert answer[9:12] == status and answer.count(b"HTTP/1.") == 1
+        assert half_closed(aura, slow)[9:12] == b"202"
+        entry = aura.journal(kind="trigger")[-1]
+        assert (entry.end.by, entry.end.how) == ("server", "end") and "the client had closed its side by then" in entry.said
+
+
+@pytest.mark.parametrize("data", [
+    get("/aura/analysis-runs/r1/stream"), get("/aura/cases/1/analysis/stream?runId=r1", version="1.0"),
+    b"POST /aura/cases/1/analysis/trigger HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer t\r\nContent-Length: 15\r\n\r\n{\"runId\": \"r1\"}",
+], ids=["GET", "HTTP/1.0", "POST"])  # fmt: skip
+def test_a_stream_has_been_left_by_who_closes_its_half_with_the_request(data):
+    with running() as aura:
+        aura.trigger("1", scenario=QUIET, run_id="r1")
+        for _ in range(30):
+            assert b"[DONE]" not in half_closed(aura, data)
+        entries = aura.journal("r1", count=30, within=WAIT)
+        assert {(one.end.by, one.end.how) for one in entries} == {("client", "disconnect")}
+        assert state(aura, "r1")["status"] == "running"
+
+
+def test_who_closes_its_half_before_its_request_is_whole_has_left():
+    with running() as aura:
+        for data in (get("/health")[:-2], request_of(b"POST %b HTTP/1.1" % RUNS_URL, b"Content-Length: 9", body=b"{"), b""):
+            assert half_closed(aura, data) == b""
+        assert aura.journal(kind="trigger", count=1, within=WAIT)[0].end.by == "client"
+
+
+@pytest.mark.parametrize("fields", [{"head_timeout": 0.2}, {"grace": 0.2}])
+def test_who_has_left_an_answer_that_does_not_come_holds_nothing_for_long(fields):
+    never = b'{"scenario": {"name": "n", "trigger": ["hang"]}}'
+    with running(**fields) as aura:
+        before = descriptors()
+        connect(aura, request_of(b"POST %b HTTP/1.1" % RUNS_URL, b"Content-Length: %d" % len(never), body=never)).close()
+        if "head_timeout" in fields:
+            assert aura.journal(kind="trigger", count=1, within=WAIT)[0].end.by == "client"
+            eventually(lambda: descriptors() <= before)
+        began = time.monotonic()
+    assert time.monotonic() - began < 3
+
+
+@pytest.mark.parametrize("verb", ["drop", "reset"])
+def test_a_script_that_cuts_a_half_closed_connection_ends_it_at_once(verb):
+    cut = json.dumps({"scenario": {"name": "c", "trigger": [{"sleep": 0.1}, verb]}}).encode()
+    with running() as aura:
+        before = descriptors()
+        with contextlib.suppress(ConnectionResetError):
+            assert half_closed(aura, request_of(b"POST %b HTTP/1.1" % RUNS_URL, b"Content-Length: %d" % len(cut), body=cut)) == b""
+        assert aura.journal(kind="trigger", count=1, within=WAIT)[0].end.how == verb
+        eventually(lambda: descriptors() <= before, within=3)
+
+
+def test_a_request_with_two_lengths_is_answered_and_the_connection_closed():
+    """RFC 9112, 6.1: somebody on the way may have counted differently, and what follows is perhaps no request."""
+    both = request_of(b"POST %b HTTP/1.1" % RUNS_URL, b"Content-Length: 6", b"Transfer-Encoding: chunked", body=b"2\r\n{}\r\n0\r\n\r\n")
+    with running() as aura, connect(aura, both) as wire:
+        answer = read_until(wire, None)
+        assert answer.startswith(b"HTTP/1.1 202") and b"\r\nconnection: close\r\n" in answer.lower()
 
 
 def test_a_script_can_drop_the_connection_and_the_journal_knows_who_did(heard):
@@ -5269,6 +5413,58 @@ def test_a_failed_start_raises_in_the_caller_as_the_oserror_it_was():
     assert error.value.errno == errno.EADDRINUSE
 
 
+def test_a_start_that_is_interrupted_leaves_no_thread_behind(tmp_path):
+    """A Ctrl-C while the server still reads its scenarios, here from a pipe that another thread fills."""
+    threads, interrupted, slow = threading.active_count(), threading.Event(), tmp_path / "slow.json"
+    os.mkfifo(slow)
+
+    def interrupt(number, frame):
+        interrupted.set()
+        raise KeyboardInterrupt
+
+    def press():
+        with slow.open("w") as pipe:  # it has begun to start
+            os.kill(os.getpid(), signal.SIGINT)
+            assert interrupted.wait(WAIT)
+            pipe.write("[]")
+
+    before, pressing = signal.signal(signal.SIGINT, interrupt), threading.Thread(target=press)
+    try:
+        pressing.start()
+        with pytest.raises(KeyboardInterrupt), running(scenarios=str(slow)):
+            pytest.fail("it started")
+    finally:
+        signal.signal(signal.SIGINT, before)
+        pressing.join()
+    assert threading.active_count() == threads
+
+
+FORKING = """
+import os, signal, urllib.request, aura_stream
+with aura_stream.running() as aura:
+    child = os.fork()
+    signal.alarm(10)
+    if child:
+        assert os.waitpid(child, 0)[1] == 0
+        assert urllib.request.urlopen(aura.url + "/health").status == 200
+print("unwound", flush=True)
+"""
+
+
+def test_a_process_forked_inside_unwinds_and_does_not_stop_its_parent_s_server():
+    env = {**os.environ, "PYTHONPATH": str(HERE)}
+    found = subprocess.run([sys.executable, "-W", "ignore", "-c", FORKING], env=env, capture_output=True, text=True, timeout=WAIT)
+    assert (found.stdout, found.returncode) == ("unwound\n" * 2, 0), found.stderr
+
+
+def test_a_server_may_be_stopped_from_any_thread_and_more_than_once():
+    with running() as aura:
+        aura.stop()
+        eventually(lambda: refused(aura))
+        aura.stop()
+    aura.stop()
+
+
 def test_a_refused_trigger_says_what_was_answered():
     with running() as aura, pytest.raises(RuntimeError, match="422"):
         aura.trigger("1", scenario={"name": "BAD"})
@@ -5557,7 +5753,6 @@ def test_an_operator_s_end_is_heeded_between_slow_pieces():
 
 @pytest.mark.parametrize("leaves", [False, True])
 def test_who_is_far_ahead_and_loses_its_connection_leaves_nothing_behind(leaves):
-    """A leaving that hides behind unread bytes shows at the next write, here a heartbeat."""
     lost = {"name": "lost", "stream": ["open", {"heartbeat": 0.3}, {"sleep": 1000 if leaves else 0.2}, "drop"]}
     with running() as aura:
         before, run_id = descriptors(), aura.trigger("1", scenario=lost)
@@ -5570,17 +5765,13 @@ def test_who_is_far_ahead_and_loses_its_connection_leaves_nothing_behind(leaves)
         eventually(lambda: descriptors() <= before)
 
 
-def test_who_left_unseen_before_the_last_write_closed_first():
-    """Far ahead of its answers, a client's leaving shows at a write only; here it is the last one."""
+def test_who_leaves_a_quiet_stream_far_ahead_closed_first():
+    """Nothing is written that could fail: its leaving is seen behind all that it has sent."""
     with running() as aura:
         run_id = aura.trigger("1", scenario={"name": "last", "stream": ["open", {"wait": "go"}, {"raw": "bye"}]})
         with connect(aura, get(f"/aura/analysis-runs/{run_id}/stream")) as wire:
             read_until(wire, b"\r\n\r\n")
-            wire.settimeout(0.3)
-            with contextlib.suppress(OSError):
-                wire.sendall(get("/health") * 4000)
-            wire.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        aura.signal("go", run_id)
+            wire.sendall(get("/health") * 4000)
         (entry,) = aura.journal(run_id, count=1, within=WAIT)
     assert (entry.end.by, entry.end.how, entry.bytes) == ("client", "disconnect", 0)
 
@@ -6287,8 +6478,8 @@ def test_what_goes_wrong_at_the_start_is_one_sentence_and_status_2(capsys):
     with running() as aura:
         assert main(["--port", str(aura.port)]) == 2
     text = capsys.readouterr().err
-    assert f"cannot listen on 127.0.0.1:{aura.port}" in text
-    assert "--port 0 takes a free port" in text
+    why = "another program does already; stop that, or --port 0 takes a free port"
+    assert text == f"aura-stream: cannot listen on 127.0.0.1:{aura.port}: {why}\n"
     assert main(["serve", "--port", "x"]) == 2
     assert capsys.readouterr().err == "aura-stream: --port must be a whole number, not 'x'\n"
 
@@ -6452,11 +6643,51 @@ def test_who_closes_an_output_gets_no_traceback():
         assert server.wait(WAIT) == 0
 
 
-def test_whoever_holds_the_port_is_named(capsys):
+UNREAD = "import aura_stream; aura_stream.LogWriter.most = 100; aura_stream.main(['--port', '0', '--grace', '2'])"
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_who_does_not_read_its_log_does_not_hold_up_the_server(reads):
+    """It goes on, ends when asked to, and says how many lines were dropped once somebody reads."""
+    env = {**os.environ, "PYTHONPATH": str(HERE)}
+    with subprocess.Popen([sys.executable, "-c", UNREAD], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env) as server:
+        try:
+            url = server.stdout.readline().decode().split()[-1]
+            with httpx.Client(timeout=WAIT) as client:
+                for _ in range(500):  # two long lines each, more than a pipe and the queue can hold
+                    assert client.get(f"{url}/{'x' * 150}").status_code == 404
+                if reads:
+                    os.set_blocking(server.stderr.fileno(), False)
+                    said = b""
+                    while b" log lines, nobody read them\n" not in said:
+                        client.get(f"{url}/health")
+                        said += server.stderr.read() or b""
+                    dropped = int(re.search(rb"\naura-stream: dropped (\d+) log lines", said)[1])
+                    assert 100 < dropped < 1000 and said.count(b"dropped") == 1
+            server.terminate()
+            assert server.wait(WAIT) == 0
+        finally:
+            server.kill()
+
+
+def test_the_log_s_last_lines_are_written_before_the_end():
     with process() as (server, aura):
-        assert main(["--port", str(aura.port)]) == 2
-        assert f"process {server.pid} ({sys.executable} {HERE / 'aura_stream.py'}"[:60] in capsys.readouterr().err
-    assert aura_stream.holder_of(1) == ""
+        server.terminate()
+        assert "stopping: first nobody new, then the runs, then their streams" in server.communicate()[1]
+
+
+def test_no_line_of_the_log_is_anybody_else_s():
+    """What comes from outside is in it, and cannot be taken for what the server says."""
+    with process() as (server, aura):
+        stream(aura, aura.trigger("1", scenario={"name": "c", "run": [{"crash": FORGING}]}))
+        stream(aura, aura.trigger("2", scenario={"name": "f", "run": [{"fail": {"error": FORGING, "stage": FORGING}}]}))
+        server.terminate()
+        said = server.communicate()[1]
+    lines = said.splitlines()
+    assert "forged" in said and all(line.isprintable() for line in lines)
+    assert all(re.match(r"  |20\d\d-\d\d-\d\d .* - aura_stream - ", line) for line in lines)
+    assert not [line for line in lines if line.startswith("2026-01-01")]
+    assert aura_stream.indented(f"a\n{FORGED}\n") == f"a\n  {FORGED}"
 
 
 def test_at_a_terminal_the_first_steps_are_shown_and_work(tmp_path):
