@@ -4023,9 +4023,11 @@ class Connection(TCPServer):
         self._sending = trio.CancelScope()
 
     async def run(self) -> None:
-        raw = self.stream.socket
+        raw, group = self.stream.socket, TaskGroup()
         try:
-            async with TaskGroup() as group:
+            # a nursery of our own: the group's would pass on a cancel that it has caught, to others
+            async with trio.open_nursery() as nursery:
+                group._nursery, self.scope = nursery, nursery.cancel_scope
                 self.protocol = Http11(
                     self.app, self.config, self.context, group, ConnectionState(self.state), False,
                     parse_socket_addr(raw.family, raw.getpeername()),
@@ -4034,8 +4036,6 @@ class Connection(TCPServer):
                 self.protocol.write = self._send
                 self.protocol.connection = Reader(
                     h11.SERVER, max_incomplete_event_size=self.settings.max_head)
-                assert group._nursery is not None
-                self.scope = group._nursery.cancel_scope
                 await self._read_data()
                 if not self.half_closed:
                     self.give_up()

@@ -4069,6 +4069,18 @@ def test_one_bad_request_ends_only_its_own_connection(heard):  # trap 1
     assert "Traceback" not in heard.all()
 
 
+def test_a_write_that_fails_ends_only_its_own_connection():
+    """A reset is met by a write, while the connection's reader still waits: what ends that must not end the server."""
+    heavy = {"name": "heavy", "stream": [{"repeat": 40, "steps": [{"event": {"data": {}}, "pad": 2_000_000}]}]}
+    with running() as aura:
+        run_id = aura.trigger("1", scenario=heavy)
+        for _ in range(60):
+            with connect(aura, get(f"/aura/analysis-runs/{run_id}/stream")) as wire:
+                wire.recv(100)
+                wire.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        assert httpx.get(f"{aura.url}/health", timeout=WAIT).status_code == 200
+
+
 def test_a_reader_that_stops_reading_is_evicted_at_the_send_deadline(heard):  # traps 2 and 10
     with running(send_timeout=0.3) as aura:
         run_id = aura.trigger("1", scenario=FLOOD)
