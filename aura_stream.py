@@ -5278,9 +5278,11 @@ def running(
 
 
 # ═══ 16  Diagnosis ════════════════════════════════════════════════════════════════════════════════
-# The debugging guide as a program. A careful client asks, and writes down all that the wire shows;
-# then it is judged, by questions and by a table of ills. Nothing here knows the server but by its
-# contract: the stream may be anybody's, behind whatever proxy.
+# The debugging guide as a program. A careful client asks, and notes what the wire shows; then it is
+# judged, by questions and by a table of ills. Nothing here knows the server but by its contract:
+# the stream may be anybody's, behind whatever proxy. It may also be meant to harm: so each event is
+# judged when it comes, and what is kept of it is small, counted and bounded. What is judged in the
+# end takes less than a second.
 
 QUIET = 120.0  # seconds without a byte; then a stream is dead: real clients give up after 45
 BEARABLE = 45.0  # seconds of silence that the contract's clients bear
@@ -5289,7 +5291,7 @@ HELD = 0.4  # seconds that the first bytes came late, with events among them: th
 TICK = 0.05  # seconds between looks at our own lateness
 BACK = 30.0  # seconds spent on coming back to a stream that breaks
 MOST_HEARD = 64 * 2**20  # bytes in all visits of an examination; a line costs 64 more, an event 600
-LARGEST = 8 * 2**20  # bytes of one event; in memory they may be a dozen times as many
+LARGEST = 6 * 2**20  # bytes of one event; in memory they may be a dozen times as many
 MOST_KEPT = 2**18  # bytes of JSON, or of an answer that is no stream; likewise
 LONG = 500  # characters of a name, or of an id: nobody can resume from a longer one
 
@@ -5343,7 +5345,8 @@ class Visit:
     body: bytearray = field(default_factory=bytearray)  # its beginning
     first_at: float = 0.0
     last_at: float = 0.0
-    longest: float = 0.0  # silence between the head and `last_at`
+    longest: float = 0.0  # silence between the head and that
+    silence: float = 0.0  # between that and the end
     chunks: int = 0
     torn: int = 0  # chunks that ended within a line
 
@@ -5602,6 +5605,7 @@ class Examination:
             except OSError as error:
                 seen.ending, seen.unreached = str(error), True
         seen.ending, seen.ended_at = seen.ending or "limit", trio.current_time() - seen.sent
+        seen.silence = seen.ended_at - seen.last_at
         return seen
 
     async def trigger(self, case_id: str) -> str:
@@ -5660,13 +5664,14 @@ class Examination:
 
     async def resume_broken(self) -> None:
         """Until the end comes, or nothing new."""
-        since, news = trio.current_time(), True
-        while news and trio.current_time() - since < BACK and len(self.back) < 4:
+        since = trio.current_time()
+        while trio.current_time() - since < BACK and len(self.back) < 4:
             known = [one.id for each in (self.main, *self.back) for one in each.events]
             self.back.append(await self.again(known[-1] if known else ""))
-            news = bool(self.back[-1].events) and not self.back[-1].over
+            if self.back[-1].over or not self.back[-1].events:
+                return
             with trio.move_on_at(self.until):
-                await trio.sleep(1 if news else 0)
+                await trio.sleep(1)
 
     async def again(self, after: str) -> Visit:
         return await self.visit(Visit(self.url, after.strip()), BACK)
@@ -5716,12 +5721,13 @@ class Examination:
 
 async def asked_of_journal(it: Examination) -> dict[str, str]:
     """What the server itself says of this visit, if it is one of ours and tells us."""
-    main = it.main
-    which = [main.headers.get(f"x-aura-{name}", "") for name in ("attempt", "scenario", "run-id")]
+    which = [it.main.headers.get(f"x-aura-{name}", "")
+             for name in ("attempt", "scenario", "run-id")]
     if not all(which):
         return {}
     run_id = quote(unquote(which.pop()), safe="")
-    where = urlsplit(main.url)._replace(path="/__aura/journal", query=f"kind=stream&runId={run_id}")
+    asks = f"kind=stream&runId={run_id}"
+    where = urlsplit(it.main.url)._replace(path="/__aura/journal", query=asks)
     said = await it.visit(Visit(where.geturl()), 5)
     told = fields_of(said.body) or {}
     with contextlib.suppress(LookupError, TypeError):
@@ -5773,9 +5779,9 @@ def shown_arrival(it: Examination) -> str:
     return f"{many(len(times), 'arrival')}{span}, the longest wait {max(waits, default=0):.2f} s"
 
 
-def silences(main: Visit) -> tuple[float, float]:
-    """From the head to the end, between any bytes: the longest, and that before the end."""
-    return main.longest, main.ended_at - main.last_at
+def shown_beats(it: Examination) -> str:
+    main = it.main
+    return f"{main.beats}, the longest silence {max(main.longest, main.silence):.1f} s"
 
 
 def shown_end(it: Examination) -> str:
@@ -5788,8 +5794,7 @@ def shown_end(it: Examination) -> str:
 
 def how_ended(it: Examination) -> str:
     main = it.main
-    _, silence = silences(main)
-    quiet = f", the last {silence:.1f} s without a byte" if silence > 1 else ""
+    quiet = f", the last {main.silence:.1f} s without a byte" if main.silence > 1 else ""
     return f"{main.how} after {main.ended_at:.1f} s and {many(len(main.events), 'event')}{quiet}"
 
 
@@ -5807,8 +5812,7 @@ def shown_resume(it: Examination) -> str:
 QUESTIONS: dict[str, Callable[[Examination], str]] = {
     "reached": lambda it: urlsplit(it.url).netloc,
     "answer": shown_answer, "headers": shown_headers, "first bytes": shown_beginning,
-    "events": shown_events, "arrival": shown_arrival,
-    "heartbeats": lambda it: f"{it.main.beats}, the longest silence {max(silences(it.main)):.1f} s",
+    "events": shown_events, "arrival": shown_arrival, "heartbeats": shown_beats,
     "end": shown_end, "resume": shown_resume,
 }
 
@@ -5830,8 +5834,8 @@ def broken(code: str) -> Shows:
             return None
         off = abs(main.ended_at - 30 * round(main.ended_at / 30))
         near = off < min(0.01 * main.ended_at, 3)
-        before, silence = silences(main)
-        longer = silence > max(2, 1.5 * before)
+        silence = main.silence
+        longer = silence > max(2, 1.5 * main.longest)
         set_so = longer and abs(silence - round(silence)) < 0.05  # whole seconds are a setting
         if kind == "quiet":
             kind = "unclosed" if main.done else "dead"
@@ -5876,7 +5880,7 @@ def holes(it: Examination) -> Any:
     if 0 < count < len(numbers) and not forgotten(it):  # more: these are other kinds of ids
         first = next(at for at, number in enumerate(numbers, 1) if at != number)
         return f"{many(count, 'event')} never came, the first of them {first}"
-    if lost and it.back[0].after and it.back[0].streams and not it.cut_short:
+    if lost and it.back and it.back[0].after and it.back[0].streams and not it.cut_short:
         owed = len(it.events) - it.half
         return f"whoever comes back after {it.back[0].after} misses {len(lost)} of {owed} events"
     return None
@@ -6065,8 +6069,8 @@ ILLS = {  # what explains more stands before what explains less
     "slow-headers": Ill(THE_SERVER, "send status and `: connected` before any work", slow_head),
     "buffered": Ill(BETWEEN, "switch buffering off (nginx: proxy_buffering off, gzip off)", held),
     "no-heartbeat": Ill(THE_SERVER, "send `: heartbeat` after 30 quiet seconds", lambda it: (
-        it.main.streams and max(silences(it.main)) > BEARABLE
-        and f"{max(silences(it.main)):.1f} s passed without a byte")),
+        it.main.streams and (silence := max(it.main.longest, it.main.silence)) > BEARABLE
+        and f"{silence:.1f} s passed without a byte")),
     "slow-stream": Ill(THE_SERVER, "write at once what is in the log", dawdling),
     "line-ends": Ill(SOMEBODY, "end lines in LF: hand-written clients split there"),
     "not-utf8": Ill(THE_SERVER, "encode everything in UTF-8"),

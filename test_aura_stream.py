@@ -2311,6 +2311,12 @@ def test_where_a_resume_goes_on(text, last, place):
     assert resume_point(text, last) == place
 
 
+@pytest.mark.parametrize(("text", "place"), [("1" * 200_000 + "_1", 1), ("_1" * 100_000, 1), ("_" * 200_000, 0), ("_1" * 100_000 + "x", 0)])
+def test_an_id_of_any_length_is_read_at_once(text, place):
+    began = time.monotonic()
+    assert resume_point(text, 9) == place and time.monotonic() - began < 0.5
+
+
 BAD_BODIES = [
     ("[]", ["body"]), ("5", ["body"]), ('"x"', ["body"]), ("null", ["body"]), ("{", ["body"]), ('{"a": NaN}', ["body"]),
     ("\xff", ["body"]), ("[" * 2000 + "]" * 2000, ["body"]), ('{"a":' * 70 + "1" + "}" * 70, ["body"]),
@@ -6444,6 +6450,155 @@ def test_what_was_seen_stands_where_no_time_is_left_to_see_it_twice():
     with running(event_delay=0.06) as aura:
         found = trio.run(partial(aura_stream.diagnose, aura.url, case="1~buffered", limit=1.1))
         assert (found["verdict"], len(aura.journal(kind="trigger"))) == ("buffered", 1)
+
+
+@pytest.mark.parametrize("ends", ["\n", "\r", "\r\n"])
+def test_the_doctor_hears_the_same_wherever_a_stream_is_torn(ends):
+    body = "\ufeff: connected\n\nid: 1\nevent: started\ndata: {}\n\nretry: 5\ndata: 증거\ndata: 😀\n\nid: 2\n\nevent: step\ndata: {\n\n: x\ndata: [DONE]\n\n: bye\n"
+    whole = body.replace("\n", ends).encode()
+    for piece in (*range(1, 5), len(whole)):
+        seen = aura_stream.Visit("http://h/s", streams=True)
+        for start in range(0, len(whole), piece):
+            seen.listen(whole[start : start + piece], 1.0)
+        assert [one[1:4] for one in seen.events] == [(id, name, hash(data)) for id, name, data in parsed(whole)]
+        assert [one.own for one in seen.events] == [True, False, False] and (seen.done, seen.after_done, seen.terminal) == (True, True, False)
+        assert list(seen.notes) == (["line-ends"] if "\r" in ends else []) + ["bad-json"] and seen.first == "\ufeff: connected"
+
+
+def test_tens_of_megabytes_of_ordinary_text_are_heard_to_the_end():
+    blocks = [b'id: %d\nevent: evidence\ndata: {"text": "%b"}\n\n' % (number, b"word " * 200_000) for number in range(2, 32)]
+    end = b"id: 32" + ENDED_TOO[5:]
+    found = examined([an_answer(b"".join([STARTED_ONLY, *blocks, end])), an_answer(b"".join([*blocks[-4:], end]))])
+    assert found["verdict"] == "healthy" and found["says"].startswith("nothing is wrong: 32 events"), found
+
+
+@pytest.mark.parametrize(("id", "why"), [(b"x" * 400, "after xxx"), (b"x" * 600, "not tried: no id"), (b"a\x0b1", "not tried: no id")])
+def test_an_id_that_no_client_can_give_back_is_none(id, why):
+    found = examined([an_answer(b"id: %b\nevent: started\ndata: {}\n\n" % id, "Content-Length: 900"), an_answer(ENDED_TOO)])
+    assert found["verdict"] == "cut" and found["answers"]["resume"].startswith(why), found
+
+
+def test_what_a_compressed_refusal_says_is_read_all_the_same():
+    """A proxy may compress what is no stream; and the run is unknown, the path is not."""
+    told = b'{"error": "runId not found or already completed"}'
+    answers = [an_answer(gzip.compress(told), "Content-Encoding: gzip", status="404 Not Found"), an_answer(told, status="404 Not Found")]
+    assert examined(answers)["verdict"] == "not-found"
+
+
+def test_a_stream_that_goes_on_behind_its_last_event_loses_nothing():
+    with running(event_delay=0) as aura:
+        aura.trigger("1", run_id="r", scenario={"name": "x", "stream": [{"comment": "c"}, {"relay": "all"}, "hang"]})
+        found = trio.run(partial(aura_stream.diagnose, f"{aura.url}/aura/analysis-runs/r/stream", limit=0.5))
+    assert found["verdict"] == "healthy" and "it still went on" in found["says"], found
+
+
+TRIGGERED = b"HTTP/1.1 202 Accepted\r\n\r\n"
+OURS = [f"X-Aura-{name}: 1" for name in ("Run-ID", "Attempt", "Scenario")]
+CHUNKED = an_answer(b"", "Transfer-Encoding: chunked")
+WIDE = "😀".encode() + b"a" * (6 * 2**20 - 10_000)  # in memory, all of it is as wide as its widest
+
+
+def numbered(block):
+    """This block for ever, each time with numbers of its own."""
+    for first in itertools.count(0, 1000):
+        yield b"".join(block.replace(b"#", b"%d" % number) for number in range(first, first + 1000))
+
+
+def again(piece):
+    return itertools.repeat(piece * (2**18 // len(piece) + 1))
+
+
+HOSTILE = {  # what each of its answers is, by their number; the arguments of the examination; the verdict, or what it is where time was over first
+    "CRs": (lambda n: [an_answer(b""), again(b"\r")], {}, "no-events line-ends"),
+    "CRs to who comes back": (lambda n: [an_answer(STARTED_ONLY + ENDED_TOO, *OURS)] if not n else [an_answer(b""), again(b"\r")], {}, "healthy"),
+    "retry": (lambda n: [an_answer(b""), again(b"retry: 1\n")], {}, "no-events"),
+    "names": (lambda n: [an_answer(b""), numbered(b"event: #%b\ndata: x\n\n" % ("😀" * 100).encode())], {"via": True}, "unknown-events"),
+    "ESC in an id": (lambda n: [an_answer(b"id: "), b"\x1b" * 59 * 2**20, b"\ndata: x\n\n"], {}, "no-events"),
+    "an id of many digits": (lambda n: [an_answer(b"id: " + b"1" * 200_000 + b"_1\ndata: {}\n\ndata: [DONE]\n\n")], {}, "no-terminal"),
+    "ids of many digits": (lambda n: [an_answer(b""), again(b"id: " + b"1" * 480 + b"_1\ndata: {}\n\n")], {}, "duplicates"),
+    "ids, two ways": (lambda n: [an_answer(b""), numbered(b"id: #\ndata: x\n\n")], {"via": True}, "healthy"),
+    "a gzip bomb": (lambda n: [an_answer(gzip.compress(b"\r" * 2**24), "Content-Encoding: gzip")], {}, "compressed"),
+    "JSON that unfolds": (lambda n: [an_answer(b""), again(b'event: step\ndata: {"a": [' + b'{"":0},' * 700_000 + b"0]}\n\n")], {}, "missing-started"),
+    "wide text": (lambda n: [an_answer(b""), again(b"data: " + WIDE + b"\n\n")], {"via": True}, "healthy"),
+    "single bytes": (lambda n: [CHUNKED, again(b"1\r\nx\r\n")], {}, "shredded"),
+    "blanks in a head": (lambda n: [b"HTTP/1.1 200 OK\r\nx:" + b" " * 60_000 + b"\0\r\n\r\n"], {}, "no-answer"),
+    "blanks in a trailer": (lambda n: [CHUNKED, b"0\r\nx:" + b" " * 60_000 + b"\0\r\n\r\n"], {}, "cut"),
+    "some at each visit": (lambda n: [an_answer(b"id: %d\ndata: x\n\n" % n), b"".join(itertools.islice(numbered(b"id: %d_#\ndata: x\n\n" % n), 60))], {}, "ended-early"),
+    "a journal without end": (lambda n: [an_answer(STARTED_ONLY + ENDED_TOO if not n else ENDED_TOO, *OURS)] if n < 2 else [an_answer(b'{"entries": ['), again(b"[],")],
+                              {}, "healthy"),
+    "a trigger without end": (lambda n: [TRIGGERED, b"{", again(b'"":0,')], {"case": "1"}, "trigger-refused"),
+}  # fmt: skip
+
+
+EXAMINE_THEM = """
+import functools, json, resource, sys, time, trio, aura_stream
+resource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31))  # so that a failure harms nobody else
+for line in sys.stdin:
+    url, more = json.loads(line)
+    began = time.monotonic()
+    try:
+        found = trio.run(functools.partial(aura_stream.diagnose, url, limit=1, **more))
+        verdict = aura_stream.in_lines(found) and found["verdict"]
+    except BaseException as error:
+        verdict = repr(error)
+    took = time.monotonic() - began
+    with open("/proc/self/status") as status:
+        peak = next(int(one.split()[1]) for one in status if one.startswith("VmHWM:"))
+    print(json.dumps([verdict, took, peak / 1024]), flush=True)
+"""
+
+
+@contextlib.contextmanager
+def hostile(script):
+    """The port of a server that sends whatever it likes, as fast as it can, until nobody listens."""
+    def answer(wire, number):
+        with wire, contextlib.suppress(OSError):
+            read_until(wire, b"\r\n\r\n")
+            for part in script(number):
+                for piece in [part] if isinstance(part, bytes) else part:
+                    wire.sendall(piece)
+
+    def accept():
+        with contextlib.suppress(OSError):
+            for number in itertools.count():
+                threading.Thread(target=answer, args=(listener.accept()[0], number), daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=accept, daemon=True).start()
+        yield listener.getsockname()[1]
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+def test_a_journal_that_never_answers_does_not_outlast_the_limit():
+    left, began = threading.Event(), time.monotonic()
+    answers = [an_answer(STARTED_ONLY + ENDED_TOO, *OURS), an_answer(ENDED_TOO), iter(left.wait, True)]
+    with hostile(lambda number: answers[number : number + 1]) as port:
+        assert trio.run(partial(aura_stream.diagnose, f"http://127.0.0.1:{port}/s", limit=1))["verdict"] == "healthy"
+        left.set()
+    assert time.monotonic() - began < 4
+
+
+def test_whatever_a_server_sends_the_doctor_keeps_his_time_and_his_memory():
+    """One process examines them all, so its greatest size is that of the worst."""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("only Linux tells how big a process was")
+    wrong = {}
+    doctor = subprocess.Popen([sys.executable, "-c", EXAMINE_THEM], cwd=HERE, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with contextlib.suppress(BrokenPipeError), doctor:  # it was killed, which is wrong enough
+        late = threading.Timer(6 * WAIT, doctor.kill)
+        late.start()
+        for name, (script, more, verdict) in HOSTILE.items():
+            with hostile(script) as port:
+                url = f"http://127.0.0.1:{port}"
+                if "via" in more:
+                    more = {"via": f"{url}/via"}
+                print(json.dumps([url if "case" in more else f"{url}/s", more]), file=doctor.stdin, flush=True)
+                found, took, peak = json.loads(doctor.stdout.readline() or '["it was killed", 0, 0]')
+            if found not in verdict.split() or took > 5 * (1 + 2) or peak > 256:
+                wrong[name] = f"{found} after {took:.1f} s, {peak:.0f} MB"
+        late.cancel()
+        doctor.stdin.close()
+    assert wrong == {}
 
 
 def test_the_doctor_comes_again_when_he_is_told_to():
