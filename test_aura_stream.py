@@ -38,6 +38,7 @@ import tokenize
 import tracemalloc
 import types
 import uuid
+import venv
 from functools import cache, partial
 from pathlib import Path
 from urllib.parse import quote, unquote
@@ -7406,6 +7407,45 @@ def test_promtool_accepts_the_alert_rules(tmp_path):
     (tmp_path / "rules.yml").write_text(block("yaml"))
     found = subprocess.run([promtool, "check", "rules", str(tmp_path / "rules.yml")], capture_output=True, text=True, timeout=60)
     assert found.returncode == 0 and "3 rules found" in found.stdout, found.stdout + found.stderr
+
+
+# ═══ The soak ═══════════════════════════════════════════════════════════════════════════════════
+# What it finds is its own affair, and takes longer; here: that it knows whose mistake it met, and leaves nothing.
+
+SOAK = HERE / ".ci" / "soak"
+has_soak = pytest.mark.skipif(not SOAK.exists(), reason="it comes with the repository only")
+
+
+@has_soak
+def test_the_soak_says_in_a_sentence_that_the_server_does_not_start(tmp_path):
+    venv.create(tmp_path)  # a Python without the packages
+    env = {name: text for name, text in os.environ.items() if name != "PYTHONPATH"}
+    found = subprocess.run([tmp_path / "bin" / "python", SOAK, "--quick"], env=env, capture_output=True, text=True, timeout=60)
+    assert found.returncode == 2, "1 is for what the server did wrong"
+    assert re.fullmatch(r"soak: the server did not start: ModuleNotFoundError: No module named '\w+'\n", found.stderr), found.stderr
+
+
+def of_session(number):
+    """The processes of a session that still run."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has just ended
+            state, _, _, session, *_ = path.read_text().rpartition(")")[2].split()
+            found += [path] if session == str(number) and state not in "ZX" else []
+    return found
+
+
+@has_soak
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_an_interrupted_soak_leaves_no_process(number):
+    command = [sys.executable, SOAK, "--quick", "--only", "trouble"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True) as soak:
+        eventually(lambda: len(of_session(soak.pid)) == 8)  # itself, a server, six readers
+        soak.send_signal(number)
+        _, says = soak.communicate(timeout=WAIT)
+        killed = number == signal.SIGKILL
+        assert (soak.returncode, says) == ((-9, "") if killed else (2, "soak: interrupted\n"))
+        eventually(lambda: not of_session(soak.pid))
 
 
 # ═══ The README ═════════════════════════════════════════════════════════════════════════════════
