@@ -1354,6 +1354,13 @@ def indented(text: str) -> str:
     return "\n  ".join(map(printable, text.splitlines()))
 
 
+def traced(error: BaseException) -> str:
+    """Its traceback for a log, whoever formats that: an exception's text comes from outside."""
+    with contextlib.suppress(Exception):  # one of somebody's own may defy being written out
+        return "\n  " + indented("".join(traceback.format_exception(error))[:10_000])
+    return ""
+
+
 class Ending(NamedTuple):
     """Who closed, how, why, and at which step of the script."""
 
@@ -1819,9 +1826,7 @@ async def perform(run: Run, analysis: Analysis) -> None:
                 raise
             run.failure = run.failure or explained(error)
             about = (safe(facts.run_id), safe(facts.case_id), safe(run.failure.stage))
-            with contextlib.suppress(Exception):  # one of somebody's own may defy being written out
-                trace = indented("".join(traceback.format_exception(error))[:10_000])
-                log.error("analysis failed run_id=%s case_id=%s stage=%s\n  %s", *about, trace)
+            log.error("analysis failed run_id=%s case_id=%s stage=%s%s", *about, traced(error))
         run.last_word = LastWord()
         if run.failure is not None:
             run.last_word.event = Event("failed", PHASES[facts.phase].failed(facts, run.failure))
@@ -2069,8 +2074,6 @@ class Delivery(Player):
     async def deliver(self, send: Send, headers: Iterable[tuple[str, str]] = ()) -> None:
         """Play the script to its end; `headers` go out beside its own."""
         self._send, self._headers = send, headers
-        if self._connection and self.entry.streams:
-            self._connection.stream_begins()
         name = f"delivery {safe(self.entry.run_id)} (id {self.entry.seq})"
         trio.lowlevel.current_task().name = name
         with self._hub.playing(self, self._run):
@@ -2911,6 +2914,8 @@ class Exchange(TrioASGIHTTPConnection):
     async def _send_response(self, send: ASGISendCallable, response: Any) -> None:
         entry = self._entry
         if isinstance(response, Streamed):
+            if entry.streams and (connection := connection_of(self.scope)):
+                connection.stream_begins()
             send = partial(assured, entry, send) if entry.trace_id else send
             await response.delivery.deliver(send, response.headers.items())
         else:
@@ -4001,7 +4006,6 @@ class Connection(TCPServer):
 
     stream: trio.SocketStream  # type: ignore[assignment]  # Hypercorn says TLS, which we do not do
     protocol: Http11  # type: ignore[assignment]  # not its wrapper, which may switch to HTTP/2
-    scope: trio.CancelScope  # around all its tasks
     lost = False  # the peer is gone, or we have cut it off
     unsent = False  # it was gone, or stalled, when we had something to write
     gathers = False  # what is written now goes out with what comes next
@@ -4018,16 +4022,15 @@ class Connection(TCPServer):
     ) -> None:
         super().__init__(app, config, context, {"connection": self}, stream)  # type: ignore[arg-type]
         self.settings = settings
-        # with a client that sends nothing, and with one that reads nothing
+        self.scope = trio.CancelScope()  # around it all: the group's own passes on what it caught
+        # patience with a client that sends nothing, and with one that reads nothing
         self._patience = trio.move_on_after(settings.keep_alive or settings.head_timeout)
         self._sending = trio.CancelScope()
 
     async def run(self) -> None:
-        raw, group = self.stream.socket, TaskGroup()
+        raw = self.stream.socket
         try:
-            # a nursery of our own: the group's would pass on a cancel that it has caught, to others
-            async with trio.open_nursery() as nursery:
-                group._nursery, self.scope = nursery, nursery.cancel_scope
+            async with TaskGroup() as group:
                 self.protocol = Http11(
                     self.app, self.config, self.context, group, ConnectionState(self.state), False,
                     parse_socket_addr(raw.family, raw.getpeername()),
@@ -5220,7 +5223,8 @@ async def attend_to(
     trio.lowlevel.current_task().name = "connection"
     open_ones.add(connection)
     try:
-        await connection.run()
+        with connection.scope:
+            await connection.run()
     finally:
         open_ones.discard(connection)
 

@@ -1721,7 +1721,7 @@ async def test_a_crash_becomes_failed_and_names_what_happened(autojump_clock, he
     async with hub_for() as hub:
         run = await ended(hub.start(facts(hub.time), scenario({"crash": "row 7 of {caseId}"})))
     assert said(run)[-1][1]["error"] == "RuntimeError: row 7 of 85116"
-    assert "\n  Traceback (most recent call last):\n    File" in heard.wait_for("analysis failed"), "no line of it begins as the log's do"
+    assert heard.wait_for("analysis failed").endswith("\n  RuntimeError: row 7 of 85116")
 
 
 async def test_a_reset_forgets_all_runs_and_an_id_is_new_again(autojump_clock):
