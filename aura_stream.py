@@ -2789,11 +2789,15 @@ class Exchange(TrioASGIHTTPConnection):
             if isinstance(cause, Exception):
                 self._entry.finish("server", "error", explained(cause).error)
             self._entry.finish(*(connection.blame() if connection else LEFT)[:3])
+            if connection and connection.half_closed:
+                self._entry.notes.append("the client had closed its side by then")
             self._journal.close(self._entry)
 
     async def _send_response(self, send: ASGISendCallable, response: Any) -> None:
         entry = self._entry
         if isinstance(response, Streamed):
+            if entry.streams and (connection := connection_of(self.scope)):
+                connection.stream_begins()
             send = partial(assured, entry, send) if entry.trace_id else send
             await response.delivery.deliver(send, response.headers.items())
         else:
@@ -3698,64 +3702,34 @@ def create_app(
 
 CUT = Ending("shutdown", "cancelled", "still open when the server had to go")
 PIECE = 64 * 2**10  # bytes that have one send deadline
-AHEAD = 64 * 2**10  # bytes read ahead of an answer; then a client's leaving shows at a write only
-
-
-class Ahead(Exception):
-    """The client has sent bytes behind its request, whose turn has not come."""
+HEARD = (h11.DONE, h11.MUST_CLOSE)  # of a client: its whole request is here
+GONE = (trio.BrokenResourceError, trio.ClosedResourceError)
 
 
 class Reader(h11.Connection):
-    """h11, deaf to what comes behind a request that closes: it would be a 400 in place of the
-    answer."""
+    """h11 without pipelining: what comes behind a request before its answer is out is thrown away,
+    and that answer is the last."""
 
     def next_event(self) -> Any:
-        return h11.NEED_DATA if self.their_state is h11.MUST_CLOSE else super().next_event()
+        # with its last byte on the way the client may ask again, before we have closed the books
+        out = self.our_state is h11.DONE or getattr(self._writer, "_length", None) == 0
+        if self.their_state not in HEARD or (out and self.their_state is h11.DONE):
+            return super().next_event()
+        if self._receive_buffer.maybe_extract_at_most(2**20):
+            self.end_with_this()
+        return h11.NEED_DATA
 
-
-class NoParking:
-    """Hypercorn parks its reader while a client is ahead, and would not see it leave."""
-
-    async def clear(self) -> None: ...
-
-    async def set(self) -> None: ...
-
-    async def wait(self) -> None:
-        raise Ahead
+    def end_with_this(self) -> None:
+        """No request comes after this one; the answer says so, if its head is not out yet."""
+        self._cstate.process_keep_alive_disabled()
 
 
 class Http11(H11Protocol):
     """HTTP/1.1 and nothing else: no h2c, no WebSocket, a head of bounded size."""
 
-    connection: h11.Connection
+    connection: Reader
     write: Callable[[bytes], Awaitable[None]]  # the connection's own
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        most = self.config.h11_max_incomplete_size
-        self.connection = Reader(h11.SERVER, max_incomplete_event_size=most)
-        self.can_read = NoParking()  # type: ignore[assignment]
-        self._mute = False
-        self._turn = trio.Lock()  # who reads on: the reader, or the end of an answer
-
-    async def handle(self, event: ServerEvent) -> None:
-        if not isinstance(event, RawData):
-            await super().handle(event)
-        elif self._turn.locked():
-            self.connection.receive_data(event.data)  # whoever is reading on comes to it
-        else:
-            self._turn.acquire_nowait()  # no checkpoint: this is once per request
-            try:
-                with contextlib.suppress(Ahead):
-                    await super().handle(event)
-            finally:
-                self._turn.release()
-
-    async def read_on(self) -> None:
-        """The answer is out: now the bytes that were ahead."""
-        async with self._turn:
-            with contextlib.suppress(Ahead):
-                await self._handle_events()
+    _mute = False
 
     async def _send_error_response(self, status_code: int) -> None:
         """What is refused below the application has a request id and a line in the log, too."""
@@ -3763,24 +3737,22 @@ class Http11(H11Protocol):
         says = {408: "the head took too long", 431: f"the head is longer than {most} bytes"}
         why = says.get(status_code, "this is no request of HTTP/1.1")
         log.info("[%s] %d refused: %s, from %s", known_as, status_code, why, self.client)
-        headers = [(b"content-length", b"0"), (b"connection", b"close")]
-        headers += [(b"x-request-id", known_as.encode())]
-        headers += self.config.response_headers("h11")
+        headers = [(b"content-length", b"0"), (b"connection", b"close"),
+                   (b"x-request-id", known_as.encode()), *self.config.response_headers("h11")]
         await self._send_h11_event(h11.Response(status_code=status_code, headers=headers))
         await self._send_h11_event(h11.EndOfMessage())
 
     async def stream_send(self, event: StreamEvent) -> None:
         """Chunks of a body need no state machine: h11's costs as much as the system call."""
         if isinstance(event, Body) and isinstance(self.connection._writer, ChunkedWriter):
-            if not event.data:
-                return  # an empty chunk would be the last one
-            await self.write(b"%x\r\n%b\r\n" % (len(event.data), event.data))
+            if event.data:  # an empty chunk would be the last one
+                await self.write(b"%x\r\n%b\r\n" % (len(event.data), event.data))
             return
         if isinstance(event, Answer):
             # a head from a task that is being cancelled is not ours: Hypercorn invents a 500
             self._mute = trio.current_effective_deadline() == -math.inf
             if self.connection.their_state is h11.SEND_BODY:  # nobody will read the rest of it
-                event.headers.append((b"connection", b"close"))
+                self.connection.end_with_this()
         if not self._mute or isinstance(event, StreamClosed):
             await super().stream_send(event)
 
@@ -3797,9 +3769,11 @@ class Http11(H11Protocol):
             await self._send_error_response(431 if too_big else 505)
             await self.send(Closed())
             return
-        names, target = {name for name, _ in request.headers}, request.target
-        if b"upgrade" in names or not target.startswith(b"/"):
+        names = {name for name, _ in request.headers}
+        if b"upgrade" in names or not request.target.startswith(b"/"):
             request = self._plain(request)
+        if {b"content-length", b"transfer-encoding"} <= names:  # RFC 9112, 6.1: smuggling, perhaps
+            self.connection.end_with_this()
         if b"upgrade" in names:
             log.warning("Unsupported upgrade request.")
         await super()._create_stream(request)
@@ -3808,8 +3782,7 @@ class Http11(H11Protocol):
     def _plain(request: h11.Request) -> h11.Request:
         """The request with a path for its target, as Quart wants it, and no `Connection`, which
         h11 has heeded already: without it Hypercorn sees no WebSocket."""
-        target = re.sub(rb"^https?://[^/?]*", b"", request.target, flags=re.IGNORECASE)
-        target = target if target.startswith(b"/") else b"/" + target
+        target = re.sub(rb"(?i)^(https?://[^/?]*)?/?", b"/", request.target)
         headers = [pair for pair in request.headers if pair[0] != b"connection"]
         version, method = request.http_version, request.method
         return h11.Request(method=method, target=target, headers=headers, http_version=version)
@@ -3820,6 +3793,12 @@ class Connection(TCPServer):
 
     stream: trio.SocketStream  # type: ignore[assignment]  # Hypercorn says TLS, which we do not do
     protocol: Http11  # type: ignore[assignment]  # not its wrapper, which may switch to HTTP/2
+    lost = False  # the peer is gone, or we have cut it off
+    half_closed = False  # the client says no more; what it asked for may still be answered
+    _streams = False  # what it asked for is a stream
+    _closing = False  # we say goodbye
+    _leave_by = math.inf  # when the stopping server's grace is over
+    _ending: Ending | None = None  # why it ended, where that was not the request's doing
 
     def __init__(
         self, app: ASGIWrapper, config: Config, context: WorkerContext, settings: Settings,
@@ -3827,31 +3806,26 @@ class Connection(TCPServer):
     ) -> None:
         super().__init__(app, config, context, {"connection": self}, stream)  # type: ignore[arg-type]
         self.settings = settings
-        self.lost = False  # the peer is gone, or we have cut it off
-        self._idle = True  # between requests
-        self._closing = self._severed = False  # we say goodbye; we have cut the socket
-        self._leave_by = math.inf  # when the stopping server's grace is over
-        self._ending: Ending | None = None  # why it ended, where that was not the request's doing
-        begin_by = trio.current_time() + (settings.keep_alive or settings.head_timeout)
-        self._patience = trio.CancelScope(deadline=begin_by)  # with a client that sends nothing
-        self._sending = trio.CancelScope()  # and with one that reads nothing
-        self._answered = trio.Event()
+        self.scope = trio.CancelScope()  # around all its tasks
+        # patience with a client that sends nothing, and with one that reads nothing
+        self._patience = trio.move_on_after(settings.keep_alive or settings.head_timeout)
+        self._sending = trio.CancelScope()
 
     async def run(self) -> None:
         raw = self.stream.socket
         try:
-            client = parse_socket_addr(raw.family, raw.getpeername())
-            server = parse_socket_addr(raw.family, raw.getsockname())
             async with TaskGroup() as group:
-                self._task_group = group
                 self.protocol = Http11(
                     self.app, self.config, self.context, group, ConnectionState(self.state), False,
-                    client, server, self.protocol_send,
+                    parse_socket_addr(raw.family, raw.getpeername()),
+                    parse_socket_addr(raw.family, raw.getsockname()), self.protocol_send,
                 )
                 self.protocol.write = self._send
+                self.protocol.connection = Reader(
+                    h11.SERVER, max_incomplete_event_size=self.settings.max_head)
                 await self._read_data()
-                assert group._nursery is not None
-                group._nursery.cancel_scope.cancel(reason="the client left")
+                if not self.half_closed:
+                    self.give_up()
         except* OSError:
             pass  # the peer is gone, and there is nobody to tell
         except* Exception as errors:  # noqa: BLE001  # else one bad request ends every connection
@@ -3863,40 +3837,34 @@ class Connection(TCPServer):
 
     async def _read_data(self) -> None:
         """Hand on what the client sends, until it leaves, is too slow, or we have closed."""
-        receive, left_over = partial(self.stream.receive_some, 2**16), self.settings.max_linger
-        gone = (trio.BrokenResourceError, trio.ClosedResourceError)
-        with self._patience, contextlib.suppress(*gone):
-            while (data := bytes(await receive())) and not self._closing:
-                if self._idle and not self._head_begun:
+        client, thrown, data = self.protocol.connection, 0, b"?"
+        with self._patience, contextlib.suppress(*GONE):
+            while data and thrown <= self.settings.max_linger:
+                data = bytes(await self.stream.receive_some(2**16))
+                if client.their_state is h11.IDLE and not client.trailing_data[0]:
                     self._patience.deadline = trio.current_time() + self.settings.head_timeout
-                await self.protocol.handle(RawData(data))
-                await self._catch_up()
-            while self._closing and data and left_over > 0:
-                data = bytes(await receive())
-                left_over -= len(data)
+                if self._closing:
+                    thrown += len(data)
+                elif data:
+                    await self.protocol.handle(RawData(data))
         if self._closing:
-            if (thrown := self.settings.max_linger - left_over) and data:
+            if thrown and data:
                 log.info("cut a refused client that was still sending, after %d bytes", thrown)
-            return
-        if self._patience.cancelled_caught and self._head_begun:
+        elif self._patience.cancelled_caught and client.trailing_data[0]:
             await self.protocol._send_error_response(408)
         elif self._patience.cancelled_caught:
             log.debug("closed a connection that was idle for %g s", self.settings.keep_alive)
-        await self._give_up()
+        elif not (data or self._streams) and client.their_state in HEARD:
+            # perhaps it has left, perhaps it waits for its answer: nobody can tell
+            self.half_closed, self._ending = True, LEFT
+            client.end_with_this()
+            self.scope.deadline = trio.current_time() + self.settings.head_timeout
 
-    @property
-    def _over(self) -> bool:
-        return self._closing or self.lost or self._severed
-
-    async def _catch_up(self) -> None:
-        """A client far ahead of its answers is not read on: it shall wait, as it makes us wait."""
-        while len(self.protocol.connection.trailing_data[0]) > AHEAD and not self._over:
-            self._answered = trio.Event()
-            await self._answered.wait()
-
-    @property
-    def _head_begun(self) -> bool:
-        return bool(self.protocol.connection.trailing_data[0])
+    def stream_begins(self) -> None:
+        """What is short is answered to a client that says no more; from a stream it has left."""
+        self._streams = True
+        if self.half_closed:
+            self.give_up()
 
     async def protocol_send(self, event: ServerEvent) -> None:
         """What the protocol wants done. No cancel can leave half a write: nothing in it waits, or
@@ -3904,18 +3872,11 @@ class Connection(TCPServer):
         if isinstance(event, RawData):
             await self._send(event.data)
         elif isinstance(event, Updated):
-            self._idle = event.idle
-            ahead = event.idle and self._head_begun
-            idle = self.settings.head_timeout if ahead else self.settings.keep_alive
-            self._patience.deadline = trio.current_time() + (idle if event.idle else math.inf)
-            if ahead:
-                self._task_group.spawn(self._read_on)
+            self._streams = False
+            patience = self.settings.keep_alive if event.idle else math.inf
+            self._patience.deadline = trio.current_time() + patience
         elif isinstance(event, Closed):
             await self._close_gently()
-
-    async def _read_on(self) -> None:
-        await self.protocol.read_on()
-        self._answered.set()
 
     async def _send(self, data: bytes) -> None:
         """Send directly while the kernel takes it, nearly always; else wait, but not for ever."""
@@ -3927,7 +3888,7 @@ class Connection(TCPServer):
         except BlockingIOError:
             sent = 0
         except OSError:
-            await self._give_up()
+            self.give_up()
             return
         if sent < len(data):
             with trio.CancelScope(shield=True):  # bounded: each piece has its deadline
@@ -3937,67 +3898,61 @@ class Connection(TCPServer):
         """Piece by piece: a slow reader of a big event is not one that has stopped reading."""
         async with self.send_lock:
             for start in range(0, len(data), PIECE):
-                if not await self._send_piece(data[start : start + PIECE]):
-                    await self._give_up()
-                    return
+                if not self.lost:
+                    await self._send_piece(data[start : start + PIECE])
 
-    async def _send_piece(self, piece: memoryview) -> bool:
-        """Send it within the send deadline; or cut off who does not read, and say no."""
+    async def _send_piece(self, piece: memoryview) -> None:
+        """Send it within the send deadline; or cut off who does not read."""
         patience = self.settings.send_timeout
         deadline = min(trio.current_time() + patience, self._leave_by)
-        with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+        with contextlib.suppress(*GONE):
             with trio.CancelScope(deadline=deadline) as self._sending:
                 await self.stream.send_all(piece)
-                return True
+                return
             stalled = Ending("client", "stalled", f"read nothing for {patience:g} s")
             self._ending = stalled if trio.current_time() < self._leave_by else CUT
             self.cut(reset=True)  # frees the kernel's buffers, which nobody will read
-        return False
+        self.give_up()
 
-    async def _give_up(self) -> None:
-        """Nobody is there: tell the protocol, which tells the request, whose nursery ends."""
+    def give_up(self) -> None:
+        """Nobody is there: all that this connection does ends."""
         self.lost = True
-        self._answered.set()
-        await self.protocol.handle(Closed())
+        self.scope.cancel(reason="the client left")
 
     async def _close_gently(self) -> None:
-        """Say that we are done. If the client is still sending, listen a little longer: closing on
-        it would be a reset, and it could not read our answer."""
+        """Say that we are done, and wait a little for the client to say so too: closing on one that
+        is still sending would be a reset, and it could not read our answer."""
         if self._closing:
             return
         self._closing = True
-        self._answered.set()
         self._ending = self._ending or Ending("server", "error", "the request was malformed")
-        heard = self.protocol.connection.their_state in (h11.DONE, h11.MUST_CLOSE, h11.CLOSED)
-        at_once = (heard and not self._head_begun) or self._leave_by < math.inf
-        self._patience.deadline = trio.current_time() + (0.0 if at_once else self.settings.linger)
+        linger = self.settings.linger if self._leave_by == math.inf else 0.0
+        self._patience.deadline = trio.current_time() + linger
         with contextlib.suppress(OSError):
             self.stream.socket.shutdown(socket.SHUT_WR)
         await self.protocol.handle(Closed())
 
     def blame(self) -> Ending:
         """Who ended the request that has not ended itself."""
-        if self._ending is None and not self.lost:
-            return CUT
-        return self._ending or LEFT
+        return self._ending or (LEFT if self.lost else CUT)
 
     def cut(self, *, reset: bool = False) -> None:
-        """Close the socket at once: no last chunk, no goodbye. The reader notices and ends the
-        connection's tasks."""
-        raw, self._severed = self.stream.socket, True
-        self._answered.set()
+        """Close the socket at once, no last chunk, no goodbye; and end the connection's tasks."""
+        raw = self.stream.socket
         with contextlib.suppress(OSError):
             if reset:
                 raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             else:
                 raw.shutdown(socket.SHUT_WR)
         raw.close()
+        self.give_up()
 
     def leave(self, *, by: float) -> None:
         """The server stops: who has no request goes now, a send has until then."""
         self._leave_by = by
         self._sending.deadline = min(self._sending.deadline, by)
-        if self._idle or self._closing or self.protocol.connection.their_state is h11.SEND_BODY:
+        unasked = self.protocol.connection.their_state in (h11.IDLE, h11.SEND_BODY)
+        if unasked or self._closing:
             self._ending = self._ending or CUT
             self.cut()
 
@@ -5038,7 +4993,8 @@ async def attend_to(make: Make, open_ones: set[Connection], stream: trio.SocketS
     trio.lowlevel.current_task().name = "connection"
     open_ones.add(connection)
     try:
-        await connection.run()
+        with connection.scope:
+            await connection.run()
     finally:
         open_ones.discard(connection)
 

@@ -3749,36 +3749,56 @@ def test_a_viewer_that_sent_bytes_ahead_is_seen_to_leave(ahead, how, heard):
         assert "by=client how=disconnect" in heard.wait_for("stream closed", within=2)
 
 
-def test_requests_sent_ahead_get_their_answers_in_order():
+def test_of_requests_sent_ahead_the_first_is_answered_and_says_that_it_was_the_last():
     with running(event_delay=0) as aura:
         run_id = aura.trigger("1")
         path = f"/aura/analysis-runs/{run_id}/stream"
         stream(aura, run_id)
-        with connect(aura, get(path) + get("/health") + get(path) + request_of(b"GET /nowhere HTTP/1.1", b"Connection: close")) as wire:
-            answers = read_until(wire, None)
-        assert [int(status) for status in re.findall(rb"HTTP/1\.1 (\d+)", answers)] == [200, 200, 200, 404]
-        assert answers.count(DONE) == 2
+        for first, marker in ((path, DONE), ("/health", b"healthy")):
+            with connect(aura, get(first) + get("/health") + get(path) + get("/nowhere")) as wire:
+                answers = read_until(wire, None)
+            assert [int(status) for status in re.findall(rb"HTTP/1\.1 (\d+)", answers)] == [200]
+            assert answers.count(marker) == 1 and b"\r\nconnection: close\r\n" in answers.lower()
+        assert aura.journal(run_id, count=1, within=WAIT)[0].end.by == "server"
 
 
-def test_a_client_far_ahead_waits_and_gets_every_answer():
+@pytest.mark.parametrize("behind", [
+    get("/health") * 900,
+    b"POST /aura/cases/1/analysis-runs HTTP/1.1\r\nHost: localhost\r\nContent-Length: 900000\r\n\r\n" + b" " * 900_000,
+], ids=["requests", "a long one"])  # fmt: skip
+def test_a_client_far_ahead_can_read_its_one_answer_and_meets_no_reset(behind):
+    """What it sends on is read and thrown away until it has the answer."""
+    slow = {"name": "s", "run": [*says("a"), {"sleep": 0.2}, *says("b")]}
     with running(event_delay=0) as aura:
-        run_id = aura.trigger("1", scenario={"name": "s", "run": [*says("a"), {"sleep": 0.2}, *says("b")]})
-        body = b'{"runId": "late"}' + b" " * 100_000
-        post = request_of(b"POST %b HTTP/1.1" % RUNS_URL, b"Content-Length: %d" % len(body), body=body)
-        close = request_of(b"GET /nowhere HTTP/1.1", b"Connection: close")
-        with connect(aura) as wire:
-            sender = threading.Thread(target=wire.sendall, args=(get(f"/aura/analysis-runs/{run_id}/stream") + post + close,))
-            sender.start()
-            answers = read_until(wire, None)
-            sender.join()
-        assert [int(status) for status in re.findall(rb"HTTP/1\.1 (\d+)", answers)] == [200, 202, 404]
-        assert answers.count(DONE) == 1
-        with connect(aura) as wire:
-            sender = threading.Thread(target=wire.sendall, args=(get("/health") * 900 + close,))
-            sender.start()
-            answers = read_until(wire, None)
-            sender.join()
-        assert answers.count(b"healthy") == 900
+        for first, marker in ((f"/aura/analysis-runs/{aura.trigger('1', scenario=slow)}/stream", DONE), ("/health", b"healthy")):
+            with connect(aura) as wire:
+                sent = []
+                sender = threading.Thread(target=lambda: sent.append(wire.sendall(get(first) + behind)))
+                sender.start()
+                answers = read_until(wire, None)
+                sender.join()
+            assert sent == [None] and answers.count(b"HTTP/1.1 ") == answers.count(marker) == 1
+
+
+IMPATIENT = """
+import re, socket, sys
+wire = socket.create_connection(("127.0.0.1", int(sys.argv[1])), 20)
+for _ in range(300):
+    wire.sendall(sys.argv[2].encode())
+    data = b""
+    while (at := data.find(b"\\r\\n\\r\\n")) < 0 or len(data) < at + 4 + int(re.search(rb"(?i)content-length: (\\d+)", data)[1]):
+        data += wire.recv(1 << 20) or sys.exit("the connection was closed")
+"""
+
+
+def test_a_client_that_waits_for_its_answer_may_ask_again_on_the_same_connection_however_fast():
+    """Also where the last bytes had to wait for room: then the client has them before the server knows."""
+    with running(event_delay=0) as aura:
+        for _ in range(300):
+            aura.trigger("1")  # so that the list of runs is longer than what the kernel takes at once
+        asked = [sys.executable, "-c", IMPATIENT, str(aura.port), get("/__aura/runs").decode()]
+        for client in [subprocess.Popen(asked, stderr=subprocess.PIPE, text=True) for _ in range(2)]:
+            assert (client.communicate(timeout=WAIT)[1], client.returncode) == ("", 0)
 
 
 @pytest.mark.parametrize("line", [b"GET /health HTTP/1.0", b"GET /health HTTP/1.1\r\nConnection: close"])
@@ -3886,6 +3906,80 @@ def test_a_half_closed_connection_counts_as_left(heard):
         wire.shutdown(socket.SHUT_WR)
         assert "by=client how=disconnect" in heard.wait_for("stream closed", within=2)
         wire.close()
+
+
+def half_closed(aura, data):
+    """What is answered to a client that sends this and says no more."""
+    with connect(aura, data) as wire:
+        wire.shutdown(socket.SHUT_WR)
+        return read_until(wire, None)
+
+
+def test_what_is_short_is_answered_to_a_client_that_has_closed_its_half():
+    trigger = request_of(b"POST %b HTTP/1.1" % RUNS_URL, b"Content-Length: 2", body=b"{}")
+    slow = request_of(b"POST %b HTTP/1.1" % RUNS_URL, b"Content-Length: 28", body=b'{"scenario": "slow-trigger"}')
+    with running(speed=20) as aura:
+        for data, status in ((trigger, b"202"), (get("/health"), b"200"), (get("/health", version="1.0"), b"200"),
+                             (get("/aura/analysis-runs/none/stream"), b"404"), (get("/health") * 2, b"200")):  # fmt: skip
+            for _ in range(100 if data in (trigger, get("/health")) else 5):
+                answer = half_closed(aura, data)
+                assert answer[9:12] == status and answer.count(b"HTTP/1.") == 1
+        assert half_closed(aura, slow)[9:12] == b"202"
+        entry = aura.journal(kind="trigger")[-1]
+        assert (entry.end.by, entry.end.how) == ("server", "end") and "the client had closed its side by then" in entry.said
+
+
+@pytest.mark.parametrize("data", [
+    get("/aura/analysis-runs/r1/stream"), get("/aura/cases/1/analysis/stream?runId=r1", version="1.0"),
+    b"POST /aura/cases/1/analysis/trigger HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer t\r\nContent-Length: 15\r\n\r\n{\"runId\": \"r1\"}",
+], ids=["GET", "HTTP/1.0", "POST"])  # fmt: skip
+def test_a_stream_has_been_left_by_who_closes_its_half_with_the_request(data):
+    with running() as aura:
+        aura.trigger("1", scenario=QUIET, run_id="r1")
+        for _ in range(30):
+            assert b"[DONE]" not in half_closed(aura, data)
+        entries = aura.journal("r1", count=30, within=WAIT)
+        assert {(one.end.by, one.end.how) for one in entries} == {("client", "disconnect")}
+        assert state(aura, "r1")["status"] == "running"
+
+
+def test_who_closes_its_half_before_its_request_is_whole_has_left():
+    with running() as aura:
+        for data in (get("/health")[:-2], request_of(b"POST %b HTTP/1.1" % RUNS_URL, b"Content-Length: 9", body=b"{"), b""):
+            assert half_closed(aura, data) == b""
+        assert aura.journal(kind="trigger", count=1, within=WAIT)[0].end.by == "client"
+
+
+@pytest.mark.parametrize("fields", [{"head_timeout": 0.2}, {"grace": 0.2}])
+def test_who_has_left_an_answer_that_does_not_come_holds_nothing_for_long(fields):
+    never = b'{"scenario": {"name": "n", "trigger": ["hang"]}}'
+    with running(**fields) as aura:
+        before = descriptors()
+        connect(aura, request_of(b"POST %b HTTP/1.1" % RUNS_URL, b"Content-Length: %d" % len(never), body=never)).close()
+        if "head_timeout" in fields:
+            assert aura.journal(kind="trigger", count=1, within=WAIT)[0].end.by == "client"
+            eventually(lambda: descriptors() <= before)
+        began = time.monotonic()
+    assert time.monotonic() - began < 3
+
+
+@pytest.mark.parametrize("verb", ["drop", "reset"])
+def test_a_script_that_cuts_a_half_closed_connection_ends_it_at_once(verb):
+    cut = json.dumps({"scenario": {"name": "c", "trigger": [{"sleep": 0.1}, verb]}}).encode()
+    with running() as aura:
+        before = descriptors()
+        with contextlib.suppress(ConnectionResetError):
+            assert half_closed(aura, request_of(b"POST %b HTTP/1.1" % RUNS_URL, b"Content-Length: %d" % len(cut), body=cut)) == b""
+        assert aura.journal(kind="trigger", count=1, within=WAIT)[0].end.how == verb
+        eventually(lambda: descriptors() <= before, within=3)
+
+
+def test_a_request_with_two_lengths_is_answered_and_the_connection_closed():
+    """RFC 9112, 6.1: somebody on the way may have counted differently, and what follows is perhaps no request."""
+    both = request_of(b"POST %b HTTP/1.1" % RUNS_URL, b"Content-Length: 6", b"Transfer-Encoding: chunked", body=b"2\r\n{}\r\n0\r\n\r\n")
+    with running() as aura, connect(aura, both) as wire:
+        answer = read_until(wire, None)
+        assert answer.startswith(b"HTTP/1.1 202") and b"\r\nconnection: close\r\n" in answer.lower()
 
 
 def test_a_script_can_drop_the_connection_and_the_journal_knows_who_did(heard):
