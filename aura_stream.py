@@ -214,6 +214,8 @@ class Settings:
                 if not re.fullmatch(one.metadata["each"], part):
                     like = f"like {one.default or 'a.test,b.test'}"
                     raise ValueError(f"{flag(one)} takes a list {like}, not {part!r}")
+        if 0 < self.heartbeat < 0.001:  # scripts do not take it either
+            raise ValueError(f"--heartbeat must be 0 or at least 0.001, not {self.heartbeat!r}")
         with contextlib.suppress(ValueError):
             if self.rate > 0:
                 return

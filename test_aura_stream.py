@@ -493,6 +493,8 @@ def test_a_flag_beats_its_variable_which_beats_the_default():
     ({"cors_origin": "https://a.test/"}, {}, "--cors-origin takes a list like localhost:*,127.0.0.1:*, not 'https://a.test/'"),
     ({"grace": "-1"}, {}, "--grace must be from 0 to 10,000,000, not -1.0"),
     ({"grace": "nan"}, {}, "--grace must be from 0 to 10,000,000, not nan"),
+    ({"heartbeat": "0.0001"}, {}, "--heartbeat must be 0 or at least 0.001, not 0.0001"),
+    ({}, {"SSE_HEARTBEAT_INTERVAL": "1e-9"}, "--heartbeat must be 0 or at least 0.001, not 1e-09"),
     ({"auth": "maybe"}, {}, "--auth must be on or off, not 'maybe'"),
     ({}, {"DEMO_OFF": "perhaps"}, "DEMO_OFF must be true or false, not 'perhaps'"),
     ({}, {"LOG_LEVEL": "loud"}, "--log-level must be DEBUG or INFO or WARNING or ERROR, not 'loud'"),
@@ -501,6 +503,19 @@ def test_a_flag_beats_its_variable_which_beats_the_default():
 def test_a_wrong_setting_is_one_sentence_that_names_it(flags, environment, sentence):
     with pytest.raises(ValueError, match=re.escape(sentence)):
         Settings.read(flags, environment)
+
+
+@pytest.mark.parametrize("one", [one for one in dataclasses.fields(Settings) if type(one.default) in (int, float)], ids=aura_stream.flag)
+@pytest.mark.parametrize("value", [0, 1e-9, 0.0009, 0.001, 1, 1e7, 10**12])
+def test_whatever_a_setting_may_be_the_ordinary_scripts_are_valid(one, value):
+    """Or else the message names the flag, not the place in a script that the user has not written."""
+    try:
+        settings = Settings(**{one.name: type(one.default)(value)})
+    except ValueError as error:
+        assert str(error).startswith(aura_stream.flag(one) + " must be ")
+        return
+    for phase in aura_stream.PHASES.values():
+        assert phase.stream(settings) and parse_script(phase.script(facts(None, event_delay=settings.event_delay)), "run")
 
 
 # ═══ 2  Events ══════════════════════════════════════════════════════════════════════════════════
