@@ -78,6 +78,7 @@ import json
 import logging
 import math
 import os
+import queue
 import random
 import re
 import shlex
@@ -87,6 +88,7 @@ import struct
 import sys
 import threading
 import time as clock
+import traceback
 import types
 import uuid
 import zlib
@@ -1277,6 +1279,18 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
+def indented(text: str) -> str:
+    """The text so that none of its lines can be taken for a line of a log."""
+    return "\n  ".join(map(printable, text.splitlines()))
+
+
+def traced(error: BaseException) -> str:
+    """Its traceback for a log, whoever formats that: an exception's text comes from outside."""
+    with contextlib.suppress(Exception):  # one of somebody's own may defy being written out
+        return "\n  " + indented("".join(traceback.format_exception(error))[:10_000])
+    return ""
+
+
 class Ending(NamedTuple):
     """Who closed, how, why, and at which step of the script."""
 
@@ -1772,8 +1786,8 @@ async def perform(run: Run, analysis: Analysis) -> None:
             if ending or isinstance(error, KeyboardInterrupt):
                 raise
             run.failure = run.failure or explained(error)
-            about = (safe(facts.run_id), safe(facts.case_id), run.failure.stage)
-            log.exception("analysis failed run_id=%s case_id=%s stage=%s", *about)
+            about = (safe(facts.run_id), safe(facts.case_id), safe(run.failure.stage))
+            log.error("analysis failed run_id=%s case_id=%s stage=%s%s", *about, traced(error))
         run.last_word = LastWord()
         if run.failure is not None:
             run.last_word.event = Event("failed", PHASES[facts.phase].failed(facts, run.failure))
@@ -5954,7 +5968,7 @@ async def keep_watch(these: list[Examination], say: Callable[[str], None]) -> No
 # ═══ 17  Command line ═════════════════════════════════════════════════════════════════════════════
 # A flag for each setting, a sentence for each mistake, exit status 2 for what could not begin.
 
-ABOUT = "A local server that speaks Aura's analysis-stream contract, better behaved than Aura."
+ABOUT = "A local server that speaks Aura's analysis-stream contract, and can misbehave."
 FIRST_STEPS = """try it, in a second terminal or in a browser at {url}/ :
   curl -N -X POST {url}/aura/cases/85116/analysis/trigger -H "Authorization: Bearer t"
   curl -N -X POST {url}/aura/cases/85116~drop/analysis/trigger -H "Authorization: Bearer t"
@@ -6003,16 +6017,15 @@ def add_flag(about: Any, one: dataclasses.Field[Any]) -> None:
     """The flag of a setting; its help names its environment variable."""
     says = one.metadata["says"].replace("`", "").replace("%", "%%")
     says += f" ({'none' if one.default == '' else one.default}; {variable(one)})"
-    alone = "?" if isinstance(one.default, bool) else None
-    const = None if alone is None else "true"
+    alone: Any = {"nargs": "?", "const": "true"} if isinstance(one.default, bool) else {}
     kinds = {bool: "true|false", int: "N", float: "N"}
     form = "|".join(one.metadata["choices"]) or kinds.get(type(one.default), "TEXT")
-    about.add_argument(flag(one), dest=one.name, metavar=form, nargs=alone, const=const, help=says)
+    about.add_argument(flag(one), dest=one.name, metavar=form, help=says, **alone)
 
 
 def serve_command(words: list[str]) -> int:
     """Serve until a signal."""
-    usage = "[serve] [settings]\n       aura-stream diagnose URL …\n       aura-stream scenarios …"
+    usage = "[serve] …\n       aura-stream diagnose URL …\n       aura-stream scenarios …"
     steps = FIRST_STEPS.format(url="http://localhost:9000", me="aura-stream")
     about = Parser("serve", ABOUT, steps, usage)
     about.add_argument("--version", action="version", version=f"aura-stream {__version__}")
@@ -6022,41 +6035,55 @@ def serve_command(words: list[str]) -> int:
     flags = about.read(words)
     settings = Settings.read(flags, os.environ)
     shape = "%(asctime)s - %(name)s - %(levelname)s - %(message)s"
-    logging.basicConfig(stream=sys.stderr, level=settings.log_level, format=shape)
-    warn_of_strangers(os.environ)
-    prepare_process()
-    trio.run(serve_until_signalled, settings)
+    with contextlib.closing(LogWriter()) as lines:
+        logging.basicConfig(stream=lines, level=settings.log_level, format=shape)
+        warn_of_strangers(os.environ)
+        prepare_process()
+        trio.run(serve_until_signalled, settings)
     return 0
+
+
+class LogWriter:
+    """Standard error for log lines. A thread of its own writes them, so that who does not read
+    them holds up nobody; those that find no room are dropped, and then their number is said."""
+
+    most = 10_000  # lines that wait for a reader who pauses: a few megabytes
+    _dropped = 0
+
+    def __init__(self) -> None:
+        self._lines = queue.SimpleQueue[str]()
+        self._thread = threading.Thread(target=self._put_out, daemon=True)
+        self._thread.start()
+
+    def write(self, text: str) -> None:
+        if self._lines.qsize() >= (1 if self._dropped else self.most):
+            self._dropped += 1
+            return
+        if self._dropped:
+            self._lines.put(f"aura-stream: dropped {self._dropped} log lines, nobody read them")
+            self._dropped = 0
+        self._lines.put(indented(text))
+
+    def _put_out(self) -> None:
+        """Past Python's buffer: to be stuck in there when the process ends would be a crash."""
+        for line in iter(self._lines.get, ""):
+            with contextlib.suppress(OSError):
+                if sys.stderr:  # else 2 may be anything
+                    os.write(2, to_bytes(line + "\n"))
+
+    def close(self) -> None:
+        """What is left goes out, if somebody reads it."""
+        self._lines.put("")
+        self._thread.join(1)
 
 
 def cannot_listen(settings: Settings, error: BaseException) -> str:
     """Why not, and what to do."""
-    where, code = f"{settings.host}:{settings.port}", getattr(error, "errno", None)
-    if code != errno.EADDRINUSE:
+    where = f"{settings.host}:{settings.port}"
+    if getattr(error, "errno", None) != errno.EADDRINUSE:
         return f"cannot listen on {where}: {error}; is it an address of this machine?"
-    who = holder_of(settings.port) or "another program"
-    return f"cannot listen on {where}: {who} does already; stop that, or --port 0 takes a free port"
-
-
-def holder_of(port: int) -> str:
-    """The process that listens on this port, where this machine tells (Linux, one's own)."""
-    with contextlib.suppress(OSError):  # processes come and go
-        tables = (table.read_text() for table in Path("/proc/net").glob("tcp*"))
-        lines = (line.split() for table in tables for line in table.splitlines())
-        here = (one for one in lines if one[1].endswith(f":{port:04X}") and one[3] == "0A")
-        inodes = {f"socket:[{one[9]}]" for one in here}  # 0A: it listens
-        links = (link for link in Path("/proc").glob("[0-9]*/fd/*") if leads_to(link) in inodes)
-        if inodes and (link := next(links, None)):
-            command = link.parents[1].joinpath("cmdline").read_bytes().replace(b"\0", b" ")
-            return f"process {link.parts[2]} ({safe(as_text(command).strip())[:80]})"
-    return ""
-
-
-def leads_to(link: Path) -> str:
-    try:
-        return os.readlink(link)
-    except OSError:
-        return ""
+    return (f"cannot listen on {where}: another program does already; "
+            "stop that, or --port 0 takes a free port")
 
 
 def warn_of_strangers(environment: Iterable[str]) -> None:
@@ -6064,7 +6091,7 @@ def warn_of_strangers(environment: Iterable[str]) -> None:
     known = [variable(one) for one in dataclasses.fields(Settings)]
     for name in sorted(set(environment) - set(known)):
         if name.startswith("AURA_") and (close := difflib.get_close_matches(name, known, n=1)):
-            log.warning("there is no %s; did you mean %s?", name, close[0])
+            log.warning("there is no %s; did you mean %s?", safe(name), close[0])
 
 
 def prepare_process() -> None:
@@ -6103,8 +6130,7 @@ async def serve_until_signalled(settings: Settings) -> None:
 
 def how_called() -> str:
     """The command that started this, to be typed again."""
-    me = os.path.abspath(sys.argv[0])
-    return shlex.join([sys.executable, me] if me.endswith(".py") else [me])
+    return shlex.join([sys.executable, os.path.abspath(sys.argv[0])])
 
 
 async def stop_with_stdin(aura: Aura) -> None:
@@ -6163,11 +6189,10 @@ def diagnose_command(words: list[str]) -> int:
     """Examine a stream; 0 if it is healthy, 1 if not."""
     about = Parser("diagnose", DIAGNOSES, DIAGNOSED, "diagnose URL [--case ID] [--via URL] …")
     about.add_argument("url", metavar="URL", help="a stream's; or with --case, the server's")
-    for name, form, says in (
-        ("--case", "ID", "trigger an analysis of this case first, and ask for its stream"),
-        ("--via", "URL", "ask the same stream this way too: which hop loses what?"),
-    ):
-        about.add_argument(name, metavar=form, help=says)
+    about.add_argument("--case", metavar="ID",
+                       help="trigger an analysis of this case first, and ask for its stream")
+    about.add_argument("--via", metavar="URL",
+                       help="ask the same stream this way too: which hop loses what?")
     about.add_argument("--limit", metavar="S", type=float, default=600.0,
                        help="listen so many seconds at most (600)")
     about.add_argument("-H", dest="headers", metavar="'NAME: VALUE'", action="append", default=[],
@@ -6193,8 +6218,8 @@ def in_lines(report: Mapping[str, Any]) -> str:
     for one in (report, *([report["via"]] if "via" in report else [])):
         lines += [one["url"], *(f"  {name:12} {text}" for name, text in one["answers"].items())]
         lines += [f"  {'ill':12} {ill['ill']}: {ill['says']}" for ill in one["ills"]]
-    found = report["verdict"] != "healthy"
-    verdict = f"faulty ({report['verdict']})" if found else "healthy"
+    verdict = report["verdict"]
+    verdict = verdict if verdict == "healthy" else f"faulty ({verdict})"
     shown = "\n".join(printable(line)[:1000] for line in (*lines, f"{verdict}: {report['says']}"))
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     return shown.encode(encoding, "backslashreplace").decode(encoding)
@@ -6214,21 +6239,17 @@ def complain(text: str) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The exit status. What goes wrong at the start is one sentence, and 2."""
-    words, complaint, status = sys.argv[1:] if arguments is None else arguments, "", 0
+    words, status = sys.argv[1:] if arguments is None else arguments, 2
     command, *rest = words if words and not words[0].startswith("-") else ["serve", *words]
     try:
         if command not in COMMANDS:
             raise ValueError(f"there is no command {command!r}{did_you_mean(command, COMMANDS)}")
         status = COMMANDS[command](rest)
-    except* ValueError as group:
-        complaint = str(innermost(group))
-    except* OSError as group:
-        complaint = str(innermost(group))
+    except* (ValueError, OSError) as group:
+        complain(f"aura-stream: {innermost(group)}")
     except* KeyboardInterrupt:
         status = 130
-    if complaint:
-        complain(f"aura-stream: {complaint}")
-    return 2 if complaint else status
+    return status
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import gzip
 import hashlib
 import http.client
 import http.server
+import io
 import json
 import logging
 import os
@@ -1130,7 +1131,42 @@ async def test_a_failure_is_the_last_event_in_the_shape_of_its_phase(phase, data
         run = await ended(hub.start(facts(Time(), phase=phase), scenario(*says("a"), {"fail": "no luck"})))
         assert said(run) == [("a", {"n": "a"}), ("failed", data)]
         assert run.status == "failed"
-    assert heard.wait_for("analysis failed run_id=r1 case_id=85116 stage=pipeline").endswith("+trace")
+    line = heard.wait_for("analysis failed run_id=r1 case_id=85116 stage=pipeline")
+    assert "\n  Traceback (most recent call last):\n" in line and line.endswith("no luck")
+
+
+FORGED = "2026-01-01 00:00:00,000 - aura_stream - INFO - forged"
+FORGING = f"no\n{FORGED}\r{FORGED}\u2028{FORGED}\x1b[2J\x85{FORGED}"
+
+
+@pytest.mark.parametrize("step", [{"crash": FORGING}, {"fail": FORGING}, {"fail": {"error": "no", "stage": FORGING}}])
+async def test_no_text_of_a_failure_can_forge_a_line_of_the_log_whoever_formats_it(step):
+    """Embedded, the host's formatter knows nothing of us: each line but the first is indented before it gets there."""
+    written = io.StringIO()
+    handler = logging.StreamHandler(written)
+    logging.getLogger("aura_stream").addHandler(handler)
+    try:
+        async with hub_for() as hub:
+            await ended(hub.start(facts(Time(), FORGING), scenario(step)))
+    finally:
+        logging.getLogger("aura_stream").removeHandler(handler)
+    first, *rest = written.getvalue().splitlines()
+    assert first.startswith("analysis failed run_id=no\\n2026-01-01") and len(rest) > 3
+    assert all(line.startswith("  ") and line.isprintable() for line in rest)
+
+
+async def test_a_failure_that_cannot_be_written_out_or_only_at_length_does_no_harm(heard):
+    async def analysis(its_facts, sending):
+        error = SyntaxError("odd") if its_facts.run_id == "odd" else ValueError("x\n" * 1_000_000)
+        if its_facts.run_id == "odd":
+            error.lineno, error.text = 1, object()
+        raise error
+
+    async with hub_for() as hub:
+        for run_id in ("odd", "long"):
+            run = await ended(hub.start(facts(Time(), run_id), scenario(), analysis))
+            assert run.status == "failed"
+    assert max(map(len, heard.all().split("ERROR"))) < 50_000
 
 
 async def test_an_analysis_that_crashes_takes_nothing_with_it(autojump_clock):
@@ -1541,7 +1577,7 @@ async def test_a_crash_becomes_failed_and_names_what_happened(autojump_clock, he
     async with hub_for() as hub:
         run = await ended(hub.start(facts(hub.time), scenario({"crash": "row 7 of {caseId}"})))
     assert said(run)[-1][1]["error"] == "RuntimeError: row 7 of 85116"
-    assert heard.wait_for("analysis failed").endswith("+trace")
+    assert heard.wait_for("analysis failed").endswith("\n  RuntimeError: row 7 of 85116")
 
 
 async def test_a_reset_forgets_all_runs_and_an_id_is_new_again(autojump_clock):
@@ -5863,8 +5899,8 @@ def test_what_goes_wrong_at_the_start_is_one_sentence_and_status_2(capsys):
     with running() as aura:
         assert main(["--port", str(aura.port)]) == 2
     text = capsys.readouterr().err
-    assert f"cannot listen on 127.0.0.1:{aura.port}" in text
-    assert "--port 0 takes a free port" in text
+    why = "another program does already; stop that, or --port 0 takes a free port"
+    assert text == f"aura-stream: cannot listen on 127.0.0.1:{aura.port}: {why}\n"
     assert main(["serve", "--port", "x"]) == 2
     assert capsys.readouterr().err == "aura-stream: --port must be a whole number, not 'x'\n"
 
@@ -6028,11 +6064,51 @@ def test_who_closes_an_output_gets_no_traceback():
         assert server.wait(WAIT) == 0
 
 
-def test_whoever_holds_the_port_is_named(capsys):
+UNREAD = "import aura_stream; aura_stream.LogWriter.most = 100; aura_stream.main(['--port', '0', '--grace', '2'])"
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_who_does_not_read_its_log_does_not_hold_up_the_server(reads):
+    """It goes on, ends when asked to, and says how many lines were dropped once somebody reads."""
+    env = {**os.environ, "PYTHONPATH": str(HERE)}
+    with subprocess.Popen([sys.executable, "-c", UNREAD], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env) as server:
+        try:
+            url = server.stdout.readline().decode().split()[-1]
+            with httpx.Client(timeout=WAIT) as client:
+                for _ in range(500):  # two long lines each, more than a pipe and the queue can hold
+                    assert client.get(f"{url}/{'x' * 150}").status_code == 404
+                if reads:
+                    os.set_blocking(server.stderr.fileno(), False)
+                    said = b""
+                    while b" log lines, nobody read them\n" not in said:
+                        client.get(f"{url}/health")
+                        said += server.stderr.read() or b""
+                    dropped = int(re.search(rb"\naura-stream: dropped (\d+) log lines", said)[1])
+                    assert 100 < dropped < 1000 and said.count(b"dropped") == 1
+            server.terminate()
+            assert server.wait(WAIT) == 0
+        finally:
+            server.kill()
+
+
+def test_the_log_s_last_lines_are_written_before_the_end():
     with process() as (server, aura):
-        assert main(["--port", str(aura.port)]) == 2
-        assert f"process {server.pid} ({sys.executable} {HERE / 'aura_stream.py'}"[:60] in capsys.readouterr().err
-    assert aura_stream.holder_of(1) == ""
+        server.terminate()
+        assert "stopping: first nobody new, then the runs, then their streams" in server.communicate()[1]
+
+
+def test_no_line_of_the_log_is_anybody_else_s():
+    """What comes from outside is in it, and cannot be taken for what the server says."""
+    with process() as (server, aura):
+        stream(aura, aura.trigger("1", scenario={"name": "c", "run": [{"crash": FORGING}]}))
+        stream(aura, aura.trigger("2", scenario={"name": "f", "run": [{"fail": {"error": FORGING, "stage": FORGING}}]}))
+        server.terminate()
+        said = server.communicate()[1]
+    lines = said.splitlines()
+    assert "forged" in said and all(line.isprintable() for line in lines)
+    assert all(re.match(r"  |20\d\d-\d\d-\d\d .* - aura_stream - ", line) for line in lines)
+    assert not [line for line in lines if line.startswith("2026-01-01")]
+    assert aura_stream.indented(f"a\n{FORGED}\n") == f"a\n  {FORGED}"
 
 
 def test_at_a_terminal_the_first_steps_are_shown_and_work(tmp_path):
