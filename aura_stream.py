@@ -4838,8 +4838,7 @@ class Aura:
         self, case: str | int, *, run_id: str | None = None, scenario: Any = None, **body: Any
     ) -> str:
         """Start a run of this case; its id."""
-        chosen = {"runId": run_id, "scenario": scenario}
-        wanted = {**body, **{name: value for name, value in chosen.items() if value is not None}}
+        wanted = {"runId": run_id, "scenario": scenario, **body}
         path = f"/aura/cases/{encoded(str(case))}/analysis-runs"
         if not hasattr(reply := self._ask("POST", path, wanted), "run_id"):
             raise RuntimeError(f"POST {path} was answered without a runId: {reply}")
@@ -4851,10 +4850,10 @@ class Aura:
     ) -> list[Any]:
         """The journal's entries, oldest first; with `count` it waits for so many that are
         finished. Attributes are the JSON names in snake_case."""
-        wanted = {"runId": run_id, "kind": kind, "count": count, "testId": test_id}
-        given = {name: value for name, value in wanted.items() if value is not None}
-        path = "/__aura/journal?" + urlencode({**given, "within": within})
-        return list(self._ask("GET", path, patience=within).entries)
+        wanted: dict[str, Any] = {"runId": run_id, "kind": kind, "count": count}
+        wanted |= {"testId": test_id, "within": within}
+        query = urlencode({name: value for name, value in wanted.items() if value is not None})
+        return list(self._ask("GET", "/__aura/journal?" + query, patience=within).entries)
 
     def next(self, scenario: Any, *, times: int | None = 1, case: str | None = None) -> None:
         """The next triggers get this scenario: so many of them, or with None all until a reset."""
@@ -4878,8 +4877,7 @@ class Aura:
 
     def scenarios(self) -> dict[str, str]:
         """The catalogue: each name with what a client sees."""
-        listed = self._ask("GET", "/__aura/scenarios").scenarios
-        return {one.name: one.doc for one in listed}
+        return {one.name: one.doc for one in self._ask("GET", "/__aura/scenarios").scenarios}
 
     def _ask(self, method: str, path: str, body: Any = None, *, patience: float = 0) -> Any:
         if trio.lowlevel.in_trio_run() and self.token is trio.lowlevel.current_trio_token():
@@ -4887,8 +4885,7 @@ class Aura:
         token = os.fsencode(f"Bearer {self.bearer}")
         headers: dict[str, Any] = {"Authorization": token, "Content-Type": "application/json"}
         content = None if body is None else to_json(body).encode()
-        host = urlsplit(self.url).hostname or ""
-        wire = http.client.HTTPConnection(host, self.port, timeout=10 + patience)
+        wire = http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=10 + patience)
         with contextlib.closing(wire):
             wire.request(method, path, content, headers)
             reply = wire.getresponse()
@@ -4909,8 +4906,8 @@ def in_short(found: Any) -> str:
 
 def attributes(said: Mapping[str, Any]) -> types.SimpleNamespace:
     """An object of JSON, its names in snake_case."""
-    snake = {re.sub("([A-Z])", r"_\1", name).lower(): value for name, value in said.items()}
-    return types.SimpleNamespace(**snake)
+    return types.SimpleNamespace(
+        **{re.sub("([A-Z])", r"_\1", name).lower(): value for name, value in said.items()})
 
 
 def known_scenarios(settings: Settings) -> dict[str, Scenario]:
@@ -4958,8 +4955,14 @@ async def serve(
             if hub.time.rate == math.inf:
                 clocks.start_soon(hub.time.jump, name="clock")
             token = trio.lowlevel.current_trio_token()
-            bearer = settings.admin_token.strip() or "aura"
-            task_status.started(Aura(url, port, stopping.set, token, bearer))
+
+            def stop() -> None:
+                """From any thread, also when it has stopped."""
+                with contextlib.suppress(trio.RunFinishedError):
+                    token.run_sync_soon(stopping.set)
+
+            bearer = settings.admin_token.strip() or Aura.bearer
+            task_status.started(Aura(url, port, stop, token, bearer))
             await stopping.wait()
             log.info("stopping: first nobody new, then the runs, then their streams")
             accept.cancel_scope.cancel(reason="the server is stopping")
@@ -4977,8 +4980,7 @@ def warn(settings: Settings) -> None:
     if settings.allow_host and not hosts_of(settings):
         log.warning("--allow-host has no effect: on %s any name will do", settings.host)
     if settings.host not in LOCAL and not settings.admin_token:
-        text = "control (/__aura, /api/admin) is for callers on this machine; ADMIN_TOKEN opens it"
-        log.warning(text)
+        log.warning("control (/__aura, /api/admin) is for callers on this machine: no ADMIN_TOKEN")
 
 
 @contextlib.asynccontextmanager
@@ -4992,18 +4994,17 @@ async def listen(settings: Settings) -> list[trio.SocketListener]:
     """The listening sockets; the sockets they accept inherit the options."""
     listeners = await trio.open_tcp_listeners(settings.port, host=settings.host, backlog=4096)
     for raw in (listener.socket for listener in listeners):
-        size = min(settings.send_buffer // 2, 2**30)  # the kernel doubles it
-        raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
+        # the kernel doubles it
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, min(settings.send_buffer // 2, 2**30))
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # the kernel's own eviction, a second line
             patience = int(min(2000 * settings.send_timeout, 2**31 - 1))
             raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, patience)
     return listeners
 
 
-Make = Callable[[trio.SocketStream], Connection]
-
-
-async def attend_to(make: Make, open_ones: set[Connection], stream: trio.SocketStream) -> None:
+async def attend_to(
+    make: Callable[..., Connection], open_ones: set[Connection], stream: trio.SocketStream
+) -> None:
     """One connection, from its accepting to its end."""
     connection = make(stream)
     trio.lowlevel.current_task().name = "connection"
@@ -5030,49 +5031,41 @@ def running(
 
     A failed start raises here, as the OSError it was; a crash of the server raises at the end.
     """
-    fields |= {} if scenario is None else {"scenario": scenario}
-    fields |= {} if speed is None else {"speed": str(speed).replace("inf", "max")}
+    if scenario is not None:
+        fields["scenario"] = scenario
+    if speed is not None:
+        fields["speed"] = str(speed).replace("inf", "max")
     settings = settings or Settings()
     port = 0 if settings.port == Settings.port else settings.port  # the usual one may be taken
     settings = dataclasses.replace(settings, **{"port": port, **fields})
-    started, ended = Future[Aura](), Future[None]()
-
-    class Status:
-        def started(self, aura: Any = None) -> None:
-            started.set_result(aura)
+    started, crashes = Future[Aura](), list[BaseException]()
+    status: Any = types.SimpleNamespace(started=started.set_result)
 
     def thread() -> None:
         try:
-            trio.run(partial(serve, settings, analysis=analysis, task_status=Status()))
-            ended.set_result(None)
+            trio.run(partial(serve, settings, analysis=analysis, task_status=status))
         except BaseException as error:  # noqa: BLE001  # handed over to the thread that waits
-            (ended if started.done() else started).set_exception(innermost(error))
-
-    worker = threading.Thread(target=thread, name="aura-stream", daemon=True)
-    worker.start()
-    aura = started.result()
-
-    def stop() -> None:
-        with contextlib.suppress(trio.RunFinishedError):
-            if aura.token is not None:
-                aura.token.run_sync_soon(aura.stop)
+            (crashes.append if started.done() else started.set_exception)(innermost(error))
 
     failing: BaseException | None = None
+    worker = threading.Thread(target=thread, name="aura-stream", daemon=True)
+    worker.start()
     try:
-        yield dataclasses.replace(aura, stop=stop)
+        yield started.result()
     except BaseException as error:
         failing = error
         raise
     finally:
-        stop()
+        if worker.is_alive() and not started.exception():  # in a forked process it is not
+            started.result().stop()
         worker.join(settings.grace + 5)
         if worker.is_alive():
             late = f"no stop within {settings.grace + 5:g} s"
             raise RuntimeError(f"{late}: an analysis does not heed its cancellation")
-        if (crash := ended.exception()) and failing:
+        for crash in crashes:
+            if failing is None:
+                raise crash
             failing.add_note(f"and the server had crashed: {crash!r}")
-        elif crash:
-            raise crash
 
 
 # ═══ 16  Diagnosis ════════════════════════════════════════════════════════════════════════════════
