@@ -6955,6 +6955,17 @@ def in_real_time(lines):
     assert [line for _, line in lines if line][-1] == "data: [DONE]"
 
 
+ONCE_SEEN = {"name": "once-seen", "run": [{"wait": "seen"}, "ordinary"]}
+
+
+def shown_by(aura, command, **more):
+    """What a viewer program prints of a run that begins when the viewer is there, however long it took to start."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **more) as viewer:
+        eventually(lambda: aura._ask("GET", "/__aura/connections").connections)
+        aura.signal("seen")
+        return viewer.communicate(timeout=WAIT)[0]
+
+
 @pytest.fixture(scope="session")
 def viewer_class(tmp_path_factory):
     """The JDK viewer, compiled once."""
@@ -6967,9 +6978,8 @@ def viewer_class(tmp_path_factory):
 @pytest.mark.parametrize("version", ["1.1", "default"])
 def test_the_jdk_client_reads_the_stream_in_real_time(version, viewer_class):
     with running(event_delay=0.1) as aura:
-        url = f"{aura.url}/aura/cases/85116/analysis/stream?runId={aura.trigger('85116')}"
-        command = [program("java"), "-cp", ".", "Viewer", version, url, "0"]
-        output = subprocess.run(command, cwd=viewer_class, capture_output=True, text=True, timeout=WAIT).stdout
+        url = f"{aura.url}/aura/cases/85116/analysis/stream?runId={aura.trigger('85116', scenario=ONCE_SEEN)}"
+        output = shown_by(aura, [program("java"), "-cp", ".", "Viewer", version, url, "0"], cwd=viewer_class)
     assert output.startswith("status 200 HTTP_1_1")
     assert output.endswith("end\n")
     in_real_time(timed_lines(output))
@@ -6989,9 +6999,8 @@ def test_a_default_jdk_client_that_leaves_is_noticed_within_a_second(viewer_clas
 
 def test_nodes_fetch_reads_the_stream_in_real_time():
     with running(event_delay=0.1) as aura:
-        url = f"{aura.url}/aura/cases/85116/analysis/stream?runId={aura.trigger('85116')}"
-        command = [program("node"), "--input-type=module", "-e", NODE, url]
-        output = subprocess.run(command, capture_output=True, text=True, timeout=WAIT).stdout
+        url = f"{aura.url}/aura/cases/85116/analysis/stream?runId={aura.trigger('85116', scenario=ONCE_SEEN)}"
+        output = shown_by(aura, [program("node"), "--input-type=module", "-e", NODE, url])
     assert output.startswith("status 200\n")
     assert output.endswith("end\n")
     in_real_time(timed_lines(output))
