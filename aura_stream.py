@@ -128,10 +128,8 @@ log = logging.getLogger("aura_stream")
 
 # ═══ 1  Settings ══════════════════════════════════════════════════════════════════════════════════
 # Every limit that somebody may want to move has its number here, once. README and --help are
-# readings of this table.
-
-
-# What a value from outside must be, from a flag to a script: a kind, which msgspec checks.
+# readings of this table. What may come from outside, from a flag to a script, is a kind: a type
+# that msgspec checks. Two more kinds are made here, `that` and `form`; `checked` is the one door.
 
 
 def number(kind: type, low: float, high: float) -> Any:
@@ -164,7 +162,7 @@ def form(needs: str = "", /, *, strict: bool = True, **kinds: Any) -> Any:
     return msgspec.defstruct("form", fields, rename="kebab", forbid_unknown_fields=strict)
 
 
-# Most settings are counts and bytes, or seconds.
+# What most settings are: counts and bytes, or seconds.
 SETTING = {int: number(int, 0, 10**12), float: number(float, 0, 10**7)}
 
 
@@ -285,11 +283,9 @@ _YES_NO = {"yes": "true", "on": "true", "no": "false", "off": "false", "": "fals
 
 
 def _from_text(one: dataclasses.Field[Any], text: str, source: str) -> object:
-    known = {choice.lower(): choice for choice in one.metadata["choices"].split("|")}
-    if one.metadata["kind"] is bool:
-        known = _YES_NO
-    text = known.get(text.lower(), text)
-    return checked(one.metadata["kind"], text, source, strict=False)
+    kind, choices = one.metadata["kind"], one.metadata["choices"].split("|")
+    known = _YES_NO if kind is bool else {choice.lower(): choice for choice in choices}
+    return checked(kind, known.get(text.lower(), text), source, strict=False)
 
 
 class Wrong(ValueError):
@@ -309,8 +305,8 @@ def shown(value: Any) -> str:
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The end of a sentence that says that this word is not known here."""
     close = difflib.get_close_matches(word[:64], names := sorted(set(known)), n=1)
-    listed = ", ".join([*names[:20], *["…"] * (len(names) > 20)]) or "none"
-    return f"; did you mean {close[0]!r}?" if close else f" (there are: {listed})"
+    listed = ", ".join(names[:20]) or "none"
+    return f"; did you mean {close[0]!r}?" if close else f" (there are {len(names)}: {listed})"
 
 
 OUR_WORDS = {
@@ -328,14 +324,15 @@ def checked(kind: Any, value: Any, *place: str, strict: bool = True) -> Any:
     except (msgspec.ValidationError, ValueError) as error:  # a ValueError: half a character
         says, _, where = str(error).partition(" - at `$")
     path = re.findall(r"[\w-]+", where)
-    if unknown := re.search("unknown field `(.*)`", says, re.DOTALL):
+    unknown = re.search("unknown field `(.*)`", says, re.DOTALL)
+    for theirs, ours in OUR_WORDS.items():
+        says = re.sub(theirs, ours, says)
+    if unknown:
         forms = (kind, *get_args(kind))
         known = [getattr(one, "__struct_encode_fields__", ()) for one in forms]
         close = did_you_mean(unknown[1], itertools.chain(*known))
-        raise Wrong(f"has no {unknown[1][:64]!r}{close}", *place, *path)
-    for theirs, ours in OUR_WORDS.items():
-        says = re.sub(theirs, ours, says)
-    if says.startswith("takes"):
+        says = f"has no {unknown[1][:64]!r}{close}"
+    elif says.startswith("takes"):
         says += f", not {shown(_at(value, *path))}"
     raise Wrong(says, *place, *path)
 
@@ -711,12 +708,13 @@ def _verb_of(parts: Any, place: str) -> str:
     verbs = [word for word in parts if word in EVERY]
     if not verbs:
         raise Wrong(_unknown_step(next(iter(parts)), place))
-    if len(verbs) > 1:
+    name, *more = verbs
+    if more:
         raise Wrong(f"one verb in a step, not {' and '.join(map(repr, verbs))}")
-    if verbs[0] not in VERBS[place]:
-        home = " or ".join(home for home in VERBS if verbs[0] in VERBS[home])
-        raise Wrong(f"belongs in a {home} script, this is a {place} script", verbs[0])
-    return str(verbs[0])
+    if name not in VERBS[place]:
+        home = " or ".join(home for home in VERBS if name in VERBS[home])
+        raise Wrong(f"belongs in a {home} script, this is a {place} script", name)
+    return str(name)
 
 
 def _unknown_step(word: str, place: str) -> str:
@@ -3620,7 +3618,7 @@ def control_routes(  # noqa: C901  # likewise
     async def bind_next() -> Response:
         body = await told(NEXT)
         scenario, times = desk.chosen(body["scenario"]), body.get("times", 1)
-        case_id = None if body.get("caseId") is None else str(body["caseId"])
+        case_id = checked(RunId | None, body.get("caseId"))  # as a text
         left = math.inf if times is None else times
         if scenario.weight + hub.held > (most := hub.settings.max_log_bytes):
             error = f"this would hold too much, the limit is {most} bytes; a reset forgets all"
@@ -3688,7 +3686,7 @@ def control_routes(  # noqa: C901  # likewise
     @app.get("/__aura/journal")
     async def read_journal() -> Response:
         asked = query(journal_query)
-        wanted = {name: getattr(asked, camel(name)) for name in ("run_id", "test_id", "kind")}
+        wanted = {"run_id": asked.runId, "test_id": asked.testId, "kind": asked.kind}
         since, count = asked.since or 0, asked.count
         within = 5 if asked.within is None else asked.within
         if count is None:
