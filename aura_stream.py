@@ -97,10 +97,11 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Annotated, Any, NamedTuple, NoReturn, get_args
 from urllib.parse import quote, unquote, urlencode, urlsplit
 
 import h11
+import msgspec
 import trio
 from h11._writers import ChunkedWriter
 from hypercorn.app_wrappers import ASGIWrapper
@@ -128,17 +129,58 @@ log = logging.getLogger("aura_stream")
 
 # ═══ 1  Settings ══════════════════════════════════════════════════════════════════════════════════
 # Every limit that somebody may want to move has its number here, once. README and --help are
-# readings of this table.
+# readings of this table. What may come from outside, from a flag to a script, is a kind: a type
+# that msgspec checks. Two more kinds are made here, `that` and `form`; `checked` is the one door.
+
+
+def number(kind: type, low: float, high: float) -> Any:
+    return Annotated[kind, msgspec.Meta(ge=low, le=high)]
+
+
+def like(pattern: str) -> Any:
+    """A text of this form, from its first to its last character."""
+    return Annotated[str, msgspec.Meta(pattern=rf"^({pattern})\Z")]
+
+
+def that(says: str, fits: Callable[[Any], object]) -> Any:
+    """What fits, in a sentence of its own; what cannot even be asked does not fit."""
+
+    class Kind(str):  # a text that fits is still a text
+        def __init__(self, value: Any) -> None:
+            with contextlib.suppress(Exception):
+                if fits(value):
+                    return
+            raise ValueError(f"takes {says}")
+
+    return Kind
+
+
+def form(needs: str = "", /, *, strict: bool = True, **kinds: Any) -> Any:
+    """An object of these fields, of which it needs these; others are wrong, or where that is not
+    strict, nobody's business."""
+    fields: list[Any] = [(name, kind, *[None] * (name not in needs.split()))
+                         for name, kind in kinds.items()]
+    return msgspec.defstruct("form", fields, rename="kebab", forbid_unknown_fields=strict)
+
+
+# What most settings are: counts and bytes, or seconds.
+SETTING = {int: number(int, 0, 10**12), float: number(float, 0, 10**7)}
 
 
 def knob(
-    default: Any, says: str, variable: str = "", choices: tuple[str, ...] = (), each: str = "",
+    default: Any, says: str, variable: str = "", choices: str = "", kind: Any = None,
     repr: bool = True,
 ) -> Any:
     """A setting: default, one sentence, environment variable if not AURA_<NAME>, allowed values, or
-    the form of each in a list."""
-    metadata = {"says": says, "env": variable, "choices": choices, "each": each}
+    what else it must be."""
+    kind = like(choices) if choices else kind or SETTING.get(type(default), type(default))
+    metadata = {"says": says, "env": variable, "choices": choices, "kind": kind}
     return field(default=default, repr=repr, metadata=metadata)
+
+
+def list_of(part: str, example: str) -> Any:
+    return that(f"a list like {example}",
+                lambda text: all(re.fullmatch(part, one) for one in parts(text)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,23 +189,26 @@ class Settings:
     default."""
 
     host: str = knob("127.0.0.1", "address to listen on")
-    port: int = knob(9000, "port to listen on; 0 takes a free one")
+    port: int = knob(9000, "port to listen on; 0 takes a free one", kind=number(int, 0, 65535))
     instance: str = knob("", "name of this instance in answers and hints; empty: host:pid")
-    auth: str = knob("on", "`on`: `/aura/**` needs any Bearer token", choices=("on", "off"))
+    auth: str = knob("on", "`on`: `/aura/**` needs any Bearer token", choices="on|off")
     admin_token: str = knob("", "token for `/__aura` and `/api/admin`; empty: local callers only",
                             "ADMIN_TOKEN", repr=False)
     allow_host: str = knob("", "names beside its own that it answers to: `a.test,b.test`",
-                           each=r"[\w.-]+|\[[\da-fA-F:]+\]")
+                           kind=list_of(r"[\w.-]+|\[[\da-fA-F:]+\]", "a.test,b.test"))
     cors_origin: str = knob("localhost:*,127.0.0.1:*",
                             "origins whose pages may read it; `:*` is any port, `*` anybody",
-                            each=r"\*|([a-z]+://)?([\w.-]+|\[[\da-fA-F:]+\])(:\d+|:\*)?")
-    unknown_run: str = knob("404", "status of an unknown run's stream", choices=("404", "200"))
+                            kind=list_of(r"\*|([a-z]+://)?([\w.-]+|\[[\da-fA-F:]+\])(:\d+|:\*)?",
+                                         "localhost:*,https://a.test"))
+    unknown_run: str = knob("404", "status of an unknown run's stream", choices="404|200")
     demo_off: bool = knob(False, "answer triggers with `disabled`, start nothing", "DEMO_OFF")
     scenario: str = knob("", "the scenario where nobody chooses; empty: the ordinary one")
     scenarios: str = knob("", "a JSON file with scenarios of one's own, a list of them")
     case: str = knob("", "scenarios bound to cases: `85117=drop-resume,85118=failed`")
     no_magic: bool = knob(False, "a `~name` at the end of an id chooses no scenario")
-    speed: str = knob("1", "script time: so many times faster, or `max`: it jumps where all wait")
+    speed: str = knob("1", "script time: so many times faster, or `max`: it jumps where all wait",
+                      kind=that("a number above 0 or max",
+                                lambda text: text == "max" or float(text) > 0))
     event_delay: float = knob(0.15, "seconds between the events of an ordinary run")
     heartbeat: float = knob(30.0, "quiet seconds before a beat; 0: none", "SSE_HEARTBEAT_INTERVAL")
     retry_ms: int = knob(0, "`retry:` after `: connected`; 0 sends none", "SSE_RETRY_MS")
@@ -197,32 +242,15 @@ class Settings:
     exit_with_stdin: bool = knob(False, "stop when standard input closes, as a killed test's does")
     redis_url: str = knob("", "not in this version: runs are kept in memory only", "REDIS_URL")
     log_level: str = knob("INFO", "DEBUG, INFO, WARNING or ERROR", "LOG_LEVEL",
-                          choices=("DEBUG", "INFO", "WARNING", "ERROR"))
+                          choices="DEBUG|INFO|WARNING|ERROR")
 
     def __post_init__(self) -> None:
         for one in dataclasses.fields(self):
-            value, choices = getattr(self, one.name), one.metadata["choices"]
-            kinds = (int, float) if type(one.default) is float else (type(one.default),)
-            if type(value) not in kinds:
-                raise ValueError(f"{flag(one)} must be {WORDS[type(one.default)]}, not {value!r}")
-            if choices and value not in choices:
-                raise ValueError(f"{flag(one)} must be {' or '.join(choices)}, not {value!r}")
-            most = 1e12 if type(one.default) is int else 1e7  # bytes and counts, or seconds
-            most = 65535 if one.name == "port" else most
-            if isinstance(value, (int, float)) and not 0 <= value <= most:
-                raise ValueError(f"{flag(one)} must be from 0 to {most:,.0f}, not {value!r}")
-            for part in parts(value) if one.metadata["each"] else ():
-                if not re.fullmatch(one.metadata["each"], part):
-                    like = f"like {one.default or 'a.test,b.test'}"
-                    raise ValueError(f"{flag(one)} takes a list {like}, not {part!r}")
+            checked(one.metadata["kind"], getattr(self, one.name), flag(one))
         # a secret's file ends in a line break; and one that is empty is no secret
         object.__setattr__(self, "admin_token", self.admin_token.strip())
         if 0 < self.heartbeat < 0.001:  # scripts do not take it either
             raise ValueError(f"--heartbeat must be 0 or at least 0.001, not {self.heartbeat!r}")
-        with contextlib.suppress(ValueError):
-            if self.rate > 0:
-                return
-        raise ValueError(f"--speed must be a number above 0 or max, not {self.speed!r}")
 
     @property
     def rate(self) -> float:
@@ -254,19 +282,69 @@ def variable(one: dataclasses.Field[Any]) -> str:
     return str(one.metadata["env"]) or f"AURA_{one.name.upper()}"
 
 
-WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
-_YES, _NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
+_YES_NO = {"yes": "true", "on": "true", "no": "false", "off": "false", "": "false"}
 
 
 def _from_text(one: dataclasses.Field[Any], text: str, source: str) -> object:
-    kind: Any = type(one.default)
+    kind, choices = one.metadata["kind"], one.metadata["choices"].split("|")
+    known = _YES_NO if kind is bool else {choice.lower(): choice for choice in choices}
+    return checked(kind, known.get(text.lower(), text), source, strict=False)
+
+
+class Wrong(ValueError):
+    """A value that is not what it must be: a sentence, and the path of keys that leads to it."""
+
+    def __init__(self, says: str, *path: str) -> None:
+        super().__init__(" ".join([*map(repr, path), says]))
+        self.says, self.path = says, path
+
+
+def shown(value: Any) -> str:
+    """A value in a message: as JSON, cut short."""
+    text = json.dumps(value, default=repr)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of a sentence that says that this word is not known here."""
+    close = difflib.get_close_matches(word[:64], names := sorted(set(known)), n=1)
+    listed = ", ".join(names[:20]) or "none"
+    return f"; did you mean {close[0]!r}?" if close else f" (there are {len(names)}: {listed})"
+
+
+OUR_WORDS = {
+    "Expected": "takes", ", got .*": "", r"matching regex '\^\((.*)\).*": r"like \1",
+    "`int`": "a whole number", "`float`": "a number", "`str`": "a text", "`object`": "an object",
+    "`array`": "a list", "`bool`": "true or false", "`null`": "no argument",
+    "Object missing required field": "needs", "`": "'",
+}
+
+
+def checked(kind: Any, value: Any, *place: str, strict: bool = True) -> Any:
+    """The value as this kind; or what is Wrong with it, in msgspec's words made ours."""
     try:
-        if kind is bool:
-            return {**dict.fromkeys(_YES, True), **dict.fromkeys(_NO, False)}[text.lower()]
-        choices = [choice for choice in one.metadata["choices"] if choice.lower() == text.lower()]
-        return choices[0] if choices else kind(text)
-    except (KeyError, ValueError):
-        raise ValueError(f"{source} must be {WORDS[kind]}, not {text!r}") from None
+        return msgspec.convert(value, kind, strict=strict, dec_hook=lambda own, part: own(part))
+    except (msgspec.ValidationError, ValueError) as error:  # a ValueError: half a character
+        says, _, where = str(error).partition(" - at `$")
+    path = re.findall(r"[\w-]+", where)
+    unknown = re.search("unknown field `(.*)`", says, re.DOTALL)
+    for theirs, ours in OUR_WORDS.items():
+        says = re.sub(theirs, ours, says)
+    if unknown:
+        forms = (kind, *get_args(kind))
+        known = [getattr(one, "__struct_encode_fields__", ()) for one in forms]
+        close = did_you_mean(unknown[1], itertools.chain(*known))
+        says = f"has no {unknown[1][:64]!r}{close}"
+    elif says.startswith("takes"):
+        says += f", not {shown(_at(value, *path))}"
+    raise Wrong(says, *place, *path)
+
+
+def _at(value: Any, *path: str) -> Any:
+    """What lies at the end of a path of keys, or None."""
+    for key in path:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
 
 
 # ═══ 2  Events ════════════════════════════════════════════════════════════════════════════════════
@@ -465,14 +543,6 @@ class Limit:
 # argument. A script is checked whole before it runs; afterwards it cannot be wrong, only unkind.
 
 
-class Wrong(ValueError):
-    """A value that is not what it must be: a sentence, and the path of keys that leads to it."""
-
-    def __init__(self, says: str, *path: str) -> None:
-        super().__init__(" ".join([*map(repr, path), says]))
-        self.says, self.path = says, path
-
-
 class Mistake(ValueError):
     """A script that cannot be played: where, which step, and what to write instead."""
 
@@ -482,144 +552,41 @@ class Mistake(ValueError):
         self.at, self.step, self.hint = at, step if small else shown(step), hint
 
 
-def shown(value: Any) -> str:
-    """A value in a message: as JSON, cut short."""
-    text = json.dumps(value, default=repr)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The end of a sentence that says that this word is not known here."""
-    close = difflib.get_close_matches(word[:64], names := sorted(set(known)), n=1)
-    listed = ", ".join([*names[:20], *["…"] * (len(names) > 20)])
-    there = f" (there are: {listed})" if names else "; it takes none"
-    return f"; did you mean {close[0]!r}?" if close else there
-
-
-# Checks. Each takes a value from outside and is silent, or raises Wrong.
-
-Check = Callable[[Any], None]
-
-
-def that(name: str, fits: Callable[[Any], object]) -> Check:
-    """The check that a value is what `name` says; what cannot even be asked does not fit."""
-
-    def check(value: Any) -> None:
-        with contextlib.suppress(ValueError, TypeError):
-            if fits(value):
-                return
-        raise Wrong(f"takes {name}, not {shown(value)}")
-
-    return check
-
-
-def kind(name: str, *types: type) -> Check:
-    return that(name, lambda value: type(value) in types)
-
-
-def number(low: float, high: float, *, whole: bool = False) -> Check:
-    types = (int,) if whole else (int, float)
-    name = f"a {'whole ' * whole}number from {low:,} to {high:,}"
-    return that(name, lambda value: type(value) in types and low <= value <= high)
-
-
-def just(*values: object) -> Check:
-    kinds = [(type(value), value) for value in values]
-    return that(" or ".join(map(shown, values)), lambda value: (type(value), value) in kinds)
-
-
-def either(name: str, *checks: Check) -> Check:
-    """One of these; what is an object shall be what the last one says, which knows its keys."""
-
-    def check(value: Any) -> None:
-        if isinstance(value, dict):
-            checks[-1](value)
-            return
-        for one in checks:
-            with contextlib.suppress(Wrong):
-                one(value)
-                return
-        raise Wrong(f"takes {name}, not {shown(value)}")
-
-    return check
-
-
-def optional(check: Check) -> Check:
-    return lambda value: None if value is None else check(value)
-
-
-def keys(checks: Mapping[str, Check], *, needs: str = "", strict: bool = True) -> Check:
-    """An object of these keys; others are wrong, or where that is not strict, nobody's business."""
-
-    def check(value: Any) -> None:
-        an_object(value)
-        for key, part in value.items():
-            if key in checks:
-                within(key, checks[key], part)
-            elif strict:
-                raise Wrong(f"has no {key[:64]!r}{did_you_mean(key, checks)}")
-        if missing := [name for name in needs.split() if name not in value]:
-            raise Wrong(f"needs {missing[0]!r}")
-
-    return check
-
-
-def within(key: str, check: Check, value: Any) -> None:
-    try:
-        check(value)
-    except Wrong as wrong:
-        raise Wrong(wrong.says, key, *wrong.path) from None
-
-
-def raw_bytes(value: Any) -> bytes:
+def raw_bytes(value: Any) -> Any:
     """The bytes that a `raw` step means."""
     if isinstance(value, str):
         return to_bytes(value)
-    ((code, text),) = value.items() if isinstance(value, dict) else [("", "")]
-    if code not in ("hex", "base64"):
-        raise ValueError(code)
-    return bytes.fromhex(text) if code == "hex" else base64.b64decode(text, validate=True)
+    codes: Any = {"hex": bytes.fromhex, "base64": partial(base64.b64decode, validate=True)}
+    ((code, text),) = value.items()
+    return codes[code](text)
 
 
 def in_order(value: Any) -> bool:
-    """Seconds, or a range of them."""
-    low, high = value if type(value) is list else (value, value)
-    return type(low) in (int, float) and type(high) in (int, float) and 0 <= low <= high <= 1e9
+    """Whether these are seconds, or a range of them."""
+    low, high = value if isinstance(value, list) else (value, value)
+    return {type(low), type(high)} <= {int, float} and 0 <= low <= high <= 10**9
 
 
-def headers(value: Any) -> None:
-    an_object(value)
-    for name, text in value.items():
-        if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
-            raise Wrong("is no name a header can have", name)
-        if name.lower() in ("content-length", "transfer-encoding", "date"):
-            raise Wrong("is the server's own; 'drop' breaks a body off", name)
-        within(name, optional(_header_text), text)
+HEADER = r"(?i)(?!(content-length|transfer-encoding|date)\Z)[!#$%&'*+.^_`|~0-9a-z-]+"
 
 
-anything = that("anything", lambda value: True)
-nothing = that("no argument", lambda value: value is None)
-a_text, a_flag = kind("a text", str), kind("true or false", bool)
-an_object, a_list = kind("an object", dict), kind("a list", list)
-a_line = that("one line without NUL", lambda text: not re.search("[\r\n\0]", text))
-seconds = that("a number from 0 to 1,000,000,000, or a range [a, b] with a at most b", in_order)
-_header_text = that(
-    "visible ASCII, or null for none",
-    lambda text: re.fullmatch(r"[\x21-\x7e]([\x20-\x7e]*[\x21-\x7e])?", text))
+class Headers:
+    """The headers of an answer, but for those that say how long its body is."""
+
+    def __init__(self, value: Any) -> None:
+        for name, text in checked(dict, value).items():
+            checked(Visible | None, text, name)
+            if not re.fullmatch(HEADER, name):
+                raise Wrong("is no name a header can have, or the server's own", name)
 
 
-_NEEDED = object()
-
-
-@dataclass(frozen=True)
-class Verb:
-    """Where a verb may stand, what it takes, its modifiers, and what it means without argument."""
-
-    places: tuple[str, ...]
-    check: Check = anything
-    modifiers: Mapping[str, Check] = field(default_factory=dict)
-    alone: Any = _NEEDED
-
+Line = that("one line without NUL", re.compile("[^\r\n\0]*").fullmatch)
+Visible = that("visible ASCII, or null for none",
+               re.compile(r"[\x21-\x7e]([\x20-\x7e]*[\x21-\x7e])?").fullmatch)
+Seconds = that("a number from 0 to 1,000,000,000, or a range [a, b] with a at most b", in_order)
+Raw = that('a text, {"hex": …} or {"base64": …} that decodes', lambda value: [raw_bytes(value)])
+Count, Some = number(int, 0, 10**9), number(int, 1, 10**9)
+Above0 = number(float, 0.001, 10**9)
 
 UNIX_TIME = {"unix": "{now}"}  # in data: the seconds of now, as a number
 TEMPLATE = re.compile(r"\{\{|\{(runId|caseId|tenantId|now|n)\}")
@@ -629,49 +596,46 @@ DEEPEST = 64  # levels of nesting in JSON from outside: Python's recursion limit
 BIG = 2**16  # bytes of an event; more are made when they are due, one event at a time
 MOST_VALUES = 100_000  # in JSON from outside: a megabyte of `[],` holds up everybody for long
 
-_RUN, _STREAM, _ANSWER = ("run",), ("stream",), ("trigger", "stream")
-_ALL = ("run", "trigger", "stream")
-_above_0, _count = number(0.001, 10**9), number(1, 10**9, whole=True)
-_from_0 = number(0, 10**9, whole=True)
-_event_keys = {"event": a_line, "data": anything, "id": a_line, "retry": _from_0}
-_failure_keys = {"error": a_text, "stage": a_text, "code": a_text, "retryable": a_flag}
-_head_keys = {"status": number(200, 599, whole=True), "headers": headers, "body": anything}
-_frame_keys = {"newline": just("\n", "\r\n", "\r"), "id": optional(a_line), "id-first": a_flag,
-               "wrap": a_line}
-_beat = keys({"every": _above_0, "event": a_line, "data": anything}, needs="every")
-_until = keys({"until": a_text}, needs="until")
-VERBS = {
-    "event": Verb(("run", "stream"), keys(_event_keys, needs="data"),
-                  {"pad": number(0, 2**23, whole=True)}),
-    "ordinary": Verb(_RUN, just(None, "phase2", "phase3", "generation"), alone=None),
-    "fail": Verb(_RUN, either('a text or {"error", "stage", "code", "retryable"}', a_text,
-                              keys(_failure_keys, needs="error"))),
-    "crash": Verb(_RUN, a_text),
-    "sleep": Verb(_ALL, seconds),
-    "wait": Verb(_ALL, a_text, {"within": seconds}),
-    "repeat": Verb(_ALL, number(0, MOST_TURNS, whole=True), {"steps": a_list}),
-    "hang": Verb(_ALL, nothing, alone=None),
-    "open": Verb(_ANSWER, keys(_head_keys), alone={}),
-    "raw": Verb(_ANSWER, that('a text, {"hex": …} or {"base64": …} that decodes',
-                              lambda value: raw_bytes(value) is not None)),
-    "end": Verb(_ANSWER, nothing, alone=None),
-    "drop": Verb(_ANSWER, nothing, alone=None),
-    "reset": Verb(_ANSWER, nothing, alone=None),
-    "comment": Verb(_STREAM, a_text),
-    "heartbeat": Verb(
-        _STREAM, either('nothing, seconds above 0, "never" or {"every", "event", "data"}',
-                        just(None, "never"), _above_0, _beat), alone=None),
-    "relay": Verb(
-        _STREAM, either('"all", a number of events or {"until": an event\'s name}',
-                        just("all"), _from_0, _until),
-        {"every": seconds, "within": seconds, "shared": a_flag, "cut": number(0, 10**9)}),
-    "frame": Verb(_STREAM, keys(_frame_keys), alone={}),
-    "chunk": Verb(
-        _STREAM, either('a number of bytes, "utf8" or "line"', just("utf8", "line"), _count),
-        {"every": seconds}),
-    "buffer": Verb(_STREAM, either('"all" or a number of bytes', just("all"), _count)),
-    "flush": Verb(_STREAM, nothing, alone=None),
+_PAUSES = {"sleep": Seconds, "wait": str, "repeat": number(int, 0, MOST_TURNS), "hang": None}
+_ANSWERS = {
+    **_PAUSES,
+    "open": form(status=number(int, 200, 599), headers=Headers, body=Any),
+    "raw": Raw,
+    "end": None,
+    "drop": None,
+    "reset": None,
 }
+VERBS = {  # of each kind of script, and what they take
+    "run": {
+        **_PAUSES,
+        "event": form("data", data=Any, event=Line, retry=Count),
+        "ordinary": like("phase2|phase3|generation") | None,
+        "fail": str | form("error", error=str, stage=str, code=str, retryable=bool),
+        "crash": str,
+    },
+    "trigger": _ANSWERS,
+    "stream": {
+        **_ANSWERS,
+        "event": form("data", data=Any, event=Line, id=Line, retry=Count),
+        "comment": str,
+        "heartbeat":
+            like("never") | Above0 | form("every", every=Above0, event=Line, data=Any) | None,
+        "relay": like("all") | Count | form("until", until=str),
+        "frame": form(newline=like(r"\n|\r\n|\r"), id=Line | None, id_first=bool, wrap=Line),
+        "chunk": like("utf8|line") | Some,
+        "buffer": like("all") | Some,
+        "flush": None,
+    },
+}
+EVERY = {**VERBS["run"], **VERBS["stream"]}
+MODIFIERS = {
+    "event": form(pad=number(int, 0, 2**23)),
+    "wait": form(within=Seconds),
+    "repeat": form("steps", steps=list),
+    "relay": form(every=Seconds, within=Seconds, shared=bool, cut=number(float, 0, 10**9)),
+    "chunk": form(every=Seconds),
+}
+NO_MODIFIERS = form()
 
 
 @dataclass(frozen=True)
@@ -704,8 +668,8 @@ def parse_script(value: Any, place: str, at: str = "") -> Script:
 
 
 def _written(value: list[Any]) -> int:
-    """How many steps are written here, those of repeats included."""
-    inner = [item.get("steps") for item in value if isinstance(item, dict)]
+    """How many steps are written here, those of repeats and of all attempts included."""
+    inner = [item.get("steps") if isinstance(item, dict) else item for item in value]
     return len(value) + sum(_written(steps) for steps in inner if isinstance(steps, list))
 
 
@@ -723,50 +687,44 @@ def _check_head(value: Any, script: Script, at: str) -> None:
 
 
 def _parse_step(item: Any, place: str, at: str) -> Step:
-    name, argument, modifiers = _take_apart(item, place, at)
-    verb = VERBS[name]
+    alone: Any = {} if item in ("open", "frame") else None
     try:
-        verb.check(argument)
-        keys(verb.modifiers)(modifiers)
-        if place == "run" and name == "event" and "id" in argument:
-            raise Wrong("takes no 'id' in a run: there it comes by itself")
-        if "pad" in modifiers and not isinstance(argument["data"], dict):
-            raise Wrong("with a 'pad' needs 'data' to be an object: it adds a field to it")
-        if name == "repeat" and "steps" not in modifiers:
-            raise Wrong('needs steps: {"repeat": 3, "steps": [ … ]}')
+        parts = {item: alone} if isinstance(item, str) else item
+        name = _verb_of(parts, place)
+        modifiers = {key: part for key, part in parts.items() if key != name}
+        argument = parts[name]
+        checked(VERBS[place][name], argument, name)
+        checked(MODIFIERS.get(name, NO_MODIFIERS), modifiers, name)
+        if "pad" in modifiers:  # it adds a field to it
+            checked(dict, argument["data"], name, "data")
     except Wrong as wrong:
-        raise Mistake(at, item, f"{name!r} {wrong}") from None
+        raise Mistake(at, item, str(wrong)) from None
     steps = parse_script(modifiers.get("steps", []), place, f"{at}.steps")
     turns = argument * max(1, sum(step.turns for step in steps)) if name == "repeat" else 0
     return Step(name, argument, modifiers, steps, turns, _made_ready(name, argument, modifiers))
 
 
-def _take_apart(item: Any, place: str, at: str) -> tuple[str, Any, dict[str, Any]]:
-    """A step's verb, argument and modifiers."""
-    parts = {item: _NEEDED} if isinstance(item, str) else item
+def _verb_of(parts: Any, place: str) -> str:
+    """The one verb in a step, which may stand in this place."""
     if not isinstance(parts, dict) or not parts:
-        raise Mistake(at, item, f'a step is a verb or {{"verb": argument}}, not {shown(item)}')
-    verbs, first = [key for key in parts if key in VERBS], next(iter(parts))
+        raise Wrong(f'a step is a verb or {{"verb": argument}}, not {shown(parts)}')
+    verbs = [word for word in parts if word in EVERY]
     if not verbs:
-        raise Mistake(at, item, _unknown_step(first, place))
-    if len(verbs) > 1:
-        raise Mistake(at, item, f"one verb in a step, not {' and '.join(map(repr, verbs))}")
-    name, places = verbs[0], VERBS[verbs[0]].places
-    if place not in places:
-        home = " or ".join(places)
-        raise Mistake(at, item, f"{name!r} belongs in a {home} script, this is a {place} script")
-    argument = parts[name] if parts[name] is not _NEEDED else VERBS[name].alone
-    if argument is _NEEDED:
-        raise Mistake(at, item, f'{name!r} needs an argument: {{"{name}": …}}')
-    return name, argument, {key: part for key, part in parts.items() if key != name}
+        raise Wrong(_unknown_step(next(iter(parts)), place))
+    name, *more = verbs
+    if more:
+        raise Wrong(f"one verb in a step, not {' and '.join(map(repr, verbs))}")
+    if name not in VERBS[place]:
+        home = " or ".join(home for home in VERBS if name in VERBS[home])
+        raise Wrong(f"belongs in a {home} script, this is a {place} script", name)
+    return str(name)
 
 
 def _unknown_step(word: str, place: str) -> str:
-    owners = [name for name, verb in VERBS.items() if word in verb.modifiers]
-    if owners:
-        return f"{word!r} stands in one step with its verb: {{{owners[0]!r}: …, {word!r}: …}}"
-    here = [name for name, verb in VERBS.items() if place in verb.places]
-    return f"unknown step {word[:64]!r}{did_you_mean(word, here)}"
+    for name, modifiers in MODIFIERS.items():
+        if word in modifiers.__struct_fields__:
+            return f"{word!r} stands in one step with its verb: {{{name!r}: …, {word!r}: …}}"
+    return f"unknown step {word[:64]!r}{did_you_mean(word, VERBS[place])}"
 
 
 def _make_event(argument: Any, modifiers: Mapping[str, Any]) -> Event:
@@ -936,15 +894,14 @@ class Attempts:
 
 def parse_attempts(value: Any, place: str) -> Attempts:
     """A script, a list of them, or a cycle."""
-    cycle = isinstance(value, dict)
-    if cycle and list(value) != ["cycle"]:
-        raise Mistake(place, value, 'takes a script, a list of scripts or {"cycle": [script, …]}')
+    cycle = isinstance(value, dict) and list(value) == ["cycle"]
     scripts, at = (value["cycle"], f"{place}.cycle") if cycle else (value, place)
-    if not cycle and not (isinstance(value, list) and value and isinstance(value[0], list)):
+    if not isinstance(scripts, list) or (cycle and not scripts):
+        says = 'takes a script, a list of scripts or {"cycle": [script, …]}'
+        raise Mistake(at, value, f"{says}, not {shown(value)}")
+    if not cycle and not (scripts and isinstance(scripts[0], list)):
         return Attempts((parse_script(value, place),))
-    if not isinstance(scripts, list) or not scripts:
-        raise Mistake(at, value, f"a cycle is a list of scripts, not {shown(scripts)}")
-    if len(scripts) + sum(_written(one) for one in scripts if isinstance(one, list)) > MOST_STEPS:
+    if _written(scripts) > MOST_STEPS:
         raise Mistake(at, None, f"has more than {MOST_STEPS:,} steps in all its attempts")
     parsed = (parse_script(one, place, f"{at}[{index}]") for index, one in enumerate(scripts))
     return Attempts(tuple(parsed), cycle)
@@ -991,22 +948,22 @@ class Scenario:
         return 2 * weight(self.source)
 
 
+SCENARIO = form(
+    "name", name=that("1 to 64 of a-z, 0-9 and -", re.compile("[a-z0-9-]{1,64}").fullmatch),
+    doc=str, seed=int | float | str, run=Any, trigger=Any, stream=Any)
+
+
 def parse_scenario(value: Any, *, needs: str = "name") -> Scenario:
     """A scenario from JSON, or the Mistake in it."""
-    seed = kind("a number or a text", int, float, str)
-    scripts = {"run": anything, "trigger": anything, "stream": anything}
     try:
-        keys({"name": a_text, "doc": a_text, "seed": seed, **scripts}, needs="name")(value)
-        if not re.fullmatch(r"[a-z0-9-]{1,64}", value["name"]):
-            raise Wrong(f"takes 1 to 64 of a-z, 0-9 and -, not {shown(value['name'])}", "name")
+        checked(SCENARIO, value)
         if not value.get(needs):
             raise Wrong(f"in a catalogue needs {needs!r}: the symptom, and what the client sees")
     except Wrong as wrong:
         raise Mistake("scenario", value, f"a scenario {wrong}") from None
-    run = parse_script(value["run"], "run") if "run" in value else None
-    answers = ("trigger", "stream")
-    trigger, stream = (parse_attempts(value[at], at) if at in value else None for at in answers)
-    return Scenario(value["name"], run, trigger, stream, value)
+    parsers: Any = {"run": parse_script, "trigger": parse_attempts, "stream": parse_attempts}
+    scripts = {at: parse(value[at], at) for at, parse in parsers.items() if at in value}
+    return Scenario(value["name"], source=value, **scripts)
 
 
 # The ordinary scripts. Small functions fill them from the request; nothing else is special.
@@ -1138,13 +1095,6 @@ def phase2(facts: Facts) -> list[dict[str, Any]]:
         _say("completed", status="completed", **ids, **result),
     ]
     return _apart(steps, facts.event_delay)
-
-
-def _at(value: Any, *path: str) -> Any:
-    """What lies at the end of a path of keys, or None."""
-    for key in path:
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
 
 
 _COUNTED = (
@@ -2541,11 +2491,6 @@ class Refusal(Exception):
         return said + (f", the limit is {body['limit']}" if "limit" in body else "")
 
 
-def invalid(says: str, *loc: str) -> Refusal:
-    """422 in the form FastAPI gives it, which Aura's clients know."""
-    return Refusal(422, detail=[{"loc": list(loc), "msg": says, "type": "value_error"}])
-
-
 CONTROL = re.compile(r"/(__aura(?!/health\Z)|api/admin)(/.*)?", re.DOTALL)
 JOBS = re.compile(r"/api/(generation|v1/generations)(/.*)?", re.DOTALL)
 GATEWAY = re.compile(
@@ -2644,19 +2589,10 @@ def resume_point(text: str | None, last: int) -> int:
     return place if place <= last else 0
 
 
-def _run_id(value: Any) -> None:
-    kind("a text or a number", str, int, float)(value)
-    text = str(value)
-    if len(text) > 200 or not text.isprintable() or "/" in text or text in (".", ".."):
-        raise Wrong(f"takes 1 to 200 printable characters, no '/', not {shown(value)}")
-
-
-def checked_id(run_id: str) -> None:
-    """An id from a path that is about to become a run's."""
-    try:
-        _run_id(run_id)
-    except Wrong as wrong:
-        raise invalid(wrong.says, "path", "jobId") from None
+RunId = that(
+    "1 to 200 printable characters, no '/'",
+    lambda value: type(value) in (str, int, float) and str(value).isprintable()
+    and re.fullmatch(r"(?!\.\.?\Z)[^/]{0,200}", str(value)))
 
 
 @dataclass
@@ -2733,7 +2669,7 @@ class Desk:
             error = "where no token is needed, a scenario is a name of the catalogue"
             hint = "put yours into --scenarios FILE, or bind it to a job: POST /__aura/next"
             raise Refusal(400, error, hint=hint)
-        return parse_scenario(checked_body(wanted, an_object, "scenario") if text else wanted)
+        return parse_scenario(checked_body(to_bytes(wanted), dict, "scenario") if text else wanted)
 
     def meant(
         self, ids: tuple[str, str | None], test_id: str | None, able: Callable[[Scenario], bool]
@@ -2792,49 +2728,37 @@ def needs_no_run(scenario: Scenario) -> bool:
     return scenario.stream is not None and not uses(scenario.stream.of(1), "relay")
 
 
-_maybe_text, _maybe_object = optional(a_text), optional(an_object)
-_PHASE3_OPTIONS = {
-    "ragTopK": optional(number(1, 20, whole=True)), "temperature": optional(number(0, 1)),
-    "promptVersion": _maybe_text,
-}
-_COMMON = {"runId": optional(_run_id), "requestedBy": _maybe_text}
-_PHASE2 = {"evidence": _maybe_object, "mode": _maybe_text, "options": _maybe_object}
-_PHASE3 = {"artifacts": _maybe_object, "callbacks": _maybe_object,
-           "options": optional(keys(_PHASE3_OPTIONS, strict=False))}
-_GENERATION = {"projectId": optional(_run_id), "title": _maybe_text, "description": _maybe_text}
+Text = str | None
+_loose = partial(form, strict=False)
 TRIGGER_BODY = {
-    "phase2": keys({**_COMMON, **_PHASE2}, strict=False),
-    "phase3": keys({**_COMMON, **_PHASE3}, strict=False),
-    "generation": keys(_GENERATION, strict=False),
+    "phase2": _loose(runId=RunId | None, requestedBy=Text, evidence=dict | None,
+                   mode=Text, options=dict | None),
+    "phase3": _loose(runId=RunId | None, requestedBy=Text, artifacts=dict | None,
+                   callbacks=dict | None, options=_loose(
+                       ragTopK=number(int, 1, 20) | None,
+                       temperature=number(float, 0, 1) | None, promptVersion=Text) | None),
+    "generation": _loose(projectId=RunId | None, title=Text, description=Text),
 }
 
 
-def checked_body(raw: bytes | str, check: Check, where: str = "body") -> dict[str, Any]:
-    """A JSON body, or the 422 that names the field. No body is an empty one."""
+def checked_body(raw: Any, kind: Any, where: str = "body") -> dict[str, Any]:
+    """A JSON body, or the Wrong in it, a 422 that names the field. No body is an empty one."""
     try:
-        text = raw if isinstance(raw, str) else raw.decode()
-        text = text if text.strip() else "{}"
-        body: dict[str, Any] = json.loads(text, parse_constant=_finite, parse_float=_finite)
+        body: dict[str, Any] = json.loads(raw.decode().strip() or "{}")
         sizes = [len(level) for level in itertools.islice(levels(body), DEEPEST + 2)]
-        if len(sizes) > DEEPEST + 1:
-            raise RecursionError
-        if sum(sizes) > MOST_VALUES:
-            raise Wrong(f"holds more than {MOST_VALUES:,} values, too many to look through")
-        check(body)
-    except Wrong as wrong:
-        raise invalid(wrong.says, where, *wrong.path) from None
-    except RecursionError:
-        raise invalid(f"JSON may be nested {DEEPEST} levels deep, not deeper", where) from None
-    except ValueError as error:
-        raise invalid(f"this is not JSON: {error}", where) from None
+        to_json(body)  # which knows that NaN is no JSON
+    except (RecursionError, ValueError) as error:
+        raise Wrong(f"this is not JSON: {error}", where) from None
+    if len(sizes) > DEEPEST + 1 or sum(sizes) > MOST_VALUES:
+        most = f"{MOST_VALUES:,} values, nested {DEEPEST} levels deep"
+        raise Wrong(f"holds more than {most}, too much to look through", where)
+    checked(kind, body, where)
     return body
 
 
-def _finite(text: str) -> float:
-    value = float(text.replace("Infinity", "inf"))
-    if not math.isfinite(value):
-        raise ValueError(f"{text} is no number of JSON")
-    return value
+async def told(kind: Any) -> dict[str, Any]:
+    """The body of this request."""
+    return checked_body(await request.get_data(cache=False), kind)
 
 
 def encoded(segment: str) -> str:
@@ -3059,10 +2983,15 @@ def admission(  # noqa: C901  # ruff adds the routes up; a test looks at each fo
             return Streamed(delivery)
         return answer(refusal.body, refusal.status, refusal.headers)
 
+    @app.errorhandler(Wrong)
+    async def correct(wrong: Wrong) -> Response:
+        """422 in the form FastAPI gives it, which Aura's clients know."""
+        detail = {"loc": list(wrong.path), "msg": wrong.says, "type": "value_error"}
+        return await refuse(Refusal(422, detail=[detail]))
+
     @app.errorhandler(Mistake)
     async def point_out(mistake: Mistake) -> Response:
-        at, step, hint = mistake.at, mistake.step, mistake.hint
-        return await refuse(Refusal(422, str(mistake), at=at, step=step, hint=hint))
+        return await refuse(Refusal(422, str(mistake), **vars(mistake)))
 
     @app.errorhandler(HTTPException)
     async def explain(error: HTTPException) -> Response:
@@ -3300,7 +3229,7 @@ def client_routes(  # noqa: C901  # likewise
     """A client's life: trigger, stream, state, cancel, result."""
 
     async def order(case_id: str, phase: str) -> Order:
-        body = checked_body(await request.get_data(cache=False), TRIGGER_BODY[phase])
+        body = await told(TRIGGER_BODY[phase])
         given = body.get("runId") not in (None, "")
         return Order(str(body["runId"] if given else uuid.uuid4()), case_id, phase, body, given)
 
@@ -3323,7 +3252,7 @@ def client_routes(  # noqa: C901  # likewise
     async def case_analysis_stream(case_id: str) -> Response:
         run_id = entry().run_id = request.args.get("runId")
         if run_id is None:
-            raise invalid("the query needs runId=…", "query", "runId")
+            raise Wrong("the query needs runId=…", "query", "runId")
         return reception.stream(run_id)
 
     @app.get("/aura/analysis-runs/<run_id>/stream")
@@ -3449,7 +3378,7 @@ def job_routes(  # noqa: C901  # likewise
     async def job_stream(job_id: str) -> Response:
         """Whoever watches a job that is not there starts it: the runbook does."""
         if hub.find(job_id) is None and request.method != "HEAD":
-            checked_id(job_id)
+            checked(RunId, job_id, "path", "jobId")
             run, _, script = reception.trigger(Order(job_id, job_id, "generation", {}))
             if run is None:
                 return reception.played(script or ())
@@ -3457,7 +3386,7 @@ def job_routes(  # noqa: C901  # likewise
 
     @app.post("/api/v1/generations")
     async def generate() -> Response:
-        body = checked_body(await request.get_data(cache=False), TRIGGER_BODY["generation"])
+        body = await told(TRIGGER_BODY["generation"])
         job_id = f"job_{uuid.uuid4().hex[:16]}"
         project = str(body.get("projectId") or job_id)
         return reception.accepted(Order(job_id, project, "generation", body, given=False))
@@ -3537,7 +3466,7 @@ def operation_routes(  # noqa: C901  # likewise
     def come_back(latest: int) -> int:
         """Close every stream with a `retry:` of each viewer's own, 1 s to so many ms. They drop: a
         proper end is the end to some clients, and the run goes on."""
-        how = query({"how": _how}).get("how", "drop")
+        how = query(HOW).how or "drop"
         return close_all(streams(), how, lambda: b"retry: %d\n\n" % random.randint(1000, latest))
 
     @app.post("/api/admin/sse/restart")
@@ -3681,9 +3610,7 @@ def control_routes(  # noqa: C901  # likewise
     """The control of the test double: what it can do, what is to happen, what has happened."""
     hub, desk = reception.hub, reception.desk
     began = hub.time.now()
-
-    async def told(check: Check) -> dict[str, Any]:
-        return checked_body(await request.get_data(cache=False), check)
+    journal_query = form(**JOURNAL, count=number(int, 1, max(journal.most, 1)))
 
     @app.get("/__aura/health")
     async def control_health() -> Response:
@@ -3702,14 +3629,14 @@ def control_routes(  # noqa: C901  # likewise
 
     @app.post("/__aura/check")
     async def check_scenario() -> Response:
-        parse_scenario(await told(anything))
+        parse_scenario(await told(Any))
         return answer({"ok": True})
 
     @app.post("/__aura/next")
     async def bind_next() -> Response:
         body = await told(NEXT)
         scenario, times = desk.chosen(body["scenario"]), body.get("times", 1)
-        case_id = None if body.get("caseId") is None else str(body["caseId"])
+        case_id = checked(RunId | None, body.get("caseId"))  # as a text
         left = math.inf if times is None else times
         if scenario.weight + hub.held > (most := hub.settings.max_log_bytes):
             error = f"this would hold too much, the limit is {most} bytes; a reset forgets all"
@@ -3763,7 +3690,7 @@ def control_routes(  # noqa: C901  # likewise
     @app.delete("/__aura/connections")
     @app.delete("/__aura/connections/<int:number>")
     async def close_connections(number: int | None = None) -> Response:
-        how = query({"how": _how}).get("how", "end")
+        how = query(HOW).how or "end"
         chosen = (one for one in hub.deliveries if number in (None, one.entry.seq))
         count = close_all(chosen, how)
         if number is not None and not count:
@@ -3776,14 +3703,15 @@ def control_routes(  # noqa: C901  # likewise
 
     @app.get("/__aura/journal")
     async def read_journal() -> Response:
-        asked = query({**JOURNAL, "count": number(1, max(journal.most, 1), whole=True)})
-        wanted = {name: asked.get(camel(name)) for name in ("run_id", "test_id", "kind")}
-        since, count, within = asked.get("since", 0), asked.get("count"), asked.get("within", 5)
+        asked = query(journal_query)
+        wanted = {"run_id": asked.runId, "test_id": asked.testId, "kind": asked.kind}
+        since, count = asked.since or 0, asked.count
+        within = 5 if asked.within is None else asked.within
         if count is None:
             found = journal.find(wanted, since=since)
         else:
             found = await journal.wait(count, wanted, since=since, within=within)
-        show = call if asked.get("view") == "calls" else journal.show
+        show = call if asked.view else journal.show
         entries = [show(one) for one in found]
         if count is not None and len(found) < count:
             begun = len(journal.find(wanted, since=since)) - len(found)
@@ -3800,7 +3728,7 @@ def control_routes(  # noqa: C901  # likewise
 
     @app.post("/__aura/reset")
     async def reset() -> Response:
-        test_id = query({"testId": _an_id}).get("testId")
+        test_id = query(RESET).testId
         why = Failure("the control API forgot the run", stage="cancelled", retryable=False)
         hub.reset(why, test_id)
         journal.forget(test_id)
@@ -3817,34 +3745,25 @@ def control_routes(  # noqa: C901  # likewise
         return answer({"status": "stopping"}, 202)
 
 
-_how = just("end", "drop", "reset")
-_an_id = that("a text that is not empty", lambda text: bool(text))
+Word = that("a text that is not empty", bool)
+HOW, RESET = form(how=like("end|drop|reset")), form(testId=Word)
 JOURNAL = {
-    "runId": _an_id, "testId": _an_id, "kind": just("stream", "trigger", "request"),
-    "since": number(0, 10**15, whole=True),
-    "within": number(0, 3600), "view": just("calls"),
+    "runId": Word, "testId": Word, "kind": like("stream|trigger|request"),
+    "since": number(int, 0, 10**15), "within": number(float, 0, 3600), "view": like("calls"),
 }
-NEXT = keys({
-    "scenario": either("a name or a scenario", a_text, an_object),
-    "times": optional(number(1, 10**9, whole=True)),
-    "caseId": optional(_run_id), "testId": _maybe_text,
-}, needs="scenario")
-SIGNAL = keys({"gate": a_text, "runId": optional(_run_id)}, needs="gate")
-CLOCK = keys({"advance": number(0, 10**9)}, needs="advance")
-EMIT = keys({"runId": _run_id, "event": a_line, "data": anything}, needs="runId event data")
+NEXT = form("scenario", scenario=str | dict, times=Some | None, caseId=RunId | None,
+            testId=Text)
+SIGNAL = form("gate", gate=str, runId=RunId | None)
+CLOCK = form("advance", advance=number(float, 0, 10**9))
+EMIT = form("runId event data", runId=RunId, event=Line, data=Any)
 
 
-def query(checks: Mapping[str, Check]) -> dict[str, Any]:
+def query(kind: Any) -> Any:
     """The query of a control request, its numbers as numbers, or the 400 in a sentence."""
-    found: dict[str, Any] = request.args.to_dict()
-    for key in found.keys() & {"since", "count", "within"}:
-        with contextlib.suppress(ValueError):
-            found[key] = int(found[key]) if found[key].isdigit() else float(found[key])
     try:
-        keys(checks)(found)
+        return checked(kind, request.args.to_dict(), strict=False)
     except Wrong as wrong:
         raise Refusal(400, f"the query {wrong}") from None
-    return found
 
 
 def task_tree() -> str:
@@ -6217,7 +6136,7 @@ def add_flag(about: Any, one: dataclasses.Field[Any]) -> None:
     says += f" ({'none' if one.default == '' else one.default}; {variable(one)})"
     alone: Any = {"nargs": "?", "const": "true"} if isinstance(one.default, bool) else {}
     kinds = {bool: "true|false", int: "N", float: "N"}
-    form = "|".join(one.metadata["choices"]) or kinds.get(type(one.default), "TEXT")
+    form = one.metadata["choices"] or kinds.get(type(one.default), "TEXT")
     about.add_argument(flag(one), dest=one.name, metavar=form, help=says, **alone)
 
 
@@ -6371,7 +6290,7 @@ def rightly_asked(
         if not colon or name.strip().lower() == "last-event-id":
             raise ValueError(f"-H takes 'Name: value', and no Last-Event-ID, not {name!r}")
     named = {name.strip().lower(): value.strip() for name, _, value in pairs}
-    headers(named)
+    Headers(named)
     for one in filter(None, (url, via)):
         target_of(one)
     if case is None and urlsplit(url).path in ("", "/"):
@@ -6398,7 +6317,7 @@ def diagnose_command(words: list[str]) -> int:
     about.add_argument("--json", action="store_true", help="print all that was found as JSON")
     flags = about.read(words)
     named = rightly_asked(flags["url"], flags["case"], flags["via"], flags["headers"])
-    within("--limit", number(1, 10**6), limit := flags["limit"])
+    checked(number(float, 1, 10**6), limit := flags["limit"], "--limit")
 
     asks = partial(diagnose, flags["url"], case=flags["case"], via=flags["via"], headers=named)
     try:

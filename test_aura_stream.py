@@ -503,20 +503,20 @@ def test_a_flag_beats_its_variable_which_beats_the_default():
 
 
 @pytest.mark.parametrize(("flags", "environment", "sentence"), [
-    ({"port": "x"}, {}, "--port must be a whole number, not 'x'"),
-    ({"port": "70000"}, {}, "--port must be from 0 to 65,535, not 70000"),
-    ({"allow_host": "a.test,http://b.test"}, {}, "--allow-host takes a list like a.test,b.test, not 'http://b.test'"),
-    ({"allow_host": "c.test:9000"}, {}, "--allow-host takes a list like a.test,b.test, not 'c.test:9000'"),
-    ({"cors_origin": "*.foo.test"}, {}, "--cors-origin takes a list like localhost:*,127.0.0.1:*, not '*.foo.test'"),
-    ({"cors_origin": "https://a.test/"}, {}, "--cors-origin takes a list like localhost:*,127.0.0.1:*, not 'https://a.test/'"),
-    ({"grace": "-1"}, {}, "--grace must be from 0 to 10,000,000, not -1.0"),
-    ({"grace": "nan"}, {}, "--grace must be from 0 to 10,000,000, not nan"),
+    ({"port": "x"}, {}, "'--port' takes a whole number, not \"x\""),
+    ({"port": "70000"}, {}, "'--port' takes a whole number <= 65535, not \"70000\""),
+    ({"allow_host": "a.test,http://b.test"}, {}, "'--allow-host' takes a list like a.test,b.test, not \"a.test,http://b.test\""),
+    ({"allow_host": "c.test:9000"}, {}, "'--allow-host' takes a list like a.test,b.test, not \"c.test:9000\""),
+    ({"cors_origin": "*.foo.test"}, {}, "'--cors-origin' takes a list like localhost:*,https://a.test, not \"*.foo.test\""),
+    ({"cors_origin": "https://a.test/"}, {}, "'--cors-origin' takes a list like localhost:*,https://a.test, not \"https://a.test/\""),
+    ({"grace": "-1"}, {}, "'--grace' takes a number >= 0.0, not \"-1\""),
+    ({"grace": "nan"}, {}, "'--grace' takes a number >= 0.0, not \"nan\""),
+    ({"auth": "maybe"}, {}, "'--auth' takes a text like on|off, not \"maybe\""),
+    ({}, {"DEMO_OFF": "perhaps"}, "'DEMO_OFF' takes true or false, not \"perhaps\""),
+    ({}, {"LOG_LEVEL": "loud"}, "'LOG_LEVEL' takes a text like DEBUG|INFO|WARNING|ERROR, not \"loud\""),
+    ({}, {"SSE_HEARTBEAT_INTERVAL": "often"}, "'SSE_HEARTBEAT_INTERVAL' takes a number, not \"often\""),
     ({"heartbeat": "0.0001"}, {}, "--heartbeat must be 0 or at least 0.001, not 0.0001"),
     ({}, {"SSE_HEARTBEAT_INTERVAL": "1e-9"}, "--heartbeat must be 0 or at least 0.001, not 1e-09"),
-    ({"auth": "maybe"}, {}, "--auth must be on or off, not 'maybe'"),
-    ({}, {"DEMO_OFF": "perhaps"}, "DEMO_OFF must be true or false, not 'perhaps'"),
-    ({}, {"LOG_LEVEL": "loud"}, "--log-level must be DEBUG or INFO or WARNING or ERROR, not 'loud'"),
-    ({}, {"SSE_HEARTBEAT_INTERVAL": "often"}, "SSE_HEARTBEAT_INTERVAL must be a number, not 'often'"),
 ])  # fmt: skip
 def test_a_wrong_setting_is_one_sentence_that_names_it(flags, environment, sentence):
     with pytest.raises(ValueError, match=re.escape(sentence)):
@@ -530,7 +530,7 @@ def test_whatever_a_setting_may_be_the_ordinary_scripts_are_valid(one, value):
     try:
         settings = Settings(**{one.name: type(one.default)(value)})
     except ValueError as error:
-        assert str(error).startswith(aura_stream.flag(one) + " must be ")
+        assert str(error).strip("'").startswith(aura_stream.flag(one))
         return
     for phase in aura_stream.PHASES.values():
         assert phase.stream(settings) and parse_script(phase.script(facts(None, event_delay=settings.event_delay)), "run")
@@ -733,7 +733,7 @@ async def test_a_heartbeat_alone_causes_no_jump_but_fires_when_one_passes(mock_c
 
 @pytest.mark.parametrize("speed", ["0", "-1", "fast", "nan", "", "1e-"])
 def test_a_wrong_speed_is_one_sentence(speed):
-    with pytest.raises(ValueError, match=f"^--speed must be a number above 0 or max, not '{speed}'$"):
+    with pytest.raises(ValueError, match=f"^'--speed' takes a number above 0 or max, not \"{speed}\"$"):
         Settings(speed=speed)
 
 
@@ -743,13 +743,13 @@ def test_a_wrong_speed_is_one_sentence(speed):
 MISTAKES = [
     ("run", {}, "run", "a script is a list of steps"),
     ("run", [{"slep": 1}], "run[0]", "unknown step 'slep'; did you mean 'sleep'?"),
-    ("run", ["zzz"], "run[0]", "unknown step 'zzz' (there are: crash, event, fail, hang, ordinary, repeat, sleep, wait)"),
+    ("run", ["zzz"], "run[0]", "unknown step 'zzz' (there are 8: crash, event, fail, hang, ordinary, repeat, sleep, wait)"),
     ("run", [5], "run[0]", "a step is a verb"),
     ("run", [{}], "run[0]", "a step is a verb"),
     ("run", [{"sleep": 1, "fail": "x"}], "run[0]", "one verb in a step, not 'sleep' and 'fail'"),
     ("run", [{"relay": "all"}], "run[0]", "'relay' belongs in a stream script"),
     ("stream", [{"fail": "x"}], "stream[0]", "'fail' belongs in a run script"),
-    ("run", ["sleep"], "run[0]", "'sleep' needs an argument"),
+    ("run", ["sleep"], "run[0]", "'sleep' takes a number from 0"),
     ("run", [{"sleep": -1}], "run[0]", "'sleep' takes a number from 0"),
     ("run", [{"sleep": True}], "run[0]", "'sleep' takes a number from 0"),
     ("run", [{"sleep": [2, 1]}], "run[0]", "a at most b"),
@@ -763,10 +763,10 @@ MISTAKES = [
     ("run", [{"repeat": 2, "steps": [{"sleep": 1}, {"slep": 1}]}], "run[0].steps[1]", "did you mean 'sleep'?"),
     ("run", [{"repeat": 2, "steps": 5}], "run[0]", "'repeat' 'steps' takes a list"),
     ("run", [{"repeat": 1.5}], "run[0]", "'repeat' takes a whole number"),
-    ("run", [{"repeat": 10**9, "steps": []}], "run[0]", "whole number from 0 to 1,000,000"),
+    ("run", [{"repeat": 10**9, "steps": []}], "run[0]", "whole number <= 1000000"),
     ("run", [{"repeat": 1001, "steps": [{"repeat": 1000, "steps": []}]}], "run", "more than 1,000,000 turns"),
     ("run", [{"repeat": 600_000, "steps": []}] * 2, "run", "more than 1,000,000 turns"),
-    ("stream", [{"open": {"status": 99}}], "stream[0]", "'open' 'status' takes a whole number from 200 to 599"),
+    ("stream", [{"open": {"status": 99}}], "stream[0]", "'open' 'status' takes a whole number >= 200, not 99"),
     ("stream", [{"open": {"headers": {"a b": "c"}}}], "stream[0]", "no name a header can have"),
     ("stream", [{"open": {"headers": {"a": "b\r\nc: d"}}}], "stream[0]", "visible ASCII"),
     ("stream", [{"open": {"headers": {"Content-Length": "5"}}}], "stream[0]", "the server's own"),
@@ -776,12 +776,12 @@ MISTAKES = [
     ("run", [{"x" * 100_000: 1}], "run[0]", "unknown step 'xxx"),
     ("run", [{"sleep": 0}] * 5001, "run", "more than 5,000 steps"),
     ("run", [{"repeat": 1, "steps": [{"sleep": 0}] * 2500}] * 2, "run", "more than 5,000 steps"),
-    ("stream", [{"comment": "a", "pad": 1}], "stream[0]", "has no 'pad'; it takes none"),
-    ("stream", [{"relay": "some"}], "stream[0]", "takes \"all\", a number of events or"),
+    ("stream", [{"comment": "a", "pad": 1}], "stream[0]", "has no 'pad' (there are 0: none)"),
+    ("stream", [{"relay": "some"}], "stream[0]", "takes a text like all, not \"some\""),
     ("stream", [{"relay": {"until": 5}}], "stream[0]", "'relay' 'until' takes a text"),
     ("stream", [{"relay": 1, "every": -1}], "stream[0]", "'every' takes a number"),
-    ("stream", [{"heartbeat": "sometimes"}], "stream[0]", "seconds above 0, \"never\" or"),
-    ("stream", [{"heartbeat": 0}], "stream[0]", "seconds above 0"),
+    ("stream", [{"heartbeat": "sometimes"}], "stream[0]", "takes a text like never"),
+    ("stream", [{"heartbeat": 0}], "stream[0]", "takes a number >= 0.001"),
     ("stream", [{"comment": 5}], "stream[0]", "'comment' takes a text, not 5"),
     ("stream", [{"raw": None}], "stream[0]", "'raw' takes a text, {\"hex\""),
     ("stream", [{"raw": {"hex": "zz"}}], "stream[0]", "that decodes, not {\"hex\": \"zz\"}"),
@@ -795,26 +795,26 @@ MISTAKES = [
     ("stream", [{"crash": "x"}], "stream[0]", "'crash' belongs in a run script"),
     ("stream", ["ordinary"], "stream[0]", "'ordinary' belongs in a run script"),
     ("stream", ["dorp"], "stream[0]", "unknown step 'dorp'; did you mean 'drop'?"),
-    ("stream", [{"chunk": 0}], "stream[0]", "'chunk' takes a number of bytes, \"utf8\" or \"line\", not 0"),
-    ("stream", [{"chunk": "utf-8"}], "stream[0]", "\"utf8\" or \"line\""),
+    ("stream", [{"chunk": 0}], "stream[0]", "'chunk' takes a whole number >= 1, not 0"),
+    ("stream", [{"chunk": "utf-8"}], "stream[0]", "a text like utf8|line, not \"utf-8\""),
     ("stream", [{"chunk": 1, "evry": 1}], "stream[0]", "has no 'evry'; did you mean 'every'?"),
-    ("stream", [{"buffer": -1}], "stream[0]", "'buffer' takes \"all\" or a number of bytes, not -1"),
+    ("stream", [{"buffer": -1}], "stream[0]", "'buffer' takes a whole number >= 1, not -1"),
     ("stream", [{"flush": 1}], "stream[0]", "'flush' takes no argument, not 1"),
     ("stream", [{"drop": "now"}], "stream[0]", "'drop' takes no argument"),
-    ("stream", [{"frame": {"newline": "\t"}}], "stream[0]", "'newline' takes \"\\n\" or \"\\r\\n\" or \"\\r\", not"),
+    ("stream", [{"frame": {"newline": "\t"}}], "stream[0]", "'newline' takes a text like"),
     ("stream", [{"frame": {"id": 5}}], "stream[0]", "'id' takes one line"),
     ("stream", [{"frame": {"ids": None}}], "stream[0]", "did you mean 'id'?"),
     ("stream", [{"frame": {"wrap": "a\nb"}}], "stream[0]", "'wrap' takes one line"),
     ("stream", [{"event": {"id": "a\nb", "data": 1}}], "stream[0]", "'id' takes one line without NUL"),
     ("stream", [{"event": {"data": 1, "retry": "soon"}}], "stream[0]", "'retry' takes a whole number"),
-    ("run", [{"event": {"id": "1", "data": 1}}], "run[0]", "no 'id' in a run: there it comes by itself"),
-    ("run", [{"event": {"data": "text"}, "pad": 5}], "run[0]", "needs 'data' to be an object"),
-    ("run", [{"event": {"data": {}}, "pad": 2**24}], "run[0]", "'pad' takes a whole number from 0 to 8,388,608"),
-    ("run", [{"repeat": 3}], "run[0]", "'repeat' needs steps"),
+    ("run", [{"event": {"id": "1", "data": 1}}], "run[0]", "'event' has no 'id' (there are 3: data, event, retry)"),
+    ("run", [{"event": {"data": "text"}, "pad": 5}], "run[0]", "'event' 'data' takes an object, not"),
+    ("run", [{"event": {"data": {}}, "pad": 2**24}], "run[0]", "'pad' takes a whole number <= 8388608"),
+    ("run", [{"repeat": 3}], "run[0]", "'repeat' needs 'steps'"),
     ("run", [{"wait": 5}], "run[0]", "'wait' takes a text"),
-    ("run", ["wait"], "run[0]", "'wait' needs an argument"),
+    ("run", ["wait"], "run[0]", "'wait' takes a text, not null"),
     ("run", [{"wait": "g", "within": -1}], "run[0]", "'within' takes a number"),
-    ("run", [{"ordinary": "phase4"}], "run[0]", "takes null or \"phase2\" or"),
+    ("run", [{"ordinary": "phase4"}], "run[0]", "takes a text like phase2|phase3|generation"),
     ("run", [{"crash": 5}], "run[0]", "'crash' takes a text"),
     ("run", [{"hang": 5}], "run[0]", "'hang' takes no argument, not 5"),
     ("stream", [{"heartbeat": {"event": "x"}}], "stream[0]", "'heartbeat' needs 'every'"),
@@ -824,7 +824,7 @@ MISTAKES = [
     ("stream", [{"relay": "all"}, {"every": 1}], "stream[1]", "'every' stands in one step with its verb: {'relay': …, 'every': …}"),
     ("stream", [{"open": {"headers": {"Date": "x"}}}], "stream[0]", "the server's own"),
     ("run", [{"fail": {"eror": "x"}}], "run[0]", "did you mean 'error'?"),
-    ("run", [{"fail": 3}], "run[0]", "'fail' takes a text or {"),
+    ("run", [{"fail": 3}], "run[0]", "'fail' takes 'str | object', not 3"),
     ("trigger", [{"open": {"status": 202, "body": {}, "headrs": {}}}], "trigger[0]", "did you mean 'headers'?"),
 ]  # fmt: skip
 assert len(MISTAKES) >= 50
@@ -842,7 +842,7 @@ def test_a_mistake_names_its_place_and_says_what_helps(place, script, at, hint):
     ("x", "takes an object"), ({}, "needs 'name'"), ({"name": "A"}, "1 to 64 of a-z"),
     ({"name": "a", "steam": []}, "did you mean 'stream'?"), ({"name": "a", "seed": []}, "'seed' takes"),
     ({"name": "a", "doc": 1}, "'doc' takes a text"), ({"name": "a", "run": 1}, "a script is a list"),
-    ({"name": "a", "stream": {"cycle": []}}, "stream.cycle: a cycle is a list of scripts, not []"),
+    ({"name": "a", "stream": {"cycle": []}}, 'stream.cycle: takes a script, a list of scripts or {"cycle"'),
     ({"name": "a", "stream": {"cycel": []}}, 'stream: takes a script, a list of scripts or {"cycle"'),
     ({"name": "a", "stream": {"cycle": ["drop"]}}, "stream.cycle[0]: a script is a list of steps"),
     ({"name": "a", "stream": [[{"comment": "a"}], ["dorp"]]}, "stream[1][0]: unknown step 'dorp'"),
@@ -857,8 +857,8 @@ def test_a_scenario_is_checked_whole(value, hint):
 
 def test_every_verb_is_a_method_where_it_may_stand():
     players = {"run": aura_stream.Performance, "stream": Faulty, "trigger": Faulty}
-    for name, verb in VERBS.items():
-        for place in verb.places:
+    for place, verbs in VERBS.items():
+        for name in verbs:
             assert callable(getattr(players[place], name)), (name, place)
 
 
@@ -3580,24 +3580,24 @@ async def test_waiting_in_vain_is_a_408_that_says_what_is_missing():
 
 @pytest.mark.parametrize(("method", "path", "body", "status", "sentence"), [
     ("GET", "journal?cuont=1", None, 400, "the query has no 'cuont'; did you mean 'count'?"),
-    ("GET", "journal?count=many", None, 400, "the query 'count' takes a whole number from 1 to 1,000, not \"many\""),
-    ("GET", "journal?count=0", None, 400, "'count' takes a whole number from 1"),
-    ("GET", "journal?within=-1", None, 400, "'within' takes a number from 0"),
-    ("GET", "journal?within=nan", None, 400, "'within' takes a number from 0"),
-    ("GET", "journal?kind=streams", None, 400, "'kind' takes \"stream\" or \"trigger\" or \"request\""),
-    ("DELETE", "connections?how=kill", None, 400, "'how' takes \"end\" or \"drop\" or \"reset\", not \"kill\""),
+    ("GET", "journal?count=many", None, 400, "the query 'count' takes a whole number, not \"many\""),
+    ("GET", "journal?count=0", None, 400, "'count' takes a whole number >= 1"),
+    ("GET", "journal?within=-1", None, 400, "'within' takes a number >= 0"),
+    ("GET", "journal?within=nan", None, 400, "'within' takes a number >= 0"),
+    ("GET", "journal?kind=streams", None, 400, "'kind' takes a text like stream|trigger|request"),
+    ("DELETE", "connections?how=kill", None, 400, "'how' takes a text like end|drop|reset, not \"kill\""),
     ("DELETE", "connections/99", None, 404, "no open connection has the id 99"),
     ("POST", "reset?testId=", None, 400, "the query 'testId' takes a text that is not empty"),
     ("POST", "check", [], 422, "takes an object"),
     ("POST", "reset?tesId=1", None, 400, "did you mean 'testId'?"),
     ("POST", "next", {}, 422, "needs 'scenario'"),
-    ("POST", "next", {"scenario": "drop", "times": 0}, 422, "takes a whole number from 1"),
+    ("POST", "next", {"scenario": "drop", "times": 0}, 422, "takes a whole number >= 1"),
     ("POST", "next", {"scenario": "drop", "tiems": 1}, 422, "did you mean 'times'?"),
-    ("POST", "next", {"scenario": 5}, 422, "takes a name or a scenario"),
+    ("POST", "next", {"scenario": 5}, 422, "takes 'str | object', not 5"),
     ("POST", "signal", {"gat": "a"}, 422, "did you mean 'gate'?"),
     ("POST", "signal", {"gate": "a", "runId": "nobody"}, 404, "no such run on instance"),
     ("POST", "signal", {"gate": "a", "runId": 7}, 404, "runId not found"),
-    ("POST", "clock", {"advance": -1}, 422, "takes a number from 0"),
+    ("POST", "clock", {"advance": -1}, 422, "takes a number >= 0"),
     ("POST", "clock", [], 422, "takes an object"),
     ("POST", "check", "text", 422, "takes an object"),
     ("POST", "shutdown", None, 409, "this application runs in memory"),
@@ -6018,8 +6018,8 @@ def test_running_takes_a_free_port_unless_told_otherwise():
 @pytest.mark.parametrize(("fields", "sentence"), [
     ({"scenario": "dorp"}, "--scenario: there is no scenario 'dorp'; did you mean 'drop'?"),
     ({"case": "1=dorp"}, "--case: there is no scenario 'dorp'; did you mean 'drop'?"),
-    ({"heartbeat": "x"}, "--heartbeat must be a number, not 'x'"), ({"port": "1"}, "--port must be a whole number, not '1'"),
-    ({"speed": "fast"}, "--speed must be a number above 0 or max, not 'fast'"),
+    ({"heartbeat": "x"}, "'--heartbeat' takes a number, not \"x\""), ({"port": "1"}, "'--port' takes a whole number, not \"1\""),
+    ({"speed": "fast"}, "'--speed' takes a number above 0 or max, not \"fast\""),
 ])  # fmt: skip
 def test_a_wrong_setting_raises_in_the_caller_as_it_is(fields, sentence):
     with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"), running(**fields):
@@ -6652,7 +6652,7 @@ def test_what_goes_wrong_at_the_start_is_one_sentence_and_status_2(capsys):
     why = "another program does already; stop that, or --port 0 takes a free port"
     assert text == f"aura-stream: cannot listen on 127.0.0.1:{aura.port}: {why}\n"
     assert main(["serve", "--port", "x"]) == 2
-    assert capsys.readouterr().err == "aura-stream: --port must be a whole number, not 'x'\n"
+    assert capsys.readouterr().err == "aura-stream: '--port' takes a whole number, not \"x\"\n"
 
 
 def test_help_names_every_flag_and_its_variable(capsys):
@@ -6723,7 +6723,7 @@ def test_the_scenarios_are_listed_and_printed_ready_to_change(capsys, tmp_path):
 @pytest.mark.parametrize(("flags", "sentence"), [
     (["--scenario", "dorp"], "--scenario: there is no scenario 'dorp'; did you mean 'drop'?"),
     (["--case", "1=dorp"], "--case: there is no scenario 'dorp'; did you mean 'drop'?"),
-    (["--case", "85117"], "--case takes CASE=SCENARIO, not '85117'"), (["--speed", "fast"], "--speed must be a number above 0 or max"),
+    (["--case", "85117"], "--case takes CASE=SCENARIO, not '85117'"), (["--speed", "fast"], "'--speed' takes a number above 0 or max"),
     (["drop"], "'serve' takes no 'drop'"), (["serve"], "the command comes first: aura-stream serve …"),
     (["--speeed", "3"], "there is no --speeed; did you mean --speed?"),
     (["--scenarios", "/nowhere.json"], "--scenarios /nowhere.json: "),
@@ -6769,7 +6769,7 @@ def test_each_command_has_a_help_that_fits_a_screen(capsys):
     (["diagnose", "localhost:9000/x"], "a URL is like http://localhost:9000/…, and 'localhost:9000/x' is not"),
     (["diagnose", "http://h/x", "--cas", "1"], "there is no --cas; did you mean --case?"),
     (["diagnose", "http://h/x", "-H", "Nö: 1"], "'nö' is no name a header can have"),
-    (["diagnose", "http://h/x", "--limit", "0"], "'--limit' takes a number from 1 to 1,000,000, not 0.0"),
+    (["diagnose", "http://h/x", "--limit", "0"], "'--limit' takes a number >= 1.0, not 0.0"),
     (["diagnose", "http://h/x", "--limit", "long"], "argument --limit: invalid float value: 'long'"),
     (["diagnose", "http://127.0.0.1:1/x"], "nobody could be asked: cannot reach 127.0.0.1:1: Connection refused; is it running?"),
     (["diagnose", "ftp://h/x"], "a URL is like http://localhost:9000/…, and 'ftp://h/x' is not"),
@@ -7571,7 +7571,7 @@ def test_the_readme_names_the_whole_catalogue_and_every_verb():
     listed = re.findall(r"^- (?:Runs|Body|Time|Shape|Status|Resume|Trigger): (.*)$", README, re.M)
     assert re.findall(r"`([a-z0-9-]+)`", " ".join(listed)) == list(CATALOGUE)
     steps = re.findall(r"^\| (`[a-z` ]+`) \| (?:run|stream|trigger|all)", README, re.M)
-    assert sorted(re.findall(r"`(\w+)`", " ".join(steps))) == sorted(VERBS)
+    assert sorted(re.findall(r"`(\w+)`", " ".join(steps))) == sorted({**VERBS["run"], **VERBS["stream"]})
 
 
 def test_the_readmes_scenario_is_right():
