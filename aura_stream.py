@@ -3543,11 +3543,12 @@ class Metrics:
             )
         ]
         self._sums, (self._open, self._rate, self._names, self._ended) = made[:4], made[4:8]
-        self._requests, self._runs, self._first, self._lasted, ran = made[8:]
+        requests, self._runs, self._first, self._lasted, ran = made[8:]
         for name in (*KNOWN_EVENTS, "other"):
             self._names.labels(name)
         for end in ACTS:
             self._ended.labels(*end)
+        self._asked = functools.cache(requests.labels)
         hub.time_taken, journal.count = ran.observe, self._over
 
     def _so_far(self, entry: Entry) -> None:
@@ -3555,14 +3556,15 @@ class Metrics:
         begun = entry.first_event is not None
         now = (1, entry.last_event_id is not None, entry.bytes, entry.heartbeats, begun)
         for one, after, before in zip(self._sums, now, entry.counted, strict=False):
-            one.inc(after - before)
+            if after > before:
+                one.inc(after - before)
         if begun > entry.counted[-1]:
             self._first.observe((entry.first_event or 0.0) - entry.opened)
         entry.counted = now
 
     def _over(self, entry: Entry) -> None:
         method = entry.method if entry.method in METHODS else "other"
-        self._requests.labels(method, shown_path(entry.pattern), entry.status).inc()
+        self._asked(method, shown_path(entry.pattern), entry.status).inc()
         if entry.streams and entry.closed is not None:
             self._so_far(entry)
             self._ended.labels(*(entry.end or LEFT)[:2]).inc()
@@ -3597,6 +3599,7 @@ class Metrics:
 RUN_STATUSES = ("running", "completed", "failed", "cancelled")
 
 
+@functools.cache
 def shown_path(pattern: str) -> str:
     """A route's path as the contract writes it; a job's events as the runbook's queries do."""
     path = re.sub(r"<(?:int:)?(\w+)>", lambda found: f"{{{camel(found[1])}}}", pattern)
@@ -6183,10 +6186,14 @@ class LogWriter:
 
     def _put_out(self) -> None:
         """Past Python's buffer: to be stuck in there when the process ends would be a crash."""
-        for line in iter(self._lines.get, ""):
+        for first in iter(self._lines.get, ""):
+            clock.sleep(0.02)  # to wake this thread for each line would hold up the others
+            text = first + "\n"
+            while self._lines.qsize() > 1 and len(text) < 2**16:  # the last may be the end's ""
+                text += self._lines.get() + "\n"
             with contextlib.suppress(OSError):
                 if sys.stderr:  # else 2 may be anything
-                    os.write(2, to_bytes(line + "\n"))
+                    os.write(2, to_bytes(text))
 
     def close(self) -> None:
         """What is left goes out, if somebody reads it."""
