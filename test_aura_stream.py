@@ -6527,7 +6527,8 @@ HOSTILE = {  # what each of its answers is, by their number; the arguments of th
     "single bytes": (lambda n: [CHUNKED, again(b"1\r\nx\r\n")], {}, "shredded"),
     "blanks in a head": (lambda n: [b"HTTP/1.1 200 OK\r\nx:" + b" " * 60_000 + b"\0\r\n\r\n"], {}, "no-answer"),
     "blanks in a trailer": (lambda n: [CHUNKED, b"0\r\nx:" + b" " * 60_000 + b"\0\r\n\r\n"], {}, "cut"),
-    "some at each visit": (lambda n: [an_answer(b"id: %d\ndata: x\n\n" % n), b"".join(itertools.islice(numbered(b"id: %d_#\ndata: x\n\n" % n), 60))], {}, "ended-early"),
+    "some at each visit": (lambda n: [an_answer(b"id: %d\ndata: x\n\n" % n), b"".join(itertools.islice(numbered(b"id: %d_#\ndata: x\n\n" % n), 60))],
+                           {}, "ended-early healthy"),  # by whether the time is over first
     "a journal without end": (lambda n: [an_answer(STARTED_ONLY + ENDED_TOO if not n else ENDED_TOO, *OURS)] if n < 2 else [an_answer(b'{"entries": ['), again(b"[],")],
                               {}, "healthy"),
     "a trigger without end": (lambda n: [TRIGGERED, b"{", again(b'"":0,')], {"case": "1"}, "trigger-refused"),
