@@ -760,7 +760,7 @@ MAKERS: dict[str, Callable[[Any, Mapping[str, Any]], Event | bytes]] = {
 def _made_ready(name: str, argument: Any, modifiers: Mapping[str, Any]) -> Event | bytes | None:
     """What the step will send, if that is small and the same each time: then it is encoded here,
     once."""
-    if name not in MAKERS or modifiers.get("pad", 0) > BIG or TEMPLATE.search(to_json(argument)):
+    if name not in MAKERS or "pad" in modifiers or TEMPLATE.search(to_json(argument)):
         return None
     return MAKERS[name](argument, modifiers)
 
@@ -2001,7 +2001,7 @@ class Delivery(Player):
     batch: float = math.inf  # events in one write
     outlet: Any = None  # where output is held back
     by, reason = "server", "the script ended"  # of a proper end
-    _parting = False  # these are the last words: they go out with the end, in one write
+    _last = _parting = False  # the last step; the last words, which go out with the end, together
 
     def __init__(
         self, script: Script, entry: Entry, hub: Hub, run: Run | None = None,
@@ -2019,7 +2019,7 @@ class Delivery(Player):
         self._till_beat: Limit | None = None
         self._resting: trio.CancelScope | None = None
         self._closed = False
-        self._words: list[tuple[int, Cargo]] = []  # the last ones: sizes, and what they carry
+        self._words: list[tuple[int, Cargo]] = []  # not out yet: sizes, and what they carry
 
     async def deliver(self, send: Send, headers: Iterable[tuple[str, str]] = ()) -> None:
         """Play the script to its end; `headers` go out beside its own."""
@@ -2030,26 +2030,33 @@ class Delivery(Player):
             with contextlib.suppress(Over):
                 for at, step in enumerate(self._script):
                     self.entry.step = at
-                    self._parting = step.verb in MAKERS and self._script[at + 1 :] in ENDS
+                    self._last = self._script[at + 1 :] in ENDS
+                    self._parting = self._last and step.verb in MAKERS
                     await self.play((step,))
             await self.flush()
             self._closed = False  # an operator's end is one: what is usual still goes out
             if not self.entry.status:
                 await self.open(self._usual)
+            self._parting = False
+            if self._connection is not None:
+                self._connection.gathers = False
             await self._end(send)
 
     async def _end(self, send: Send) -> None:
         """Write the end down, then say it, with the last words: whoever hangs up on reading these
         has read the end, too."""
         await self.finish("end")
-        if self._connection is not None:
-            self._connection.gathers = False
         try:
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
-            unsent = self._connection is not None and self._connection.unsent
-            for size, cargo in [] if unsent else self._words:
-                self.entry.sent(size, cargo)
+            self._count()
+
+    def _count(self) -> None:
+        """What was written has gone out, or the connection is lost."""
+        lost = self._connection is not None and self._connection.unsent
+        for size, cargo in [] if lost else self._words:
+            self.entry.sent(size, cargo)
+        self._words.clear()
 
     async def open(self, step: Step) -> None:
         """The head, at once. What it does not say is as usual for a stream, or for a plain body."""
@@ -2085,10 +2092,9 @@ class Delivery(Player):
             self._connection.gathers = True
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
         self._quiet_since, self._said_at = self.time.now(), trio.current_time()
-        if self._parting:
-            self._words.append((len(data), cargo))
-        elif not self.lost:
-            self.entry.sent(len(data), cargo)
+        self._words.append((len(data), cargo))
+        if self._connection is None or not self._connection.gathered:
+            self._count()
 
     async def hold(self, data: bytes, cargo: Cargo) -> None:
         """The way through an outlet; an ordinary delivery has none, so this is no other."""
@@ -2172,6 +2178,7 @@ class Delivery(Player):
         names = log.names(last - count, last)
         found = portion.until is not None and names[-1] == portion.until
         portion.left = 0 if found else portion.left - count
+        self._parting = self._last and log.ended and last == log.last
         await self.write(self.dressed(piece, last), Cargo(names, last))
         if portion.within is not math.inf:
             portion.quiet = self.time.now() + portion.within
@@ -2337,8 +2344,11 @@ class Faulty(Delivery):
 
     async def _begin_next(self, log: Log, cursor: Cursor, size: float) -> None:
         """The first bytes of the event that comes next, or that fraction of it."""
-        after = max(cursor.place, log.first - 1)
-        while not (piece := log.read(after, most=1)[0]) and not log.ended:
+        while True:
+            after = max(cursor.place, log.first - 1)
+            piece, _ = log.read(after, most=1)
+            if piece or log.ended:
+                break
             await log.news()
         data = self.dressed(piece, after + 1)
         await self.write(data[: int(size if size >= 1 else size * len(data))])
@@ -2412,8 +2422,12 @@ class Faulty(Delivery):
             await self.put(self._farewell, NOTHING)
         if self._how == "end" or self._connection is None:
             await super()._end(send)
-        else:
+            return
+        try:
             await self._cut(self._how)
+        except Over:  # meanwhile another operator wishes something else
+            self._closed = False
+            await self._end(send)
 
     def close(self, how: str, farewell: bytes = b"") -> None:
         """End this delivery from outside, with a last word to its viewer; or at once, by cutting
@@ -2633,7 +2647,7 @@ class Desk:
             return
         for pair in filter(None, self.settings.case.split(",")):
             case_id, _, name = pair.partition("=")
-            if (scenario := self._from_start("case", name)) is None:
+            if not case_id or (scenario := self._from_start("case", name)) is None:
                 raise ValueError(f"--case takes CASE=SCENARIO, not {pair!r}")
             self._bindings.append(Binding(scenario, math.inf, case_id))
 
@@ -2820,7 +2834,7 @@ class Exchange(TrioASGIHTTPConnection):
             await super().__call__(receive, send)
         finally:
             connection, cause = connection_of(self.scope), sys.exception()
-            if connection and connection.unsent:
+            if connection and connection.unsent and (self._entry.end or LEFT).how == "end":
                 self._entry.end = None  # an end that could not be written was none
             if isinstance(cause, Exception):
                 self._entry.finish("server", "error", explained(cause).error)
@@ -3113,7 +3127,7 @@ class Reception:
             if LOCAL_PEER.fullmatch(entry().client):
                 forwarded = header(b"x-forwarded-host").partition(",")[0] or host
                 known_host(forwarded, hosts_of(self.settings))
-                scheme = header(b"x-forwarded-proto").partition(",")[0] or scheme
+                scheme = "https" if header(b"x-forwarded-proto").startswith("https") else scheme
                 host = forwarded
         return f"{scheme}://{host}"
 
@@ -3931,7 +3945,7 @@ class Connection(TCPServer):
     lost = False  # the peer is gone, or we have cut it off
     unsent = False  # it was gone, or stalled, when we had something to write
     gathers = False  # what is written now goes out with what comes next
-    _gathered: tuple[bytes, ...] = ()
+    gathered = b""
     half_closed = False  # the client says no more; what it asked for may still be answered
     _streams = False  # what it asked for is a stream
     _closing = False  # we say goodbye
@@ -4019,12 +4033,13 @@ class Connection(TCPServer):
     async def _send(self, *parts: bytes) -> None:
         """Send directly while the kernel takes it, nearly always; else wait, but not for ever."""
         if self.lost:
+            self.unsent = True
             return
-        if self.gathers or self._gathered:
-            parts, self._gathered = (*self._gathered, *parts), ()
-        if self.gathers and sum(map(len, parts)) < PIECE:
-            self._gathered = parts
-            return
+        if self.gathers or self.gathered:
+            self.gathered += b"".join(parts)
+            if self.gathers and len(self.gathered) < PIECE:
+                return
+            parts, self.gathered = (self.gathered,), b""
         try:
             busy = self.send_lock.locked() or os.name != "posix"
             sent = 0 if busy else os.writev(self.stream.socket.fileno(), parts)
@@ -4049,6 +4064,7 @@ class Connection(TCPServer):
     async def _send_piece(self, piece: memoryview) -> None:
         """Send it within the send deadline; or cut off who does not read."""
         if self.lost:
+            self.unsent = True
             return
         patience = self.settings.send_timeout
         deadline = min(trio.current_time() + patience, self._leave_by)
@@ -5046,7 +5062,8 @@ def known_scenarios(settings: Settings) -> dict[str, Scenario]:
     wrong with the file, or with a name in the settings."""
     known, where = catalogue(), f"--scenarios {settings.scenarios}"
     try:
-        own = json.loads(Path(settings.scenarios).read_text("utf-8")) if settings.scenarios else []
+        text = Path(settings.scenarios).read_text("utf-8") if settings.scenarios else "[]"
+        own = json.loads(text, parse_constant=int)
         for index, value in enumerate(own if isinstance(own, list) else [own]):
             where = f"--scenarios {settings.scenarios}, [{index}]"
             one = documented(value)
@@ -6179,10 +6196,13 @@ class LogWriter:
         if self._lines.qsize() >= (1 if self._dropped else self.most):
             self._dropped += 1
             return
+        self._say_dropped()
+        self._lines.put(indented(text))
+
+    def _say_dropped(self) -> None:
         if self._dropped:
             self._lines.put(f"aura-stream: dropped {self._dropped} log lines, nobody read them")
             self._dropped = 0
-        self._lines.put(indented(text))
 
     def _put_out(self) -> None:
         """Past Python's buffer: to be stuck in there when the process ends would be a crash."""
@@ -6193,12 +6213,22 @@ class LogWriter:
                 text += self._lines.get() + "\n"
             with contextlib.suppress(OSError):
                 if sys.stderr:  # else 2 may be anything
-                    os.write(2, to_bytes(text))
+                    _write_whole(2, to_bytes(text))
 
     def close(self) -> None:
         """What is left goes out, if somebody reads it."""
+        self._say_dropped()
         self._lines.put("")
         self._thread.join(1)
+
+
+def _write_whole(file: int, data: bytes) -> None:
+    """Also where somebody has made the file non-blocking."""
+    while data:
+        try:
+            data = data[os.write(file, data) :]
+        except BlockingIOError:
+            clock.sleep(0.05)
 
 
 def cannot_listen(settings: Settings, error: BaseException) -> str:

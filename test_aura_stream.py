@@ -2262,6 +2262,23 @@ async def test_a_relay_may_end_in_the_middle_of_the_event_that_comes_next(size, 
         assert await pieces([{"relay": "all", "cut": 0.5}], run=run, hub=hub), "behind the last one comes nothing"
 
 
+async def test_what_is_to_be_cut_may_be_forgotten_while_it_is_waited_for(autojump_clock):
+    async with hub_for(max_run_events=5) as hub:
+        many = {"repeat": 50, "steps": says("b")[:1]}
+        run = hub.start(facts(hub.time), scenario(*says("a", "a"), {"wait": "g"}, many, "hang"))
+        found = []
+
+        async def view():
+            found.append(await pieces([{"relay": 2, "cut": 5}, {"comment": "cut"}], run=run, hub=hub))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(view)
+            await trio.testing.wait_all_tasks_blocked()
+            hub.gates.signal("g")
+        run.cancel(Failure("enough"))
+    assert b"".join(data for _, data in found[0][0]).endswith(b"event: cut\n\n")
+
+
 async def test_a_shared_cursor_is_the_old_queue(autojump_clock):
     """Each event goes to one viewer only; with a cursor of its own, each would see all."""
     async with hub_for() as hub:
@@ -5697,6 +5714,66 @@ def test_an_operator_s_restart_drops_with_a_retry_so_that_every_client_comes_bac
             aura._ask("POST", "/api/admin/sse/restart?how=slowly")
 
 
+@pytest.mark.parametrize(("stream", "version"), [
+    ([{"chunk": 1}, {"raw": "x" * 1200}], "1.1"), ([{"chunk": 1}, {"raw": "x" * 1200}], "1.0"), ([{"chunk": "utf8"}, {"raw": "가" * 400}], "1.1"),
+    ([{"chunk": "line"}, {"event": {"data": "a\n" * 400}}], "1.1"), ([{"chunk": 1000}, {"event": {"data": {}}, "pad": 200_000}], "1.1"),
+    ([{"chunk": 1}, {"buffer": "all"}, {"comment": "y" * 900}], "1.1"), ([{"chunk": 1}, {"raw": "x" * 30_000}], "1.1"),
+])  # fmt: skip
+def test_last_words_of_any_form_come_and_are_counted(stream, version):
+    with running() as aura:
+        run_id = aura.trigger("1", scenario={"name": "long", "stream": stream})
+        with connect(aura, get(f"/aura/analysis-runs/{run_id}/stream", version=version, headers={"Connection": "close"})) as wire:
+            seen = Seen(wire)
+        (entry,) = aura.journal(run_id, count=1, within=WAIT)
+    assert seen.ended == "end" and (entry.end.by, entry.end.how, entry.bytes) == ("server", "end", len(seen.body))
+
+
+@pytest.mark.parametrize("rest", [[], [{"sleep": 1000}]])
+@pytest.mark.parametrize("chunk", [[], [{"chunk": 1000}]])
+def test_what_a_client_has_read_before_it_leaves_is_counted(rest, chunk):
+    with running() as aura:
+        run_id = aura.trigger("1", scenario={"name": "big", "stream": [*chunk, {"event": {"data": {}}, "pad": 300_000}, *rest]})
+        with connect(aura, get(f"/aura/analysis-runs/{run_id}/stream")) as wire:
+            read_until(wire, b'x"}\n\n' if not chunk else b"}\n\n")
+        (entry,) = aura.journal(run_id, count=1, within=WAIT)
+    assert (entry.events, entry.bytes) == (1, 300_019), entry.said
+
+
+@pytest.mark.parametrize("second", ["POST /api/admin/sse/broadcast-reconnect", "DELETE /__aura/connections?how=end", "POST /api/admin/connections/reset"])
+def test_two_operators_at_once_are_operators(second, heard, usual_cuts):
+    with running() as aura:
+        wire, run_id = open_quiet_stream(aura)
+        aura._ask("POST", "/api/admin/sse/restart")
+        aura._ask(*second.split())
+        with wire:
+            wire.settimeout(2)
+            with contextlib.suppress(TimeoutError):
+                assert b"retry: 1000\n\n" in read_until(wire, b"0\r\n\r\n" if "end" in second else None)
+        (entry,) = aura.journal(run_id, count=1, within=WAIT)
+    assert (entry.end.by, entry.end.how) == ("admin", "end" if "end" in second else "drop")
+    assert "Error in ASGI" not in heard.all()
+
+
+def test_a_restart_lets_the_last_words_go_before_its_own():
+    with running() as aura:
+        run_id = aura.trigger("1", scenario={"name": "slow", "stream": [{"comment": "connected"}, {"chunk": 400}, {"raw": "x" * 50_000}]})
+        with connect(aura, get(f"/aura/analysis-runs/{run_id}/stream", headers={"Connection": "close"})) as wire:
+            aura._ask("POST", "/api/admin/sse/restart")  # perhaps before them, mostly between
+            seen = Seen(wire)
+        (entry,) = aura.journal(run_id, count=1, within=WAIT)
+    assert entry.bytes == len(seen.body) and seen.body.endswith(b"retry: 1000\n\n" if entry.end.by == "admin" else b"x")
+
+
+def test_who_leaves_on_a_job_s_last_event_is_not_blamed_for_its_end():
+    with running(event_delay=0) as aura:
+        for number in range(30):
+            job = httpx.post(f"{aura.url}/api/v1/generations", json={"projectId": "1"}).json()["jobId"]
+            with connect(aura, get(f"/api/v1/generations/{job}/events")) as wire:
+                read_until(wire, b"event: completed")
+        ends = {(one.end.by, one.end.how) for one in aura.journal(count=30, within=WAIT)}
+    assert ends == {("server", "end")}
+
+
 def test_an_http10_client_cannot_tell_a_drop_from_an_end_and_the_journal_says_so():
     with running(event_delay=0) as aura:
         run_id = aura.trigger("1", scenario="drop")
@@ -6654,6 +6731,20 @@ def test_what_goes_wrong_at_the_start_is_one_sentence_and_status_2(capsys):
     assert text == f"aura-stream: cannot listen on 127.0.0.1:{aura.port}: {why}\n"
     assert main(["serve", "--port", "x"]) == 2
     assert capsys.readouterr().err == "aura-stream: '--port' takes a whole number, not \"x\"\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes of another kind")
+@pytest.mark.parametrize(("lines", "most"), [(100, 5), (2000, 10_000)])
+def test_a_log_line_comes_or_is_counted_whatever_kind_of_pipe_it_goes_to(lines, most):
+    """One that is non-blocking and small, as some programs make it; and the count comes also where no line follows."""
+    code = f"import aura_stream as a; w = a.LogWriter(); w.most = {most}; [w.write('line ' + 'x' * 60) for _ in range({lines})]; w.close()"
+    out, into = os.pipe()
+    os.set_blocking(into, False)
+    with subprocess.Popen([sys.executable, "-c", code], cwd=HERE, stderr=into), open(out) as log:
+        os.close(into)
+        text = log.read()
+    dropped = sum(map(int, re.findall(r"dropped (\d+) log lines", text)))
+    assert text.count("line x") + dropped == lines and (dropped > 0) == (lines > most)
 
 
 def test_help_names_every_flag_and_its_variable(capsys):
