@@ -1603,6 +1603,15 @@ async def test_what_is_held_is_weighed_with_its_emoji(autojump_clock):
         assert max(run.log.size for run in hub.seen_by(None)) < 10_000, "and is not said over and over again"
 
 
+def test_a_script_holds_no_pads_before_they_are_due():
+    source = {"name": "pads", "stream": [{"event": {"data": {}}, "pad": 65_536}] * 1500}
+    tracemalloc.start()
+    own = parse_scenario(source)
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert held < 2 * own.weight, "58 KB of JSON held 95 MB"
+
+
 async def test_ids_of_any_length_are_remembered_at_no_cost(autojump_clock):
     async with in_memory(max_journal=5) as (client, _, _, _):
 
@@ -5766,7 +5775,7 @@ def test_a_restart_lets_the_last_words_go_before_its_own():
 
 def test_who_leaves_on_a_job_s_last_event_is_not_blamed_for_its_end():
     with running(event_delay=0) as aura:
-        for number in range(30):
+        for _ in range(30):
             job = httpx.post(f"{aura.url}/api/v1/generations", json={"projectId": "1"}).json()["jobId"]
             with connect(aura, get(f"/api/v1/generations/{job}/events")) as wire:
                 read_until(wire, b"event: completed")
