@@ -476,7 +476,7 @@ class Time:
             await all_wait()
 
     def stir(self) -> None:
-        """Somebody has asked for something, or begun to wait, or done waiting."""
+        """Somebody has begun to wait, or done waiting: a run that starts, a viewer that comes."""
         self._stirred = clock.perf_counter()
         self._wanted.set()
 
