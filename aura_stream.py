@@ -540,7 +540,8 @@ class Limit:
 
 # ═══ 4  Scripts ═══════════════════════════════════════════════════════════════════════════════════
 # What a run says and how a stream is served, as data: a list of steps, each one verb and its
-# argument. A script is checked whole before it runs; afterwards it cannot be wrong, only unkind.
+# argument. It is checked whole before it runs: a parsed script always plays; it may still misbehave
+# on purpose.
 
 
 class Mistake(ValueError):
@@ -758,7 +759,7 @@ MAKERS: dict[str, Callable[[Any, Mapping[str, Any]], Event | bytes]] = {
 
 
 def _made_ready(name: str, argument: Any, modifiers: Mapping[str, Any]) -> Event | bytes | None:
-    """What the step will send, if that is small and the same each time: then it is encoded here,
+    """What the step will send, if it has no pad and is the same each time: then it is encoded here,
     once."""
     if name not in MAKERS or "pad" in modifiers or TEMPLATE.search(to_json(argument)):
         return None
