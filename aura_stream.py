@@ -1594,6 +1594,7 @@ class Log:
 
     def __init__(self, *, ids: bool = True, write: int = 64 * 2**10) -> None:
         self.first = 1  # the id of the oldest event still here
+        self.last = 0  # the id of the newest event, whether it is still here or not
         self.ended = False
         self.last_name = ""  # of the newest event, whether it is still here or not
         self._news = trio.Event()
@@ -1601,12 +1602,7 @@ class Log:
         self._blocks: list[bytes] = []
         self._names: list[str] = []
         self._ends: list[int] = []  # counted from the first byte ever: forgetting moves nothing
-        self._forgotten = 0
-
-    @property
-    def last(self) -> int:
-        """The id of the newest event, whether it is still here or not; 0 if there was none."""
-        return self.first + len(self._ends) - 1
+        self._end = self._forgotten = 0
 
     @property
     def size(self) -> int:
@@ -1630,9 +1626,11 @@ class Log:
         return event.numbered(self.first - 1 if self._ids else None)
 
     def append(self, event: Event) -> None:
-        block = b"%bid: %d\n\n" % (event.block, self.last + 1) if self._ids else event.block + b"\n"
+        self.last += 1
+        block = b"%bid: %d\n\n" % (event.block, self.last) if self._ids else event.block + b"\n"
         self._blocks.append(block)
-        self._ends.append((self._ends[-1] if self._ends else self._forgotten) + len(block))
+        self._end += len(block)
+        self._ends.append(self._end)
         self.last_name = event.name[:200]
         self._names.append(self.last_name)
 
@@ -1978,6 +1976,13 @@ TEXT_HEAD = {"content-type": "text/plain; charset=utf-8"}
 Send = Callable[[Any], Awaitable[None]]
 
 
+class NoSocket:
+    """Below a delivery in memory there is no connection."""
+
+    lost = unsent = gathers = False
+    gathered, cut = b"", None
+
+
 @dataclass(slots=True)
 class Portion:
     """What a relay step still has to deliver; it outlives the heartbeats in between."""
@@ -2003,6 +2008,7 @@ class Delivery(Player):
     outlet: Any = None  # where output is held back
     by, reason = "server", "the script ended"  # of a proper end
     _last = _parting = False  # the last step; the last words, which go out with the end, together
+    _half = False  # the last bytes were half an event, if any
 
     def __init__(
         self, script: Script, entry: Entry, hub: Hub, run: Run | None = None,
@@ -2012,7 +2018,7 @@ class Delivery(Player):
         names = entry.ids if run is None else run.facts.names
         super().__init__(hub.time, hub.gates, names, entry.seed)
         self._script, self.entry, self._hub, self._run = script, entry, hub, run
-        self._named, self._connection = headers or {}, connection
+        self._named, self._connection = headers or {}, connection or NoSocket()
         self._usual = usual or Step("open", {})  # the head where its script mentions none
         self._cursor = Cursor(entry.resumed_after)
         self._beat_every = self._quiet_since = math.inf
@@ -2032,16 +2038,21 @@ class Delivery(Player):
                 for at, step in enumerate(self._script):
                     self.entry.step = at
                     self._last = self._script[at + 1 :] in ENDS
-                    self._parting = self._last and step.verb in MAKERS
+                    self._parting = step.verb in MAKERS and (self._last or self._news_after(at))
                     await self.play((step,))
             await self.flush()
             self._closed = False  # an operator's end is one: what is usual still goes out
             if not self.entry.status:
                 await self.open(self._usual)
             self._parting = False
-            if self._connection is not None:
-                self._connection.gathers = False
+            self._connection.gathers = False
             await self._end(send)
+
+    def _news_after(self, at: int) -> bool:
+        """Whether what follows this step follows at once."""
+        verbs = [step.verb for step in self._script[at + 1 : at + 3] if not step.modifiers]
+        waits = self._run is None or self._run.log.last <= self._cursor.place
+        return verbs == ["heartbeat", "relay"] and self.outlet is None and not waits
 
     async def _end(self, send: Send) -> None:
         """Write the end down, then say it, with the last words: whoever hangs up on reading these
@@ -2054,8 +2065,7 @@ class Delivery(Player):
 
     def _count(self) -> None:
         """What was written has gone out, or the connection is lost."""
-        lost = self._connection is not None and self._connection.unsent
-        for size, cargo in [] if lost else self._words:
+        for size, cargo in [] if self._connection.unsent else self._words:
             self.entry.sent(size, cargo)
         self._words.clear()
 
@@ -2080,6 +2090,7 @@ class Delivery(Player):
         if self._closed:
             raise Over
         if not self.entry.status:
+            self._connection.gathers = data and self.outlet is None  # these go out with the head
             await self.open(Step("open", {}))
         if data and self.entry.status not in BODILESS:  # whatever the script says
             await (self.put if self.outlet is None else self.hold)(data, cargo)
@@ -2089,12 +2100,11 @@ class Delivery(Player):
         if not self.entry.bytes and not self._words and self._run:
             name, run_id = self.entry.stream_name, safe(self.entry.run_id)
             log.info("%s: first chunk sent run_id=%s", name, run_id)
-        if self._parting and self._connection is not None:
-            self._connection.gathers = True
+        self._connection.gathers = self._parting
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
         self._quiet_since, self._said_at = self.time.now(), trio.current_time()
         self._words.append((len(data), cargo))
-        if self._connection is None or not self._connection.gathered:
+        if not self._connection.gathered:
             self._count()
 
     async def hold(self, data: bytes, cargo: Cargo) -> None:
@@ -2104,7 +2114,7 @@ class Delivery(Player):
     @property
     def lost(self) -> bool:
         """The viewer is gone, and soon this will be cancelled."""
-        return self._connection is not None and self._connection.lost
+        return bool(self._connection.lost)
 
     async def finish(self, how: str) -> None:
         """Write down that this is the end, before the act; unless the viewer made one already."""
@@ -2146,6 +2156,8 @@ class Delivery(Player):
         portion = Portion(cursor, left, until, every, within, most)
         portion.quiet = self.time.now() + within
         await self.rest(lambda: self._follow(portion))
+        if self._run and "cut" in modifiers:
+            await self.rest(partial(self._begin_next, self._run.log, cursor, modifiers["cut"]))
 
     async def _follow(self, portion: Portion) -> None:
         while self._run and portion.left > 0 and self.entry.status not in BODILESS:
@@ -2185,6 +2197,18 @@ class Delivery(Player):
             portion.quiet = self.time.now() + portion.within
         if portion.every is not None:
             portion.due = self.time.now() + self.draw(portion.every)
+
+    async def _begin_next(self, log: Log, cursor: Cursor, size: float) -> None:
+        """The first bytes of the event that comes next, or that fraction of it."""
+        while True:
+            after = max(cursor.place, log.first - 1)
+            piece, _ = log.read(after, most=1)
+            if piece or log.ended:
+                break
+            await log.news()
+        data = self.dressed(piece, after + 1)
+        await self.write(data[: int(size if size >= 1 else size * len(data))])
+        self._half = True
 
     async def rest(self, wait: Callable[[], Awaitable[None]]) -> None:
         """Await `wait`, with a heartbeat after every quiet interval.
@@ -2283,7 +2307,6 @@ class Faulty(Delivery):
     _beat: Mapping[str, Any] | None = None
     _due = 0.0  # script time before which the next piece may not go
     _farewell, _how = b"", "end"  # what an operator wishes
-    _half = False  # the last bytes were half an event, if any
 
     async def hold(self, data: bytes, cargo: Cargo) -> None:
         self._quiet_since = self.time.now()  # also what is held back was said
@@ -2336,24 +2359,6 @@ class Faulty(Delivery):
     async def flush(self, step: Step | None = None) -> None:
         if self.outlet is not None:
             await self._drain(self.outlet.give())
-
-    async def relay(self, step: Step) -> None:
-        await super().relay(step)
-        if self._run is not None and (size := step.modifiers.get("cut")) is not None:
-            cursor = self._run.cursor if step.modifiers.get("shared") else self._cursor
-            await self.rest(partial(self._begin_next, self._run.log, cursor, size))
-
-    async def _begin_next(self, log: Log, cursor: Cursor, size: float) -> None:
-        """The first bytes of the event that comes next, or that fraction of it."""
-        while True:
-            after = max(cursor.place, log.first - 1)
-            piece, _ = log.read(after, most=1)
-            if piece or log.ended:
-                break
-            await log.news()
-        data = self.dressed(piece, after + 1)
-        await self.write(data[: int(size if size >= 1 else size * len(data))])
-        self._half = True
 
     async def event(self, step: Step) -> None:
         """An event of this viewer's own, truth or not."""
@@ -2421,7 +2426,7 @@ class Faulty(Delivery):
         """First the last word, where it would not complete half an event."""
         if self._farewell and self.entry.streams and self.entry.status == 200 and not self._half:
             await self.put(self._farewell, NOTHING)
-        if self._how == "end" or self._connection is None:
+        if self._how == "end" or not self._connection.cut:
             await super()._end(send)
             return
         try:
@@ -2435,7 +2440,7 @@ class Faulty(Delivery):
         its connection, if there is none."""
         self._closed, self._farewell, self._how = True, farewell, how
         self.by, self.reason = "admin", "closed by an operator"
-        if how != "end" and not farewell and self._connection is not None:
+        if how != "end" and not farewell and self._connection.cut:
             self.entry.finish(self.by, how, self.reason)
             self._connection.cut(reset=how == "reset")
         elif self._resting is not None:
@@ -2448,7 +2453,7 @@ class Faulty(Delivery):
             await trio.sleep_forever()
         if self._closed:
             raise Over
-        if self._connection is None:
+        if not self._connection.cut:
             raise RuntimeError(f"{how!r} needs a socket, and this application runs without one")
         if self.entry.http_version == "1.0" and self.entry.status and how == "drop":
             self.entry.notes.append("to an HTTP/1.0 client a lost connection looks like an end")
@@ -3525,8 +3530,7 @@ def policy(page: str) -> str:
 
 
 METHODS = ("GET", "POST", "PUT", "DELETE", "PATCH", "HEAD", "OPTIONS")
-MOMENTS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
-MINUTES = (0.1, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600, 1800, 3600)
+BOUNDS = (0.01, 0.1, 0.5, 1, 5, 30, 300, 3600)  # seconds, from a moment to an hour
 
 
 class Metrics:
@@ -3538,7 +3542,7 @@ class Metrics:
 
         self._hub, self._journal, self._registry = hub, journal, CollectorRegistry()
         self._due = self._written = 0
-        quick, long = (partial(Histogram, buckets=bounds) for bounds in (MOMENTS, MINUTES))
+        spread = partial(Histogram, buckets=BOUNDS)
         made: list[Any] = [
             kind(name, says, labels.split(), registry=self._registry)
             for kind, name, says, labels in (
@@ -3552,9 +3556,9 @@ class Metrics:
                 (Counter, "sse_stream_ended_total", "who ended streams, and how", "by how"),
                 (Counter, "http_requests_total", "requests answered", "method endpoint status"),
                 (Gauge, "aura_runs", "runs that are here", "status"),
-                (quick, "sse_time_to_first_event_seconds", "it took so long", ""),
-                (long, "sse_connection_duration_seconds", "streams were open so long", ""),
-                (long, "aura_run_duration_seconds", "runs took so long", ""),
+                (spread, "sse_time_to_first_event_seconds", "it took so long", ""),
+                (spread, "sse_connection_duration_seconds", "streams were open so long", ""),
+                (spread, "aura_run_duration_seconds", "runs took so long", ""),
             )
         ]
         self._sums, (self._open, self._rate, self._names, self._ended) = made[:4], made[4:8]
@@ -4036,11 +4040,12 @@ class Connection(TCPServer):
         if self.lost:
             self.unsent = True
             return
-        if self.gathers or self.gathered:
-            self.gathered += b"".join(parts)
-            if self.gathers and len(self.gathered) < PIECE:
-                return
-            parts, self.gathered = (self.gathered,), b""
+        if self.gathered:
+            parts, self.gathered = (self.gathered, *parts), b""
+        size = sum(map(len, parts))
+        if self.gathers and size < PIECE:
+            self.gathered = b"".join(parts)
+            return
         try:
             busy = self.send_lock.locked() or os.name != "posix"
             sent = 0 if busy else os.writev(self.stream.socket.fileno(), parts)
@@ -4050,7 +4055,7 @@ class Connection(TCPServer):
             self.unsent = True
             self.give_up()
             return
-        if sent < sum(map(len, parts)):
+        if sent < size:
             with trio.CancelScope(shield=True):  # bounded: each piece has its deadline
                 await self._send_slowly(parts, sent)
 
@@ -6208,7 +6213,7 @@ class LogWriter:
     def _put_out(self) -> None:
         """Past Python's buffer: to be stuck in there when the process ends would be a crash."""
         for first in iter(self._lines.get, ""):
-            clock.sleep(0.02)  # to wake this thread for each line would hold up the others
+            clock.sleep(0.05)  # to wake this thread for each line would hold up the others
             text = first + "\n"
             while self._lines.qsize() > 1 and len(text) < 2**16:  # the last may be the end's ""
                 text += self._lines.get() + "\n"
