@@ -2917,16 +2917,22 @@ async def with_a_secret(**settings):
 async def test_no_route_opens_for_a_stranger(method, rule):
     """Without a token, under a foreign name, from a foreign page, through a proxy: nothing is done, nothing is told."""
     control = rule.startswith(("/__aura", "/api/admin"))
-    tries = [({"Host": "evil.test"}, {}, 421)]
+    tries, token = [({"Host": "evil.test"}, 421)], []
     if control and not is_open(rule):
-        tries += [({"Origin": "http://evil.test"}, {}, 403), ({"Origin": "null"}, {}, 403), ({"Via": "1.1 x"}, {}, 403), ({"X-Forwarded-For": "::1"}, {}, 403)]
-        tries += [({}, {"admin_token": "s3cret"}, 401), (BEARER, {"admin_token": "s3cret"}, 401)]
+        tries += [({"Origin": "http://evil.test"}, 403), ({"Origin": "null"}, 403), ({"Via": "1.1 x"}, 403), ({"X-Forwarded-For": "::1"}, 403)]
+        token = [({}, 401), (BEARER, 401)]
     elif rule.startswith(("/api/generation/", "/api/v1/generations")):
-        tries += [({"Origin": "http://evil.test"}, {}, 403), ({"Sec-Fetch-Site": "cross-site"}, {}, 403)]
+        tries += [({"Origin": "http://evil.test"}, 403), ({"Sec-Fetch-Site": "cross-site"}, 403)]
     elif not is_open(rule):
-        tries += [({}, {}, 401), ({"Authorization": "Basic x"}, {}, 401), ({"X-Tenant-ID": "1"}, {}, 401)]
-    for headers, settings, status in tries:
-        async with with_a_secret(**settings) as client:
+        tries += [({}, 401), ({"Authorization": "Basic x"}, 401), ({"X-Tenant-ID": "1"}, 401)]
+    await strangers_are_turned_away(method, rule, tries)
+    await strangers_are_turned_away(method, rule, token, admin_token="s3cret")
+
+
+async def strangers_are_turned_away(method, rule, tries, **settings):
+    control = rule.startswith(("/__aura", "/api/admin"))
+    async with with_a_secret(**settings) as client:
+        for headers, status in tries:
             for prefix, tenant, expect in (("", {}, status), ("/api", {}, 421 if status == 421 else 400), ("/api", {"X-Tenant-ID": "1"}, status)):
                 if prefix and (control or not rule.startswith("/aura/")):
                     continue
@@ -6669,6 +6675,7 @@ def test_a_journal_that_never_answers_does_not_outlast_the_limit():
     assert time.monotonic() - began < 4
 
 
+@pytest.mark.long
 def test_whatever_a_server_sends_the_doctor_keeps_his_time_and_his_memory():
     """One process examines them all, so its greatest size is that of the worst."""
     if not Path("/proc/self/status").exists():
@@ -7475,6 +7482,21 @@ def test_the_readme_s_nginx_passes_streams_on_as_they_happen_and_control_not_at_
         assert statuses == [200] * 30 + [429] * 3, "one client's share"
 
 
+def at_once(*asks):
+    """What these answer, asked side by side."""
+    async def ask(at, one):
+        answers[at] = await one()
+
+    async def all_of_them():
+        async with trio.open_nursery() as nursery:
+            for at, one in enumerate(asks):
+                nursery.start_soon(ask, at, one)
+
+    answers = [None] * len(asks)
+    trio.run(all_of_them)
+    return answers
+
+
 def test_the_doctor_finds_the_hop_that_buffers(tmp_path):
     """An nginx as it comes: HTTP/1.0 to the server, buffering on, and deaf to X-Accel-Buffering."""
     plain = "server { listen 8080; location / { proxy_pass http://127.0.0.1:9000; proxy_ignore_headers X-Accel-Buffering; } }"
@@ -7482,12 +7504,12 @@ def test_the_doctor_finds_the_hop_that_buffers(tmp_path):
     (tmp_path / "ours").mkdir()
     with running(event_delay=0.06) as aura:
         with behind_nginx(aura, tmp_path / "plain", free_port(), plain) as hop:
-            found = trio.run(partial(aura_stream.diagnose, aura.url, case="1", via=hop))
+            found, cut, both = at_once(
+                partial(aura_stream.diagnose, aura.url, case="1", via=hop), partial(aura_stream.diagnose, hop, case="1~drop"),
+                partial(aura_stream.diagnose, aura.url, case="1~no-done", via=hop))
             assert (found["verdict"], found["ills"], found["via"]["verdict"]) == ("buffered", [], "buffered")
             assert f"what stands between {found['url']} and {found['via']['url']} is at fault: switch buffering off" in found["says"]
-            found = trio.run(partial(aura_stream.diagnose, hop, case="1~drop"))
-            assert found["verdict"] == "hidden-cut" and "speak HTTP/1.1 to the server" in found["says"]
-            both = trio.run(partial(aura_stream.diagnose, aura.url, case="1~no-done", via=hop))
+            assert cut["verdict"] == "hidden-cut" and "speak HTTP/1.1 to the server" in cut["says"]
             assert both["verdict"] == "no-done" and "the server is at fault" in both["says"] and "that way also: nothing came for" in both["says"]
         zips = plain.replace("location", "gzip on; gzip_types text/event-stream; gzip_proxied any; location")
         (tmp_path / "zips").mkdir()
