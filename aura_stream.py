@@ -2,8 +2,7 @@
 
 **A run writes a log. A delivery plays that log to one viewer, well or badly.**
 
-Run it, open http://127.0.0.1:9000 in a browser; or ask for an analysis and watch it in a second
-terminal:
+Start it, ask for an analysis, and watch it from a second terminal:
 
     python aura_stream.py
     curl -X POST localhost:9000/aura/cases/85116/analysis-runs \\
@@ -11,51 +10,72 @@ terminal:
     curl -N localhost:9000/aura/analysis-runs/test-run-001/stream \\
          -H "Authorization: Bearer test-token"
 
-How to read it: downwards. A chapter uses only names from the chapters above it (a test proves it),
-so nothing has to be taken on trust. Ten minutes? Read Runs, Deliveries and Serving.
+Words:
 
-     1  Settings               every knob, once
-     2  Events                 an event and its bytes
-     3  Time                   script time, which a test can move
-     4  Scripts                what runs and streams do, as data
-     5  Journal                who asked, what they got, who closed first
-     6  Runs                   analysis -> channel -> log
-     7  Deliveries             log -> one viewer
-     8  Faults                 how a delivery goes wrong, at the exact byte
-     9  Contract               who may ask for what, how we refuse, how a test chooses
-    10  HTTP                   a request and its answer; a client's life
-    11  Operations             on call, and in control of the double
-    12  What ASGI cannot say   the fenced corner: sockets, deadlines, other people's bugs
-    13  Catalogue              the built-in scenarios, as data
-    14  The page               a client with its eyes open: one run, live
-    15  Serving                the nurseries, and the order in which they end
-    16  Diagnosis              asks any stream what is wrong with it, and whose fault that is
-    17  Command line
+    run        one analysis, from its trigger to its last event; the server owns it
+    analysis   what a run does: an async function that sends events
+    channel    the run's queue of events, between its analysis and its log
+    log        what the run said, in order, as bytes; an event's id is its place in it
+    viewer     a client that has opened a run's stream
+    delivery   one open stream: the log, played to one viewer
+    hub        all runs of this server, by their ids
+    script     what a run or a delivery does, as data (part 2)
+    scenario   scripts for a run, its trigger and its streams, under a name (part 2)
+    attempt    the how-manyeth time that somebody asks for the same thing (part 2)
+    journal    every request, what it got, and who closed first (part 2)
+    entry      one request in the journal (part 2)
 
-The task tree: who is inside whom is who ends with whom. (`curl localhost:9000/__aura/tasks` draws
-it as it is.)
+Part 1 is a whole server: cut the file off at part 2, and it still serves. A chapter uses only names
+from above it. Ten minutes? Read part 1.
+
+     1  Events               an event and its bytes
+     2  Runs                 analysis -> channel -> log
+     3  Deliveries           log -> one viewer
+     4  Analyses             what the ordinary runs say
+     5  HTTP                 the routes of a client's life
+     6  Serving              the nurseries, and the order in which they end
+     7  All settings         every knob, once
+     8  Reading events       what a client parses
+     9  Script time          a clock that tests can move
+    10  Scripts              what runs and streams do, as data
+    11  Journal              who asked, what they got, who closed first
+    12  Runs of scenarios    gates, limits, forgetting
+    13  Scripted deliveries  a script played to one viewer
+    14  Faults               how a delivery goes wrong, at the exact byte
+    15  Contract             who may ask for what, how we refuse, how a test chooses
+    16  Choosing             a request and its answer; the scenario of a run and of a stream
+    17  Operations           on call, and in control of the double
+    18  What ASGI cannot say the fenced corner: sockets, deadlines, other people's bugs
+    19  Catalogue            the built-in scenarios, as data
+    20  The page             a client with its eyes open: one run, live
+    21  The double           all of it, served; `running()` for tests
+    22  Diagnosis            asks any stream what is wrong with it, and whose fault that is
+    23  Command line
+
+Who is inside whom ends with whom. These are the scopes that end things:
 
     serve
-    └─ clocks                        a nursery: script time that jumps (--speed max), to the last
-       └─ connections                a nursery: one task per socket
-          ├─ connection
-          │  └─ request              Quart's nursery, cancelled when the client leaves
-          │     └─ delivery          log -> this viewer, and nobody else
-          └─ runs                    a nursery: every run belongs to the server
-             ├─ run test-run-001     conduct: channel -> log, wakes the viewers
-             │  └─ analysis          perform: sends events into the channel
-             └─ accept               a nursery: takes new connections, ends first
+    └─ connections                   a nursery: one task per socket
+       ├─ connection                 its nursery is cancelled when the client leaves
+       │  └─ request                 so this ends, ...
+       │     └─ delivery             ... and this; the run goes on, for it is not in here
+       └─ runs                       a nursery: every run belongs to the server
+          ├─ run test-run-001        takes events from the channel, writes the log, wakes viewers
+          │  └─ analysis             sends events into the channel; `run.scope` cancels only this
+          └─ accept                  takes new connections; ends first
 
 The journey of one event:
 
-    1  a step of a run script (or a Python analysis) makes an Event; that encodes it, once
-    2  it enters the run's memory channel; if 256 are waiting there, the analysis waits too
-    3  the transcriber takes all that is there
-    4  each event gets its id, its place in the log: `id: 7`
+    1  an analysis makes an Event, which encodes it, once
+    2  it enters the run's channel, a queue of 256; a full one makes the analysis wait
+    3  the run takes all that is there, and never waits for a viewer
+    4  each event gets its id, its place in the log
     5  one announcement wakes every viewer of the run
-    6  each delivery reads all it has not sent yet, as one piece of bytes
+    6  each delivery reads what its viewer has not had, as one piece of bytes
     7  one write puts the piece on the viewer's socket
     8  a viewer that comes late, or comes back, starts at 6: the log is still there
+
+A slow viewer holds up nobody: it waits in its own write (7) and gets bigger pieces.
 """
 
 from __future__ import annotations
@@ -87,7 +107,7 @@ import socket
 import struct
 import sys
 import threading
-import time as clock
+import time
 import traceback
 import types
 import uuid
@@ -97,7 +117,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, NoReturn, get_args
+from typing import Annotated, Any, ClassVar, NamedTuple, NoReturn, get_args
 from urllib.parse import quote, unquote, urlencode, urlsplit
 
 import h11
@@ -124,10 +144,995 @@ from werkzeug.exceptions import HTTPException
 
 __version__ = "0.1.0"
 
-log = logging.getLogger("aura_stream")
+logger = logging.getLogger("aura_stream")
 
 
-# ═══ 1  Settings ══════════════════════════════════════════════════════════════════════════════════
+# ═══ Part 1  The server ═══════════════════════════════════════════════════════════════════════════
+# A whole server: everything above part 2, and the four lines that start it, is a program of its
+# own (a test cuts it off and runs it). Later parts replace what is marked as a door.
+
+
+def setting(default: Any, says: str, **more: Any) -> Any:
+    """One setting: its default, and its sentence for --help and the README."""
+    return field(default=default, metadata={"says": says, **more})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    """What can be set of the server of part 1; times are seconds."""
+
+    make_service: ClassVar[Any] = None  # a door: later parts' settings bring their own service
+
+    host: str = setting("127.0.0.1", "address to listen on")
+    port: int = setting(9000, "port to listen on; 0 takes a free one")
+    instance: str = setting("", "name of this instance in answers and hints; empty: host:pid")
+    event_delay: float = setting(0.15, "seconds between the events of an ordinary run")
+    heartbeat: float = setting(30.0, "quiet seconds before a beat; 0: none",
+                               env="SSE_HEARTBEAT_INTERVAL")
+    retry_ms: int = setting(0, "`retry:` after `: connected`; 0 sends none", env="SSE_RETRY_MS")
+    event_ids: bool = setting(True, "send `id:` lines", env="SSE_ENABLE_LAST_EVENT_ID")
+    idle_timeout: float = setting(300.0, "seconds a run may say nothing before it fails")
+    retrigger_window: float = setting(10.0, "seconds after its end a runId is still the same run")
+    retention: float = setting(3600.0, "seconds an ended run stays readable")
+    grace: float = setting(5.0, "seconds open streams get at the stop, then they are cut")
+
+
+class Clock:
+    """The time that events, heartbeats and time-outs are measured in. A door: part 2 has one that
+    tests can move."""
+
+    now = staticmethod(trio.current_time)
+    sleep = staticmethod(trio.sleep)
+    limit = staticmethod(trio.move_on_after)
+
+
+def safe(value: object) -> str:
+    """A value from outside, for a log line: nothing that could forge another line, at most 200
+    characters."""
+    return printable(str(value)[:200])
+
+
+def printable(text: str) -> str:
+    """The text in one line, its control characters as escapes."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+# ═══ 1  Events ════════════════════════════════════════════════════════════════════════════════════
+# The wire format, and nothing else. What a client parses is what the analysis said, for any input.
+
+LINE_END = re.compile(r"\r\n|\r|\n")  # all that ends a line in SSE; str.splitlines() knows more
+CONNECTED = b": connected\n\n"
+HEARTBEAT = b": heartbeat\n\n"
+DONE = b"data: [DONE]\n\n"
+
+
+def to_json(value: object) -> str:
+    """One line of JSON; NaN and infinities, which JSON does not have, are a ValueError."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
+def to_bytes(text: str) -> bytes:
+    """UTF-8. A lone surrogate becomes its escape, which inside JSON means the same."""
+    return text.encode("utf-8", "backslashreplace")
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One thing an analysis says. Making it encodes it, once, for all viewers.
+
+    `data` is text, sent line by line, or anything JSON can say, sent as one line. Its id comes
+    last: a client that takes an id as soon as its line arrives has the event, too.
+    """
+
+    name: str
+    data: Any
+    retry: int | None = None
+    block: bytes = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if LINE_END.search(self.name) or "\0" in self.name:
+            raise ValueError(f"an event's name is one line without NUL, not {self.name!r}")
+
+        text = self.data if isinstance(self.data, str) else to_json(self.data)
+        lines = [f"event: {self.name}"] if self.name else []
+        lines += [] if self.retry is None else [f"retry: {self.retry}"]
+        lines += [f"data: {line}" for line in LINE_END.split(text)]
+        object.__setattr__(self, "block", to_bytes("\n".join([*lines, ""])))
+
+    def numbered(self, number: object) -> bytes:
+        """Its bytes with this id; with None they have none."""
+        return self.block + (b"\n" if number is None else to_bytes(f"id: {number}\n\n"))
+
+
+# ═══ 2  Runs ══════════════════════════════════════════════════════════════════════════════════════
+# An analysis sends events into its run's channel; the run takes them out and writes its log.
+
+CHANNEL = 256  # events that wait: more make bigger batches, not a faster run
+WRITE = 64 * 2**10  # bytes of one write, or one event: a late viewer must not make a giant piece
+TERMINAL = ("completed", "failed")
+
+
+def now_iso() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+class Log:
+    """What a run said: the bytes of each event, as they go out. An event's id counts from 1."""
+
+    def __init__(self, *, ids: bool = True) -> None:
+        self.first = 1  # the id of the oldest event still here: in part 1, of the first ever
+        self.last = 0  # the id of the newest event
+        self.last_name = ""
+        self.ended = False
+        self._ids = ids
+        self._blocks: list[bytes] = []
+        self._ends: list[int] = []  # where each block ends, counted from the first byte ever
+        self._end = 0
+        self._forgotten = 0  # bytes that are not here any more
+        self._news = trio.Event()
+
+    def append(self, event: Event) -> None:
+        self.last += 1
+        self.last_name = event.name[:200]
+        block = b"%bid: %d\n\n" % (event.block, self.last) if self._ids else event.block + b"\n"
+        self._blocks.append(block)
+        self._end += len(block)
+        self._ends.append(self._end)
+
+    def announce(self, *, end: bool = False) -> None:
+        """Wake every viewer, once for all that was appended."""
+        self.ended = self.ended or end
+        self._news.set()
+        self._news = trio.Event()
+
+    def news(self) -> Awaitable[None]:
+        """Await the next announcement. Between reading the log and awaiting this there must be no
+        checkpoint: then nothing can be announced in between, and no wake-up can be lost."""
+        return self._news.wait()
+
+    def read(self, after: int, *, most: float = math.inf) -> tuple[bytes, int]:
+        """The events after id `after` in one piece, no bigger than one write or one event, and the
+        id of the last of them: a late viewer of a long log must not make one giant piece."""
+        start = after + 1 - self.first
+        if start >= len(self._ends):
+            return b"", after
+        begin = self._ends[start - 1] if start else self._forgotten
+        stop = max(start + 1, bisect.bisect_right(self._ends, begin + WRITE, start))
+        stop = int(min(stop, start + most))
+        return b"".join(self._blocks[start:stop]), self.first + stop - 1  # one event: no copy
+
+
+class Failure(Exception):
+    """An analysis that failed, in the words of its `failed` event."""
+
+    def __init__(
+        self, error: str, *, stage: str = "pipeline", code: str = "", retryable: bool = True
+    ) -> None:
+        super().__init__(error)
+        self.error = str(error)
+        self.stage = str(stage)
+        self.code = str(code) or f"ANALYSIS_{self.stage.upper()}"
+        self.retryable = bool(retryable)
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What an analysis may know of its run: its trigger's ids, phase and body, and the clock."""
+
+    run_id: str
+    case_id: str
+    tenant_id: str | None
+    phase: str
+    body: Mapping[str, Any]
+    clock: Any  # a Clock, or part 2's
+    event_delay: float = 0.0
+    test_fail: str | None = None
+
+
+@dataclass(eq=False)
+class LastWord:
+    """What comes out of the channel last: the analysis is over. With its `failed`, if it is one."""
+
+    event: Event | None = None
+
+
+Sending = trio.MemorySendChannel[Any]  # of Events, and at last of a LastWord
+Analysis = Callable[[Any, Sending], Awaitable[None]]
+
+
+class Run:
+    """One analysis, its channel and its log, and how it went."""
+
+    make_log: ClassVar[Any] = Log  # a door: part 2's logs can forget
+
+    def __init__(self, info: RunInfo, settings: ServerSettings) -> None:
+        self.info: Any = info
+        self.log = self.make_log(ids=settings.event_ids)
+        self.sending, self.receiving = trio.open_memory_channel[Any](CHANNEL)
+        self.scope = trio.CancelScope()  # around the analysis, and only around it
+        self.patience = settings.idle_timeout
+        self.silent_at = info.clock.now() + self.patience  # then it has said nothing for too long
+        self.failure: Failure | None = None
+        self.last_word: LastWord | None = None  # none while the analysis has not returned
+        self.over = False  # the last word has come out of the channel
+        self.viewers = 0
+        self.started_at = now_iso()
+        self.started_clock = trio.current_time()
+        self.ended_at: str | None = None
+        self.ended_clock = math.inf
+
+    @property
+    def status(self) -> str:
+        """running, completed, failed or cancelled; at the end, the log's last word decides."""
+        if not self.log.ended:
+            return "running"
+        if self.failure is not None:
+            return "cancelled" if self.failure.stage == "cancelled" else "failed"
+        return "failed" if self.log.last_name == "failed" else "completed"
+
+    @property
+    def settled(self) -> bool:
+        """Nothing can change any more how it ends."""
+        return self.last_word is not None or self.log.last_name in TERMINAL
+
+    def cancel(self, why: Failure) -> None:
+        """End the analysis. The log's last word will be `why`, unless it has ended already."""
+        if self.failure is None and self.last_word is None:
+            self.failure = why
+            self.scope.cancel(reason=why.error)
+
+    async def conduct(self, analysis: Analysis, settle: Callable[[Run], None]) -> None:
+        """From the first event to the last: one task speaks, this one writes down."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.perform, analysis, name=f"analysis {safe(self.info.run_id)}")
+            await self.transcribe(settle)
+
+    async def perform(self, analysis: Analysis) -> None:
+        """Run the analysis, whatever it does; then comes the last word, the way of every event."""
+        with self.sending:
+            try:
+                with self.scope, self.sending.clone() as its_own:
+                    await analysis(self.info, its_own)
+            except BaseException as error:  # the one place: no analysis ends the server
+                ending = trio.current_effective_deadline() == -math.inf  # the server, just now
+                if ending or isinstance(error, KeyboardInterrupt):
+                    raise
+                self.fail(error)
+            self.last_word = LastWord()
+            if self.failure is not None:
+                said = self.failed(self.failure)
+                self.last_word.event = Event("failed", said)
+            await self.sending.send(self.last_word)
+
+    def fail(self, error: BaseException) -> None:
+        """The analysis raised. A door: part 2 says more about it."""
+        text = f"{type(error).__name__}: {error}"
+        own = error if isinstance(error, Failure) else Failure(text, retryable=False)
+        self.failure = self.failure or own
+        logger.error("analysis failed run_id=%s %s", safe(self.info.run_id), safe(text))
+
+    def failed(self, failure: Failure) -> dict[str, Any]:
+        """The data of its `failed` event."""
+        return FAILED[self.info.phase](self.info, failure)
+
+    async def transcribe(self, settle: Callable[[Run], None]) -> None:
+        """Write down what comes out of the channel, all that is there at a time, to the last word.
+        It never waits for a viewer: a slow one holds up nobody."""
+        clock = self.info.clock
+        with self.receiving, contextlib.suppress(trio.EndOfChannel):
+            while not self.over:
+                before = self.log.last
+                with clock.limit(self.until_silent()) as silence:
+                    self.hear(await self.receiving.receive())
+                if silence.cancelled_caught:
+                    self.give_up()
+                self.hear_the_rest()
+                if self.log.last > before:
+                    self.silent_at = clock.now() + self.patience
+                settle(self)
+                self.log.announce()
+
+        self.ended_at = now_iso()
+        self.ended_clock = trio.current_time()
+        self.log.announce(end=True)
+        settle(self)
+
+    def until_silent(self) -> float:
+        """How long it may still say nothing. A door: at part 2's gates it may be silent."""
+        return float(self.silent_at - self.info.clock.now())
+
+    def hear_the_rest(self) -> None:
+        """All that is in the channel, without waiting: one announcement for the whole batch."""
+        with contextlib.suppress(trio.WouldBlock):
+            while not self.over:
+                self.hear(self.receiving.receive_nowait())
+
+    def hear(self, said: Any) -> None:
+        """One thing that came out of the channel. A door: part 2's runs hear more than this."""
+        match said:
+            case LastWord() if said is self.last_word:
+                self.over = True
+                if said.event is not None and self.log.last_name in TERMINAL:
+                    self.failure = None  # it came too late: one terminal event, and it is the last
+                elif said.event is not None:
+                    self.log.append(said.event)
+            case Event(block=_):
+                self.log.append(said)
+            case _:
+                text = f"the analysis sent {type(said).__name__}, where an Event belongs"
+                self.cancel(Failure(text, retryable=False))
+
+    def give_up(self) -> None:
+        text = "analysis_run_stream: get_event returned None run_id=%s (no event for %ds)"
+        logger.warning(text, safe(self.info.run_id), self.patience)
+        logger.warning("EventSource connection timeout")
+        self.cancel(Failure(f"the analysis said nothing for {self.patience:g} s", stage="timeout"))
+        self.silent_at = math.inf
+
+
+class Hub:
+    """All runs of this server: starts, finds and forgets them. Its nursery is the server's."""
+
+    def __init__(
+        self, settings: Any, nursery: trio.Nursery, clock: Any = None
+    ) -> None:
+        self.settings = settings
+        self.clock = clock or Clock()
+        self.stopping = False
+        self._nursery = nursery
+        self._runs: dict[str, Any] = {}
+        self._ended: dict[str, Any] = {}  # in the order of their ends
+        self._forgotten: dict[str, str | None] = {}  # the last thousand ids, and their tenants
+
+    @property
+    def live(self) -> int:
+        return len(self._runs) - len(self._ended)
+
+    def begin(self, run: Run, analysis: Analysis) -> None:
+        """Start a run; an ended one of the same id is forgotten."""
+        run_id = run.info.run_id
+        if run_id in self._ended:
+            self._forget(run_id)
+        self._forgotten.pop(run_id, None)
+        self._runs[run_id] = run
+        name = f"run {safe(run_id)}"
+        self._nursery.start_soon(run.conduct, analysis, self._settle, name=name)
+
+    def find(self, run_id: str, *, tenant: str | None = None) -> Any:
+        """The run of this id, if this tenant may see it."""
+        self._sweep()
+        run = self._runs.get(run_id)
+        return run if run and may_see(tenant, run.info.tenant_id) else None
+
+    def was_here(self, run_id: str, *, tenant: str | None) -> bool:
+        return run_id in self._forgotten and may_see(tenant, self._forgotten[run_id])
+
+    def stop(self, why: Failure) -> None:
+        """Cancel every run that is still going, and start no other."""
+        self.stopping = True
+        for run in self._runs.values():
+            run.cancel(why)
+
+    def _settle(self, run: Run) -> None:
+        """A run said something, or ended. A door: part 3 keeps logs within limits here."""
+        if run.log.ended and self._runs.get(run.info.run_id) is run:
+            self._ended[run.info.run_id] = run
+
+    def _sweep(self) -> None:
+        """Forget what was kept long enough: whoever looks must not see it, so looking does it."""
+        oldest = trio.current_time() - self.settings.retention
+        while self._ended and next(iter(self._ended.values())).ended_clock <= oldest:
+            self._forget(next(iter(self._ended)))
+
+    def _forget(self, run_id: str) -> None:
+        run = self._ended.pop(run_id)
+        del self._runs[run_id]
+        self._forgotten[run_id] = run.info.tenant_id
+        if len(self._forgotten) > 1000:
+            del self._forgotten[next(iter(self._forgotten))]
+        logger.info("run_store: queue removed run_id=%s", safe(run_id))
+
+
+def may_see(tenant: str | None, owner: str | None) -> bool:
+    """A caller who names no tenant sees every run, a run nobody owns is seen by all."""
+    return tenant is None or owner is None or tenant == owner
+
+
+# ═══ 3  Deliveries ════════════════════════════════════════════════════════════════════════════════
+# A delivery is a coroutine that writes: a head, then bytes, then the end. It lives in its viewer's
+# request, and is cancelled with it.
+
+STREAM_HEAD = {
+    "content-type": "text/event-stream; charset=utf-8",
+    "cache-control": "no-cache, no-store, no-transform",
+    "connection": "keep-alive",
+    "x-accel-buffering": "no",
+}
+Send = Callable[[Any], Awaitable[None]]
+
+
+class Ending(NamedTuple):
+    """Who ended a stream, how and why; and at which step of its script, if it plays one."""
+
+    by: str
+    how: str
+    reason: str
+    step: int | None = None
+
+
+LEFT = Ending("client", "disconnect", "closed the connection")
+CUT = Ending("shutdown", "cancelled", "still open when the server had to go")
+
+
+@dataclass
+class Record:
+    """What became of one stream, and its log lines. A door: the journal's entries are records."""
+
+    name: str
+    run_id: str
+    case_id: str = ""
+    last_event_id: str = ""
+    resumed_after: int = 0
+    bytes: int = 0
+    events: int = 0
+    last_id_sent: int = 0
+    opened: float = field(default_factory=trio.current_time)
+    end: Ending | None = None
+
+    def says(self, text: str) -> None:
+        """A log line that begins with the route and names the ids this route knows."""
+        by_case = self.name == "case_analysis_stream"
+        case = f" case_id={safe(self.case_id)}" if by_case else ""
+        logger.info("%s: %s run_id=%s%s", self.name, text, safe(self.run_id), case)
+
+    def sent(self, size: int, last: int) -> None:
+        """So many bytes went out; the last event in them had this id."""
+        if not self.bytes:
+            logger.info("%s: first chunk sent run_id=%s", self.name, safe(self.run_id))
+        self.bytes += size
+        if last > self.resumed_after:
+            self.events += last - (self.last_id_sent or self.resumed_after)
+            self.last_id_sent = last
+
+    def finish(self, by: str, how: str, reason: str) -> None:
+        """Write the ending down, before the act. The first one counts: afterwards everybody seems
+        to have hung up."""
+        self.end = self.end or Ending(by, how, reason)
+
+    def close(self) -> None:
+        """The line that says who closed first."""
+        by, how, reason, _ = self.end or LEFT
+        logger.info(
+            "%s: stream closed run_id=%s by=%s how=%s reason=%s bytes=%d events=%d "
+            "last_event_id=%s duration=%.3fs", self.name, safe(self.run_id), by, how, reason,
+            self.bytes, self.events, self.last_id_sent or None, trio.current_time() - self.opened)
+
+
+class Delivery:
+    """One viewer's stream of a run: a hello, the log with a beat when it is quiet, `[DONE]`."""
+
+    def __init__(
+        self, run: Run, record: Record, hub: Hub, headers: Mapping[str, str]
+    ) -> None:
+        self.run = run
+        self.record = record
+        self.hub = hub
+        self.headers = {**STREAM_HEAD, **headers}
+        self.place = record.resumed_after  # the id of the last event this viewer has had
+        self.beat_every = hub.settings.heartbeat or math.inf
+        self.quiet_since = math.inf  # since the last bytes
+
+    async def deliver(self, send: Send) -> None:
+        """Play to the end, or until the viewer leaves: then this is cancelled, and the run not."""
+        trio.lowlevel.current_task().name = f"delivery {safe(self.record.run_id)}"
+        self.send = send
+        self.run.viewers += 1
+        try:
+            await self.play()
+        finally:
+            self.run.viewers -= 1
+            self.record.finish(*(CUT if self.hub.stopping else LEFT)[:3])
+            self.record.close()
+
+    async def play(self) -> None:
+        """A door: part 2 plays a script here."""
+        retry = self.hub.settings.retry_ms
+        await self.open()
+        await self.emit(CONNECTED + (b"retry: %d\n\n" % retry if retry else b""))
+        await self.rest(self.relay)
+        self.record.finish("server", "end", "the run ended")
+        await self.emit(DONE, more=False)
+
+    async def open(self) -> None:
+        lines = [(name.encode(), value.encode()) for name, value in self.headers.items()]
+        await self.send({"type": "http.response.start", "status": 200, "headers": lines})
+
+    async def emit(self, data: bytes, last: int = 0, *, more: bool = True) -> None:
+        """Bytes for this viewer, whole: a heartbeat that falls due meanwhile waits for them."""
+        self.quiet_since = self.hub.clock.now()
+        with trio.CancelScope(shield=True):
+            await self.send({"type": "http.response.body", "body": data, "more_body": more})
+        self.record.sent(len(data), last)
+
+    async def relay(self) -> None:
+        """What the log has, and what comes, to its end."""
+        log = self.run.log
+        while True:
+            piece, last = log.read(self.place)
+            if piece:
+                self.place = last
+                await self.emit(piece, last)
+                await trio.lowlevel.checkpoint()  # a write that fits the socket has none
+            elif log.ended:
+                return
+            else:
+                await log.news()
+
+    async def rest(self, wait: Callable[[], Awaitable[None]]) -> None:
+        """Await `wait`, with a heartbeat after every quiet interval: then it is cancelled where it
+        waits, and begins anew. One scope for each beat, not for each event."""
+        while True:
+            since = self.quiet_since
+            with self.hub.clock.limit(since + self.beat_every - self.hub.clock.now()):
+                return await wait()
+            if self.quiet_since == since:
+                await self.emit(HEARTBEAT)
+
+
+# ═══ 4  Analyses ══════════════════════════════════════════════════════════════════════════════════
+# What the ordinary runs of Aura say. An analysis is an async function: it sends, and it sleeps.
+
+
+async def send(sending: Sending, event: Event) -> None:
+    """Into the channel, at once; only a full one makes the analysis wait."""
+    try:
+        sending.send_nowait(event)
+    except trio.WouldBlock:
+        await sending.send(event)
+
+
+def speech(info: RunInfo, sending: Sending) -> Callable[..., Awaitable[None]]:
+    """How the ordinary analyses speak: an event, and then the pause before the next."""
+
+    async def say(name: str, **data: Any) -> None:
+        await send(sending, Event(name, data))
+        if name not in TERMINAL:
+            await info.clock.sleep(info.event_delay)
+
+    return say
+
+
+async def phase2(info: RunInfo, sending: Sending) -> None:
+    """The Phase2 analysis: what it says follows from its request's evidence."""
+    say = speech(info, sending)
+    evidence = info.body.get("evidence") or {}
+    ids = {"runId": info.run_id, "caseId": info.case_id}
+    parts, overall = confidence_in(evidence)
+    severity = "HIGH" if overall >= 0.8 else "MEDIUM" if overall >= 0.6 else "LOW"
+    asks = proposals(overall, info.case_id)
+    risk = f"위험도 {overall:.2f} ({severity})"
+    summary = f"케이스 {info.case_id} 분석 완료: {risk}, 권고 조치 {len(asks)}건"
+
+    await say("started", **ids, at=now_iso())
+    await say("step", label="INPUT_NORM", detail="케이스 입력 정규화 중", percent=10)
+    await say("step", label="EVIDENCE_GATHER", detail="증거 수집 중", percent=25)
+    await say("evidence", type="COLLECTED", items=collected(evidence, info.case_id))
+    await say("step", label="RULE_SCORING", detail="룰 스코어링 실행", percent=45)
+    await say("confidence", **parts)
+    await say("step", label="LLM_REASONING", detail="설명 생성 중", percent=65)
+    await say("step", label="PROPOSALS", detail="권고 조치 생성", percent=85)
+    for proposal in asks:
+        await say("proposal", **proposal)
+    result = {"summary": summary[:500], "score": overall, "severity": severity}
+    await say("completed", status="completed", **ids, **result)
+
+
+def within(value: Any, *path: str) -> Any:
+    """What lies at the end of a path of keys, or None."""
+    for key in path:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def collected(evidence: dict[str, Any], case_id: str) -> list[dict[str, Any]]:
+    """The items of the `evidence` event: what the request brought, at most 30."""
+    header = within(evidence, "document", "header")
+    items = within(evidence, "document", "items")
+    found = [("DOC_HEADER", "document.header", {"content": header})] if header else []
+    for item in items[:30] if isinstance(items, list) else []:
+        found.append(("DOC_ITEM", "document.items", {"content": item}))
+    for name in ("openItems", "lineage", "partyIds", "policies"):
+        if part := evidence.get(name):
+            count = len(part) if isinstance(part, (list, dict)) else 1
+            kind = re.sub("([A-Z])", r"_\1", name).upper()
+            found.append((kind, name, {"count": count}))
+    if not found:
+        sources = {"CASE": "case", "DOC_HEADER": "document", "OPEN_ITEMS": "ledger",
+                   "LINEAGE": "lineage"}
+        found = [(kind, source, {"caseId": case_id}) for kind, source in sources.items()]
+    return [{"type": kind, "source": source, **more} for kind, source, more in found[:30]]
+
+
+def confidence_in(evidence: dict[str, Any]) -> tuple[dict[str, float], float]:
+    """The `confidence` event's data, two decimals each, and the overall score unrounded."""
+    paths = (("amount",), ("totalAmount",), ("document", "header", "amount"))
+    values = [within(evidence, *path) for path in paths]
+    amounts = [value for value in values if type(value) in (int, float)]
+    amount = min(max(amounts[0], 0), 1e9) if amounts else 1e6
+    anomaly = min(0.95, 0.3 + amount / 1e6 * 0.2)
+    pattern = 0.7
+    rules = 0.85
+    overall = 0.4 * anomaly + 0.3 * pattern + 0.3 * rules
+    parts = {"anomalyScore": anomaly, "patternMatch": pattern, "ruleCompliance": rules}
+    parts["overall"] = overall
+    return {name: round(part, 2) for name, part in parts.items()}, overall
+
+
+def proposals(overall: float, case_id: str) -> list[dict[str, Any]]:
+    """What Phase2 proposes: to block only where the risk is high enough, and always to ask."""
+    risk = "HIGH" if overall >= 0.8 else "MEDIUM"
+    block = ("PAYMENT_BLOCK", "위험 점수에 따른 추가 검토 권고", True)
+    ask = ("REQUEST_INFO", "거래처 확인 요청", False)
+    return [
+        {"type": kind, "riskLevel": risk, "rationale": why, "requiresApproval": approval,
+         "payload": {"caseId": case_id}}
+        for kind, why, approval in ([block, ask] if overall >= 0.6 else [ask])
+    ]
+
+
+async def phase3(info: RunInfo, sending: Sending) -> None:
+    """The Phase3 analysis; a test failure breaks it off where the real one would break."""
+    say = speech(info, sending)
+    told = {"runId": info.run_id}
+
+    def may_fail(stage: str) -> None:
+        if info.test_fail == stage:
+            error = f"Simulated {stage.upper()} failure (X-Aura-Test-Fail: {stage})"
+            raise Failure(error, stage=stage)
+
+    await say("started", **told, status="started")
+    await say("step", label="Normalize evidence", detail="", percent=20)
+    may_fail("rag")
+    await say("step", label="RAG retrieve", detail="", percent=45)
+    await say("agent", agent="PolicyAgent", message="Retrieved policy passages", percent=45)
+    await say("step", label="Scoring + reasonText", detail="", percent=70)
+    await say("agent", agent="PolicyAgent", message="Scored the case", percent=70)
+    may_fail("llm")
+    await say("step", label="Propose actions", detail="", percent=80)
+    await say("step", label="Callback sending", detail="", percent=95)
+    await say("completed", **told, status="completed")
+
+
+def failed2(info: RunInfo, failure: Failure) -> dict[str, Any]:
+    why = {"code": failure.code, "retryable": failure.retryable}
+    return {"error": failure.error, "stage": failure.stage, **why}
+
+
+def failed3(info: RunInfo, failure: Failure) -> dict[str, Any]:
+    error = {"message": failure.error, "stage": failure.stage}
+    return {"runId": info.run_id, "status": "failed", "error": error, "retryable": True}
+
+
+ANALYSES: dict[str, Analysis] = {"phase2": phase2, "phase3": phase3}
+FAILED = {"phase2": failed2, "phase3": failed3}
+
+
+# ═══ 5  HTTP ══════════════════════════════════════════════════════════════════════════════════════
+# The routes of a client's life. A route decides; what takes time is a run or a delivery.
+
+
+class Refusal(Exception):
+    """A request that is not granted: the status of its answer, the error in a sentence, and what
+    else is told; no body where there is nothing to tell."""
+
+    def __init__(
+        self, status: int, error: str = "", /, headers: Mapping[str, str] | None = None, **told: Any
+    ) -> None:
+        super().__init__(status, error, told)
+        self.status = status
+        self.headers = dict(headers or {})
+        self.body = {"error": error, **told} if error else told or None
+        self.script: Any = ()  # a door: part 2 may answer with more than this says
+
+
+@dataclass(frozen=True)
+class TriggerRequest:
+    """What a trigger asks for; the runId was given, or has been minted."""
+
+    run_id: str
+    case_id: str
+    phase: str
+    body: Mapping[str, Any]
+    given: bool = True
+
+
+class Streamed(Response):
+    """A response that is a delivery, and takes as long as that: Quart would end it after 60 s."""
+
+    def __init__(self, delivery: Any) -> None:
+        super().__init__(b"")
+        self.delivery = delivery
+        self.timeout = None
+        self.headers.clear()
+
+
+class Exchange(TrioASGIHTTPConnection):
+    """One request and its answer, at Quart's own seam: a delivery gets ASGI's `send` and writes by
+    itself, when no request context is alive any more."""
+
+    async def _send_response(self, send: Any, response: Any) -> None:
+        if isinstance(response, Streamed):
+            await response.delivery.deliver(send)
+        else:
+            await super()._send_response(send, response)
+
+
+def answer(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """JSON, in the order and the language it was written in."""
+    content = b"" if body is None else to_bytes(to_json(body))
+    response = Response(content, status, dict(headers or {}), content_type="application/json")
+    if status == 204:
+        response.headers.remove("content-type")
+    return response
+
+
+def encoded(segment: str) -> str:
+    return quote(segment, safe="")
+
+
+class Service:
+    """What a trigger starts, how a viewer is served, and on which kind of connection. Its methods
+    are the doors of the later parts."""
+
+    def __init__(self, settings: Any, analysis: Analysis | None = None) -> None:
+        self.settings = settings
+        self.analysis = analysis  # one that takes the place of the ordinary ones
+        self.instance = settings.instance or f"{settings.host}:{os.getpid()}"
+
+    def open(
+        self, runs: trio.Nursery, clocks: trio.Nursery, url: str, stop: Callable[[], None]
+    ) -> Any:
+        """The application; its runs are in this nursery, and in that one what moves its clock."""
+        self.hub: Any = Hub(self.settings, runs)
+        return make_app(self)
+
+    async def listen(self) -> list[trio.SocketListener]:
+        return await trio.open_tcp_listeners(self.settings.port, host=self.settings.host)
+
+    async def attend(self, app: ASGIWrapper, context: WorkerContext, stream: Any) -> None:
+        """One connection, from its accepting to its end: Hypercorn's, as it comes."""
+        trio.lowlevel.current_task().name = "connection"
+        await TCPServer(app, Config(), context, {}, stream).run()
+
+    def handle(self, url: str, port: int, stop: Callable[[], None]) -> Any:
+        return Server(url, port, stop)
+
+    def leave(self, *, by: float) -> None:
+        """The server stops: streams have until then."""
+
+    async def asked(self, case_id: str, phase: str) -> TriggerRequest:
+        """What this trigger asks for: its body is nothing, or a JSON object."""
+        try:
+            body = json.loads(await request.get_data(cache=False) or b"{}")
+            given = body.get("runId")
+        except (ValueError, AttributeError) as error:
+            detail = {"loc": ["body"], "msg": f"no JSON object: {error}", "type": "value_error"}
+            raise Refusal(422, detail=[detail]) from None
+        return TriggerRequest(str(given or uuid.uuid4()), case_id, phase, body, bool(given))
+
+    def accepted(self, asked: TriggerRequest) -> Response:
+        """The answer to a trigger. A client that asks twice within the window means one run."""
+        run = self.hub.find(asked.run_id)
+        how = "known"
+        if run is None or trio.current_time() - run.ended_clock >= self.settings.retrigger_window:
+            if self.hub.stopping:
+                raise Refusal(503, "the server is stopping", {"Retry-After": "5"})
+            run = Run(self.info(asked), self.settings)
+            how = "started"
+            self.hub.begin(run, self.analysis or ANALYSES[asked.phase])
+        told = ACCEPTED[asked.phase](asked, run.info.case_id)
+        return answer(told, 202, {"x-aura-run": how})
+
+    def info(self, asked: TriggerRequest) -> RunInfo:
+        failing = (request.headers.get("x-aura-test-fail"), request.args.get("test_fail_query"))
+        fail = next((stage for stage in failing if stage in ("rag", "llm")), None)
+        return RunInfo(
+            asked.run_id, asked.case_id, None, asked.phase, asked.body, self.hub.clock,
+            self.settings.event_delay, fail)
+
+    def stream(self, run_id: str | None) -> Response:
+        """One viewer's stream of this run, from where it left off."""
+        if not run_id:
+            raise Refusal(400, "runId is required", runId=None)
+        run = self.seen(run_id)
+        given = request.args.get("lastEventId") or request.args.get("last-event-id")
+        last_event_id = request.headers.get("last-event-id") or given
+        case_id = (request.view_args or {}).get("case_id", "")
+        record = Record(request.endpoint or "", run_id, case_id)
+        record.resumed_after = resume_point(last_event_id, run.log.last)
+        if run.log.ended and 0 < record.resumed_after == run.log.last:
+            raise Refusal(204)  # finished and fully seen: this stops a native EventSource
+        record.says("start consuming")
+        headers = {"x-aura-run-id": encoded(run_id), "x-aura-instance": encoded(self.instance)}
+        return Streamed(Delivery(run, record, self.hub, headers))
+
+    def seen(self, run_id: str) -> Any:
+        """The run, or the 404 that helps."""
+        run = self.hub.find(run_id)
+        if run is None:
+            raise self.unknown(run_id)
+        return run
+
+    def unknown(self, run_id: str) -> Refusal:
+        hint = f"no such run on instance {self.instance}, where {self.hub.live} live"
+        if self.hub.was_here(run_id, tenant=None):
+            hint = f"it has ended and was forgotten by instance {self.instance}; trigger it again"
+        return Refusal(404, "runId not found or already completed", runId=run_id, hint=hint)
+
+
+def resume_point(text: str | None, last: int) -> int:
+    """The id after which to go on: `N` and `anything_N` count; no id of this log means the
+    start."""
+    found = re.fullmatch(r"(?:.*_)?([0-9]{1,18})", text or "", re.DOTALL)
+    place = int(found[1]) if found else 0
+    return place if place <= last else 0
+
+
+def phase2_accepted(asked: TriggerRequest, case_id: str) -> dict[str, Any]:
+    url = f"/aura/analysis-runs/{encoded(asked.run_id)}/stream"
+    return {"status": "ACCEPTED", "runId": asked.run_id, "caseId": case_id, "streamUrl": url}
+
+
+def phase3_accepted(asked: TriggerRequest, case_id: str) -> dict[str, Any]:
+    path = f"/aura/cases/{encoded(case_id)}/analysis/stream?runId={encoded(asked.run_id)}"
+    return {"accepted": True, "runId": asked.run_id, "streamPath": path}
+
+
+ACCEPTED = {"phase2": phase2_accepted, "phase3": phase3_accepted}
+
+
+def state_of(run: Run) -> dict[str, Any]:
+    return {
+        "runId": run.info.run_id, "caseId": run.info.case_id, "phase": run.info.phase,
+        "status": run.status, "events": run.log.last, "viewers": run.viewers,
+        "startedAt": run.started_at, "endedAt": run.ended_at,
+    }
+
+
+def make_app(service: Service) -> QuartTrio:
+    """The routes of a client's life: trigger, stream, state, cancel."""
+    app = QuartTrio("aura_stream", static_folder=None)
+    app.url_map.merge_slashes = False  # an empty runId is a 400, not a redirect
+    app.asgi_http_class = Exchange
+
+    @app.post("/aura/cases/<case_id>/analysis-runs")
+    async def phase2_trigger(case_id: str) -> Response:
+        return service.accepted(await service.asked(case_id, "phase2"))
+
+    @app.post("/aura/internal/cases/<case_id>/analysis-runs")
+    async def phase3_trigger(case_id: str) -> Response:
+        return service.accepted(await service.asked(case_id, "phase3"))
+
+    @app.get("/aura/cases/<case_id>/analysis/stream")
+    async def case_analysis_stream(case_id: str) -> Response:
+        return service.stream(request.args.get("runId"))
+
+    @app.get("/aura/analysis-runs/<run_id>/stream")
+    @app.get("/aura/analysis-runs//stream", defaults={"run_id": ""})
+    async def analysis_run_stream(run_id: str) -> Response:
+        return service.stream(run_id)
+
+    @app.get("/aura/cases/<case_id>/analysis-runs/<run_id>")
+    async def run_state(case_id: str, run_id: str) -> Response:
+        return answer(state_of(service.seen(run_id)))
+
+    @app.delete("/aura/cases/<case_id>/analysis-runs/<run_id>")
+    async def cancel_run(case_id: str, run_id: str) -> Response:
+        run = service.seen(run_id)
+        run.cancel(Failure("the run was cancelled by a DELETE", stage="cancelled", retryable=False))
+        if not run.settled:
+            return answer({"status": "CANCELLED", "runId": run_id}, 202)
+        while not run.log.ended:
+            await run.log.news()
+        return answer({"status": run.status, "runId": run_id})
+
+    @app.errorhandler(Refusal)
+    async def refuse(refusal: Refusal) -> Response:
+        return answer(refusal.body, refusal.status, refusal.headers)
+
+    return app
+
+
+# ═══ 6  Serving ═══════════════════════════════════════════════════════════════════════════════════
+# The nurseries, and the order in which they end: nobody new; the runs, and so their streams; the
+# connections.
+
+
+async def serve(
+    settings: ServerSettings, *, analysis: Analysis | None = None,
+    task_status: trio.TaskStatus[Any] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve until `stop()` of the handle that `task_status` gets, then end in order.
+
+    Cancelled, it ends at once: what is open is cut. A failed start is the OSError it was.
+    """
+    service = (settings.make_service or Service)(settings, analysis)
+    listeners = await service.listen()
+    port = listeners[0].socket.getsockname()[1]
+    url = url_of(settings.host, port)
+    stopping = trio.Event()
+    context = WorkerContext(None)
+
+    async with (
+        trio.open_nursery() as clocks, ending(clocks),
+        trio.open_nursery() as connections, trio.open_nursery() as runs,
+    ):
+        app = ASGIWrapper(service.open(runs, clocks, url, stopping.set))
+        attend = partial(service.attend, app, context)
+
+        async with trio.open_nursery() as accept:
+            take = partial(trio.serve_listeners, attend, listeners, handler_nursery=connections)
+            accept.start_soon(take, name="accept")
+            task_status.started(service.handle(url, port, stopping.set))
+            await stopping.wait()
+            logger.info("stopping: first nobody new, then the runs, then their streams")
+            accept.cancel_scope.cancel(reason="the server is stopping")
+
+        service.hub.stop(Failure("the server was stopped", stage="shutdown"))
+        await context.terminated.set()  # from here on no connection waits for another request
+        connections.cancel_scope.deadline = trio.current_time() + settings.grace
+        service.leave(by=connections.cancel_scope.deadline)
+
+
+@contextlib.asynccontextmanager
+async def ending(nursery: trio.Nursery) -> AsyncIterator[None]:
+    """Cancel the nursery's tasks at the end: they never end by themselves."""
+    yield
+    nursery.cancel_scope.cancel(reason="nobody needs them any more")
+
+
+@dataclass(frozen=True)
+class Server:
+    """A handle on a running server."""
+
+    url: str
+    port: int
+    stop: Callable[[], None] = field(repr=False)
+
+
+def url_of(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+async def serve_until_signalled(
+    settings: ServerSettings, greet: Callable[[Any, trio.Nursery], None] | None = None
+) -> None:
+    """The first SIGTERM or Ctrl-C ends the server in order, the second one at once. `greet` is a
+    door: what else is said and done at the start."""
+
+    async def to_its_end(*, task_status: trio.TaskStatus[Any]) -> None:
+        await serve(settings, task_status=task_status)
+        nursery.cancel_scope.cancel(reason="the server has stopped")
+
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async with trio.open_nursery() as nursery:
+            server = await nursery.start(to_its_end, name="serve")
+            print(f"Aura stream ready on {server.url}", flush=True)
+            if greet is not None:
+                greet(server, nursery)
+            await anext(signals)
+            server.stop()
+            os._exit(128 + await anext(signals))
+
+
+# ═══ Part 2  The double ═══════════════════════════════════════════════════════════════════════════
+# It goes wrong on purpose, at the exact byte, and says who closed first. (In operation, and for
+# people: chapters 15 to 23 are not in parts of their own yet.)
+
+
+# ═══ 7  All settings ══════════════════════════════════════════════════════════════════════════════
 # Every limit that somebody may want to move has its number here, once. README and --help are
 # readings of this table. What may come from outside, from a flag to a script, is a kind: a type
 # that msgspec checks. Two more kinds are made here, `that` and `form`; `checked` is the one door.
@@ -173,7 +1178,7 @@ def knob(
 ) -> Any:
     """A setting: default, one sentence, environment variable if not AURA_<NAME>, allowed values, or
     what else it must be."""
-    kind = like(choices) if choices else kind or SETTING.get(type(default), type(default))
+    kind = like(choices) if choices else kind
     metadata = {"says": says, "env": variable, "choices": choices, "kind": kind}
     return field(default=default, repr=repr, metadata=metadata)
 
@@ -184,13 +1189,10 @@ def list_of(part: str, example: str) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class DoubleSettings(ServerSettings):
     """Everything that can be set. A flag beats its environment variable, which beats the
     default."""
 
-    host: str = knob("127.0.0.1", "address to listen on")
-    port: int = knob(9000, "port to listen on; 0 takes a free one", kind=number(int, 0, 65535))
-    instance: str = knob("", "name of this instance in answers and hints; empty: host:pid")
     auth: str = knob("on", "`on`: `/aura/**` needs any Bearer token", choices="on|off")
     admin_token: str = knob("", "token for `/__aura` and `/api/admin`; empty: local callers only",
                             "ADMIN_TOKEN", repr=False)
@@ -209,13 +1211,6 @@ class Settings:
     speed: str = knob("1", "script time: so many times faster, or `max`: it jumps where all wait",
                       kind=that("a number above 0 or max",
                                 lambda text: text == "max" or float(text) > 0))
-    event_delay: float = knob(0.15, "seconds between the events of an ordinary run")
-    heartbeat: float = knob(30.0, "quiet seconds before a beat; 0: none", "SSE_HEARTBEAT_INTERVAL")
-    retry_ms: int = knob(0, "`retry:` after `: connected`; 0 sends none", "SSE_RETRY_MS")
-    event_ids: bool = knob(True, "send `id:` lines", "SSE_ENABLE_LAST_EVENT_ID")
-    idle_timeout: float = knob(300.0, "seconds a run may say nothing before it fails")
-    retrigger_window: float = knob(10.0, "seconds after its end a runId is still the same run")
-    retention: float = knob(3600.0, "seconds an ended run stays readable")
     max_retries: int = knob(10, "times that the page asks again without news",
                             "SSE_MAX_RETRIES")
     max_sse_connections: int = knob(1000, "streams open at once; one more is 503",
@@ -225,7 +1220,6 @@ class Settings:
     max_run_events: int = knob(100_000, "events kept of a run; the oldest go, viewers get `gap`")
     max_run_bytes: int = knob(16 * 2**20, "bytes kept of a run, likewise")
     max_log_bytes: int = knob(256 * 2**20, "bytes kept of all runs together, their requests too")
-    max_write: int = knob(64 * 2**10, "bytes of one write, or one event if that is more")
     send_timeout: float = knob(5.0, "seconds a viewer may refuse to read; then its stream ends")
     send_buffer: int = knob(64 * 2**10, "SO_SNDBUF, what the kernel hides of a stalled viewer")
     keep_alive: float = knob(5.0, "seconds an idle connection is kept")
@@ -238,7 +1232,6 @@ class Settings:
     max_journal: int = knob(1000, "entries of the journal; the oldest go")
     max_bindings: int = knob(1000, "bound scenarios that wait; one more is 409")
     max_gates: int = knob(1000, "open gates; one more is 409")
-    grace: float = knob(5.0, "seconds open streams get at the stop, then they are cut")
     exit_with_stdin: bool = knob(False, "stop when standard input closes, as a killed test's does")
     redis_url: str = knob("", "not in this version: runs are kept in memory only", "REDIS_URL")
     log_level: str = knob("INFO", "DEBUG, INFO, WARNING or ERROR", "LOG_LEVEL",
@@ -246,7 +1239,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for one in dataclasses.fields(self):
-            checked(one.metadata["kind"], getattr(self, one.name), flag(one))
+            checked(kind_of(one), getattr(self, one.name), flag(one))
         # a secret's file ends in a line break; and one that is empty is no secret
         object.__setattr__(self, "admin_token", self.admin_token.strip())
         if 0 < self.heartbeat < 0.001:  # scripts do not take it either
@@ -258,7 +1251,7 @@ class Settings:
         return math.inf if self.speed == "max" else min(float(self.speed), 1e6)
 
     @classmethod
-    def read(cls, flags: Mapping[str, str], environment: Mapping[str, str]) -> Settings:
+    def read(cls, flags: Mapping[str, str], environment: Mapping[str, str]) -> DoubleSettings:
         """What flags and environment ask for; a ValueError is a sentence that names the culprit."""
         found: dict[str, Any] = {}
         for one in dataclasses.fields(cls):
@@ -274,19 +1267,25 @@ def parts(text: str) -> list[str]:
     return [part for part in map(str.strip, text.split(",")) if part]
 
 
+def kind_of(one: dataclasses.Field[Any]) -> Any:
+    """What this setting must be."""
+    usual = number(int, 0, 65535) if one.name == "port" else SETTING.get(type(one.default))
+    return one.metadata.get("kind") or usual or type(one.default)
+
+
 def flag(one: dataclasses.Field[Any]) -> str:
     return "--" + one.name.replace("_", "-")
 
 
 def variable(one: dataclasses.Field[Any]) -> str:
-    return str(one.metadata["env"]) or f"AURA_{one.name.upper()}"
+    return str(one.metadata.get("env") or f"AURA_{one.name.upper()}")
 
 
 _YES_NO = {"yes": "true", "on": "true", "no": "false", "off": "false", "": "false"}
 
 
 def _from_text(one: dataclasses.Field[Any], text: str, source: str) -> object:
-    kind, choices = one.metadata["kind"], one.metadata["choices"].split("|")
+    kind, choices = kind_of(one), one.metadata.get("choices", "").split("|")
     known = _YES_NO if kind is bool else {choice.lower(): choice for choice in choices}
     return checked(kind, known.get(text.lower(), text), source, strict=False)
 
@@ -347,56 +1346,12 @@ def _at(value: Any, *path: str) -> Any:
     return value
 
 
-# ═══ 2  Events ════════════════════════════════════════════════════════════════════════════════════
+# ═══ 8  Reading events ════════════════════════════════════════════════════════════════════════════
 # The wire format, and nothing else. What a client parses is what the analysis said, for any input.
-
-LINE_END = re.compile(r"\r\n|\r|\n")  # all that ends a line in SSE; str.splitlines() knows more
-
-
-def to_json(value: object) -> str:
-    """One line of JSON; NaN and infinities, which JSON does not have, are a ValueError."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)
-
-
-def to_bytes(text: str) -> bytes:
-    """UTF-8. A lone surrogate becomes its escape, which inside JSON means the same: even this
-    survives the journey."""
-    return text.encode("utf-8", "backslashreplace")
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """One thing an analysis says. Making it encodes it, once, for all viewers and for ever.
-
-    `data` is text, sent line by line, or anything JSON can say, sent as one line. Its id comes
-    last: clients that take an id as soon as its line arrives shall have the event, too.
-    """
-
-    name: str
-    data: Any
-    retry: int | None = None
-    block: bytes = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        if LINE_END.search(self.name) or "\0" in self.name:
-            raise ValueError(f"an event's name is one line without NUL, not {self.name!r}")
-        text = self.data if isinstance(self.data, str) else to_json(self.data)
-        lines = [f"event: {self.name}"] if self.name else []
-        lines += [] if self.retry is None else [f"retry: {self.retry}"]
-        lines += [f"data: {line}" for line in LINE_END.split(text)]
-        object.__setattr__(self, "block", to_bytes("\n".join([*lines, ""])))
-
-    def numbered(self, number: object) -> bytes:
-        """Its bytes with this id; with None they have none."""
-        return self.block + (b"\n" if number is None else to_bytes(f"id: {number}\n\n"))
-
 
 def comment(text: str) -> bytes:
     """A comment: keeps connections warm, and no client sees it."""
     return to_bytes("".join(f": {line}\n" for line in LINE_END.split(text)) + "\n")
-
-
-DONE = b"data: [DONE]\n\n"
 
 
 def read_events(lines: Iterable[str]) -> Iterator[tuple[str, str, str]]:
@@ -419,7 +1374,7 @@ def read_events(lines: Iterable[str]) -> Iterator[tuple[str, str, str]]:
             last_id = value
 
 
-# ═══ 3  Time ══════════════════════════════════════════════════════════════════════════════════════
+# ═══ 9  Script time ═══════════════════════════════════════════════════════════════════════════════
 # Script time is what sleeps, heartbeats and idle time-outs are measured in. Deadlines that protect
 # the server are Trio's own, and never move with it: a clock that jumps 300 s for a test must not
 # evict every reader on the way.
@@ -477,7 +1432,7 @@ class Time:
 
     def stir(self) -> None:
         """Somebody has begun to wait, or done waiting: a run that starts, a viewer that comes."""
-        self._stirred = clock.perf_counter()
+        self._stirred = time.perf_counter()
         self._wanted.set()
 
     async def jump(self) -> None:
@@ -487,7 +1442,7 @@ class Time:
             await all_wait()
             now = self.now()
             far = self._next_due(now, jump=True) - now
-            rest = self._stirred + min(0.02, far / FASTEST) - clock.perf_counter()
+            rest = self._stirred + min(0.02, far / FASTEST) - time.perf_counter()
             if far == math.inf:
                 self._wanted = trio.Event()
                 await self._wanted.wait()
@@ -538,7 +1493,7 @@ class Limit:
         return self.scope.__exit__(*error)
 
 
-# ═══ 4  Scripts ═══════════════════════════════════════════════════════════════════════════════════
+# ═══ 10  Scripts ══════════════════════════════════════════════════════════════════════════════════
 # What a run says and how a stream is served, as data: a list of steps, each one verb and its
 # argument. It is checked whole before it runs: a parsed script always plays; it may still misbehave
 # on purpose.
@@ -807,32 +1762,32 @@ class Player:
 
     _random: random.Random | None = None
 
-    def __init__(self, time: Time, gates: Gates, names: Mapping[str, str], seed: Any) -> None:
-        self.time, self._gates, self._names, self._seed = time, gates, names, seed
-        self._turn, self._breath = 0, clock.perf_counter()
+    def __init__(self, clock: Any, gates: Gates, names: Mapping[str, str], seed: Any) -> None:
+        self.clock, self._gates, self._names, self._seed = clock, gates, names, seed
+        self._turn, self._breath = 0, time.perf_counter()
 
     async def play(self, script: Script) -> None:
         for step in script:
             await getattr(self, step.verb)(step)
-            if clock.perf_counter() - self._breath > 0.001:  # a step is a checkpoint, at most once
+            if time.perf_counter() - self._breath > 0.001:  # a step is a checkpoint, at most once
                 await trio.lowlevel.checkpoint()  # a millisecond: else every batch is one event
-                self._breath = clock.perf_counter()
+                self._breath = time.perf_counter()
 
     async def rest(self, wait: Callable[[], Awaitable[None]]) -> None:
         """Await this; a stream has heartbeats meanwhile, and may begin it anew after one."""
         await wait()
 
     async def sleep(self, step: Step) -> None:
-        over = self.time.now() + self.draw(step.argument)
-        await self.rest(lambda: self.time.sleep(over - self.time.now()))
+        over = self.clock.now() + self.draw(step.argument)
+        await self.rest(lambda: self.clock.sleep(over - self.clock.now()))
 
     async def wait(self, step: Step) -> None:
         """Wait until somebody signals the gate, or `within` is over."""
         gate, run_id = self.fill(step.argument), self._names.get("runId")
-        over = self.time.now() + self.draw(step.modifiers.get("within", math.inf))
+        over = self.clock.now() + self.draw(step.modifiers.get("within", math.inf))
 
         async def at_the_gate() -> None:
-            with self.time.limit(over - self.time.now()):
+            with self.clock.limit(over - self.clock.now()):
                 await self._gates.wait(gate, run_id)
 
         await self.rest(at_the_gate)
@@ -861,7 +1816,7 @@ class Player:
     def fill(self, value: Any) -> Any:
         """The value with its templates filled in."""
         if value == UNIX_TIME:
-            return int(clock.time())
+            return int(time.time())
         if isinstance(value, dict):
             return {self.fill(key): self.fill(part) for key, part in value.items()}
         if isinstance(value, list):
@@ -871,10 +1826,6 @@ class Player:
     def _name(self, found: re.Match[str]) -> str:
         own = {None: "{", "n": str(self._turn), "now": now_iso()}
         return own[found[1]] if found[1] in own else self._names[found[1]]
-
-
-def now_iso() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 @dataclass(frozen=True)
@@ -970,17 +1921,6 @@ def parse_scenario(value: Any, *, needs: str = "name") -> Scenario:
 # The ordinary scripts. Small functions fill them from the request; nothing else is special.
 
 
-class Failure(Exception):
-    """An analysis that failed, in the words of its `failed` event."""
-
-    def __init__(
-        self, error: str, *, stage: str = "pipeline", code: str = "", retryable: bool = True
-    ) -> None:
-        super().__init__(error)
-        self.error, self.stage, self.retryable = str(error), str(stage), bool(retryable)
-        self.code = str(code) or f"ANALYSIS_{self.stage.upper()}"
-
-
 FOREIGN = re.compile(  # what asyncio without its loop, and Trio and Python of it, say
     "event loop|yield message|create_future|can't be (used in 'await'|awaited)")
 
@@ -1017,23 +1957,15 @@ def innermost(error: BaseException) -> BaseException:
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What an analysis may know of its run: its trigger's ids, phase and body, and script time."""
+class ScriptedInfo(RunInfo):
+    """Beside what an analysis may know: whose test it is, and what its request weighs."""
 
-    run_id: str
-    case_id: str
-    tenant_id: str | None
-    phase: str
-    body: Mapping[str, Any]
-    time: Time
-    event_delay: float = 0.0
-    test_fail: str | None = None
     test_id: str | None = None
     weight: int = 0  # bytes, about, that its request takes here
     kept: int = 0  # and of them, when it has ended
 
-    def when_over(self) -> Facts:
-        """These facts when the run has ended: of the request, at most its own scenario is left."""
+    def when_over(self) -> ScriptedInfo:
+        """These info when the run has ended: of the request, at most its own scenario is left."""
         return dataclasses.replace(self, body={}, weight=self.kept)
 
     @property
@@ -1042,7 +1974,7 @@ class Facts:
         return {"runId": self.run_id, "caseId": self.case_id, "tenantId": self.tenant_id or ""}
 
 
-def ordinary_stream(settings: Settings) -> Script:
+def ordinary_stream(settings: DoubleSettings) -> Script:
     """How a stream is served when nobody asked for trouble."""
     return _stream(settings, "heartbeat")
 
@@ -1052,148 +1984,42 @@ JOB_BEAT = {"event": "heartbeat", "data": {
     "type": "heartbeat", "timestamp": "{now}", "server_time": UNIX_TIME, "jobId": "{runId}"}}
 
 
-def job_stream(settings: Settings) -> Script:
+def job_stream(settings: DoubleSettings) -> Script:
     """How a generation job is: its ids have its name in front, its heartbeats are events."""
     frame = [{"frame": JOB_FRAME}] if settings.event_ids else []
     beat = {"every": settings.heartbeat, **JOB_BEAT} if settings.heartbeat else "never"
     return _stream(settings, {"heartbeat": beat}, *frame)[:-1]  # its front end parses every message
 
 
-def _stream(settings: Settings, beat: Any, *first: Any) -> Script:
+def _stream(settings: DoubleSettings, beat: Any, *first: Any) -> Script:
     retry = [{"raw": f"retry: {settings.retry_ms}\n\n"}] if settings.retry_ms else []
     hello, bye = {"comment": "connected"}, {"raw": DONE.decode()}
     return parse_script([*first, hello, *retry, beat, {"relay": "all"}, bye], "stream")
 
 
-def _say(name: str, **data: Any) -> dict[str, Any]:
-    return {"event": {"event": name, "data": data}}
-
-
-def _apart(steps: list[dict[str, Any]], pause: float) -> list[dict[str, Any]]:
-    return [part for step in steps for part in ({"sleep": pause}, step)][1:]
-
-
-def phase2(facts: Facts) -> list[dict[str, Any]]:
-    """The ordinary Phase2 analysis: what it says follows from its request's evidence."""
-    evidence = facts.body.get("evidence") or {}
-    parts, overall = _confidence(evidence)
-    severity = "HIGH" if overall >= 0.8 else "MEDIUM" if overall >= 0.6 else "LOW"
-    proposals = _proposals(overall)
-    risk = f"위험도 {overall:.2f} ({severity})"
-    summary = f"케이스 {{caseId}} 분석 완료: {risk}, 권고 조치 {len(proposals)}건"
-    ids = {"runId": "{runId}", "caseId": "{caseId}"}
-    result = {"summary": summary, "score": overall, "severity": severity}
-    steps = [
-        _say("started", **ids, at="{now}"),
-        _say("step", label="INPUT_NORM", detail="케이스 입력 정규화 중", percent=10),
-        _say("step", label="EVIDENCE_GATHER", detail="증거 수집 중", percent=25),
-        _say("evidence", type="COLLECTED", items=_collected(evidence)),
-        _say("step", label="RULE_SCORING", detail="룰 스코어링 실행", percent=45),
-        _say("confidence", **parts),
-        _say("step", label="LLM_REASONING", detail="설명 생성 중", percent=65),
-        _say("step", label="PROPOSALS", detail="권고 조치 생성", percent=85),
-        *proposals,
-        _say("completed", status="completed", **ids, **result),
-    ]
-    return _apart(steps, facts.event_delay)
-
-
-_COUNTED = (
-    ("openItems", "OPEN_ITEMS"), ("lineage", "LINEAGE"), ("partyIds", "PARTY_IDS"),
-    ("policies", "POLICIES"),
-)
-_WITHOUT = (
-    ("CASE", "case"), ("DOC_HEADER", "document"), ("OPEN_ITEMS", "ledger"), ("LINEAGE", "lineage"),
-)
-
-
-def _collected(evidence: dict[str, Any]) -> list[dict[str, Any]]:
-    """The items of the `evidence` event: what the request brought, at most 30."""
-    header, items = (_at(evidence, "document", part) for part in ("header", "items"))
-    found = [("DOC_HEADER", "document.header", {"content": literal(header)})] if header else []
-    for item in items[:30] if isinstance(items, list) else []:
-        found.append(("DOC_ITEM", "document.items", {"content": literal(item)}))
-    for key, name in _COUNTED:
-        if part := evidence.get(key):
-            found.append((name, key, {"count": len(part) if isinstance(part, (list, dict)) else 1}))
-    if not found:
-        found = [(name, source, {"caseId": "{caseId}"}) for name, source in _WITHOUT]
-    return [{"type": name, "source": source, **more} for name, source, more in found[:30]]
-
-
-def _confidence(evidence: dict[str, Any]) -> tuple[dict[str, float], float]:
-    """The `confidence` event's data, two decimals each, and the overall score unrounded."""
-    paths = (("amount",), ("totalAmount",), ("document", "header", "amount"))
-    amounts = [value for path in paths if type(value := _at(evidence, *path)) in (int, float)]
-    anomaly = min(0.95, 0.3 + min(max(amounts[0], 0), 1e9) / 1e6 * 0.2) if amounts else 0.5
-    pattern, rules = 0.7, 0.85
-    overall = 0.4 * anomaly + 0.3 * pattern + 0.3 * rules
-    parts = {"anomalyScore": anomaly, "patternMatch": pattern, "ruleCompliance": rules}
-    return {name: round(part, 2) for name, part in (*parts.items(), ("overall", overall))}, overall
-
-
-def _proposals(overall: float) -> list[dict[str, Any]]:
-    risk = "HIGH" if overall >= 0.8 else "MEDIUM"
-    block = ("PAYMENT_BLOCK", "위험 점수에 따른 추가 검토 권고", True)
-    ask = ("REQUEST_INFO", "거래처 확인 요청", False)
-    return [
-        _say("proposal", type=name, riskLevel=risk, rationale=why, requiresApproval=approval,
-             payload={"caseId": "{caseId}"})
-        for name, why, approval in ([block, ask] if overall >= 0.6 else [ask])
-    ]
-
-
-def phase3(facts: Facts) -> list[dict[str, Any]]:
-    """The ordinary Phase3 analysis; a test failure breaks it off where the real one would break."""
-    told = {"runId": "{runId}"}
-    script = [
-        _say("started", **told, status="started"),
-        _say("step", label="Normalize evidence", detail="", percent=20),
-        _say("step", label="RAG retrieve", detail="", percent=45),
-        _say("agent", agent="PolicyAgent", message="Retrieved policy passages", percent=45),
-        _say("step", label="Scoring + reasonText", detail="", percent=70),
-        _say("agent", agent="PolicyAgent", message="Scored the case", percent=70),
-        _say("step", label="Propose actions", detail="", percent=80),
-        _say("step", label="Callback sending", detail="", percent=95),
-        _say("completed", **told, status="completed"),
-    ]
-    for stage, after in (("rag", 2), ("llm", 5)):
-        if facts.test_fail == stage:
-            error = f"Simulated {stage.upper()} failure (X-Aura-Test-Fail: {stage})"
-            script[after:] = [{"fail": {"error": error, "stage": stage}}]
-    return _apart(script, facts.event_delay)
-
-
-def generation(facts: Facts) -> list[dict[str, Any]]:
+async def generation(info: Any, sending: Sending) -> None:
     """The ordinary generation job: 2 s a step, where the events of a run are 0.15 s apart."""
-    title, about = (facts.body.get(part) or "" for part in ("title", "description"))
-    text = f"# {literal(title[:200]) or '{runId}'}\n\n{literal(about[:2000])}".strip()
-    job = {"jobId": "{runId}"}
-    script: list[dict[str, Any]] = []
+    title = info.body.get("title") or ""
+    about = info.body.get("description") or ""
+    text = f"# {title[:200] or info.run_id}\n\n{about[:2000]}".strip()
+    job = {"jobId": info.run_id}
+    said = []
     for value in (10, 25, 40, 60, 75, 90, 100):
         now = {"value": value, "currentStep": f"step {value}", "estimatedTime": (100 - value) // 5}
-        script.append(_say("progress", type="progress", **job, **now, metadata={}))
+        said.append(Event("progress", {"type": "progress", **job, **now, "metadata": {}}))
         if value in (40, 75):
             counts = {"isPartial": True, "wordCount": value, "estimatedTokens": 2 * value}
-            script.append(_say("preview", type="preview", **job, markdown=text, **counts))
+            said.append(Event("preview", {"type": "preview", **job, "markdown": text, **counts}))
+    for event in said:
+        await send(sending, event)
+        await info.clock.sleep(2 * info.event_delay / 0.15)
     result = {"markdown": text, "tokens": 200}
-    script.append(_say("completed", type="completed", **job, result=result))
-    return _apart(script, 2 * facts.event_delay / 0.15)
+    await send(sending, Event("completed", {"type": "completed", **job, "result": result}))
 
 
-def _failed2(facts: Facts, failure: Failure) -> dict[str, Any]:
-    why = {"code": failure.code, "retryable": failure.retryable}
-    return {"error": failure.error, "stage": failure.stage, **why}
-
-
-def _failed3(facts: Facts, failure: Failure) -> dict[str, Any]:
-    error = {"message": failure.error, "stage": failure.stage}
-    return {"runId": facts.run_id, "status": "failed", "error": error, "retryable": True}
-
-
-def _failed_job(facts: Facts, failure: Failure) -> dict[str, Any]:
+def _failed_job(info: ScriptedInfo, failure: Failure) -> dict[str, Any]:
     why = {"code": failure.code, "message": failure.error, "retryable": failure.retryable}
-    return {"type": "failed", "jobId": facts.run_id, "error": why}
+    return {"type": "failed", "jobId": info.run_id, "error": why}
 
 
 @dataclass(frozen=True)
@@ -1202,20 +2028,16 @@ class Phase:
     word."""
 
     scenario: str
-    script: Callable[[Facts], list[dict[str, Any]]]
-    failed: Callable[[Facts, Failure], dict[str, Any]]
-    stream: Callable[[Settings], Script] = ordinary_stream
+    analysis: Analysis
+    failed: Callable[[Any, Failure], dict[str, Any]]
+    stream: Callable[[DoubleSettings], Script] = ordinary_stream
 
 
 PHASES = {
-    "phase2": Phase("ok", phase2, _failed2),
-    "phase3": Phase("phase3", phase3, _failed3),
+    "phase2": Phase("ok", phase2, failed2),
+    "phase3": Phase("phase3", phase3, failed3),
     "generation": Phase("generation", generation, _failed_job, job_stream),
 }
-
-Sending = trio.MemorySendChannel[Any]  # of Events; besides, of AtGates, and at last of a LastWord
-Analysis = Callable[[Facts, Sending], Awaitable[None]]
-
 
 @dataclass(frozen=True)
 class AtGate:
@@ -1229,21 +2051,17 @@ class Performance(Player):
     """Plays a run script: an analysis made of data."""
 
     def __init__(
-        self, facts: Facts, sending: Sending, gates: Gates, seed: Any, own: Analysis | None
+        self, info: ScriptedInfo, sending: Sending, gates: Gates, seed: Any, own: Analysis | None
     ) -> None:
-        super().__init__(facts.time, gates, facts.names, seed)
-        self.facts, self._sending, self._own = facts, sending, own
+        super().__init__(info.clock, gates, info.names, seed)
+        self.info, self._sending, self._own = info, sending, own
 
     async def event(self, step: Step) -> None:
         if step.modifiers.get("pad", 0) > BIG:
             async with self._gates.one_by_one:
                 await self._sending.send(self.made(step))
             return
-        event = self.made(step)
-        try:
-            self._sending.send_nowait(event)
-        except trio.WouldBlock:
-            await self._sending.send(event)
+        await send(self._sending, self.made(step))
 
     async def wait(self, step: Step) -> None:
         await self._sending.send(AtGate(True))
@@ -1253,10 +2071,9 @@ class Performance(Player):
     async def ordinary(self, step: Step) -> None:
         """The analysis of this phase; or the one that was passed in, which takes its place."""
         if self._own is not None and step.argument is None:
-            await self._own(self.facts, self._sending)
+            await self._own(self.info, self._sending)
             return
-        phase = PHASES[step.argument or self.facts.phase]
-        await self.play(parse_script(phase.script(self.facts), "run"))
+        await PHASES[step.argument or self.info.phase].analysis(self.info, self._sending)
 
     async def fail(self, step: Step) -> NoReturn:
         said = self.fill(step.argument)
@@ -1273,31 +2090,18 @@ def scripted(scenario: Scenario, gates: Gates, own: Analysis | None = None) -> A
     """The analysis that plays this scenario's run script."""
     script = ORDINARY_RUN if scenario.run is None else scenario.run
 
-    async def analysis(facts: Facts, sending: Sending) -> None:
-        await Performance(facts, sending, gates, scenario.seed, own).play(script)
+    async def analysis(info: ScriptedInfo, sending: Sending) -> None:
+        await Performance(info, sending, gates, scenario.seed, own).play(script)
 
     return analysis
 
 
-# ═══ 5  Journal ═══════════════════════════════════════════════════════════════════════════════════
+# ═══ 11  Journal ══════════════════════════════════════════════════════════════════════════════════
 # One entry per request, begun when it begins, closed once. The log lines are a reading of it.
-
-
-def safe(value: object) -> str:
-    """A value from outside, for a log line: nothing that could forge another line, at most 200
-    characters."""
-    return printable(str(value)[:200])
 
 
 def many(count: int, thing: str) -> str:
     return f"{count} {thing}{'s' * (count != 1)}"
-
-
-def printable(text: str) -> str:
-    """The text in one line, its control characters as escapes."""
-    if text.isprintable():
-        return text
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def indented(text: str) -> str:
@@ -1310,15 +2114,6 @@ def traced(error: BaseException) -> str:
     with contextlib.suppress(Exception):  # one of somebody's own may defy being written out
         return "\n  " + indented("".join(traceback.format_exception(error))[:10_000])
     return ""
-
-
-class Ending(NamedTuple):
-    """Who closed, how, why, and at which step of the script."""
-
-    by: str
-    how: str
-    reason: str
-    step: int | None = None
 
 
 class Cargo(NamedTuple):
@@ -1334,7 +2129,6 @@ class Cargo(NamedTuple):
 
 
 NOTHING = Cargo()
-LEFT = Ending("client", "disconnect", "closed the connection")
 SHOWN = (  # of a request's headers
     b"accept", b"authorization", b"upgrade", b"user-agent", b"origin", b"cache-control",
     b"x-dwp-source", b"x-dwp-caller-type", b"x-trace-id", b"x-forwarded-for",
@@ -1383,7 +2177,7 @@ class Entry:
     counted: tuple[int, ...] = (0,) * 5  # what of it is in the metrics already
     first_event: float | None = None
     step: int | None = None  # of the script, where it is now
-    opened: float = field(default_factory=clock.perf_counter)
+    opened: float = field(default_factory=time.perf_counter)
     first_byte: float | None = None
     closed: float | None = None
     end: Ending | None = None
@@ -1400,12 +2194,12 @@ class Entry:
 
     def sent(self, size: int, cargo: Cargo) -> None:
         """So many bytes went out, and what they carried."""
-        self.first_byte = self.first_byte or clock.perf_counter()
+        self.first_byte = self.first_byte or time.perf_counter()
         self.chunks += 1
         self.bytes += size
         self.heartbeats += cargo.beats
         if cargo.events:
-            self.first_event = self.first_event or clock.perf_counter()
+            self.first_event = self.first_event or time.perf_counter()
             self.events += len(cargo.events)
             self.tally.update(cargo.events)
             if len(self.tally) > 100:  # somebody makes up names
@@ -1416,7 +2210,7 @@ class Entry:
         """An INFO line that begins with the route and names the ids this route knows."""
         by_case = self.stream_name == "case_analysis_stream"
         case = f" case_id={safe(self.case_id)}" if by_case else ""
-        log.info("%s: %s run_id=%s%s", self.stream_name, text, safe(self.run_id), case)
+        logger.info("%s: %s run_id=%s%s", self.stream_name, text, safe(self.run_id), case)
 
     @property
     def streams(self) -> bool:
@@ -1493,7 +2287,7 @@ class Journal:
     """What happened to every request: the latest, and a way to wait for the next."""
 
     def __init__(self, most: int = 1000) -> None:
-        self.most, self.began = most, clock.perf_counter()
+        self.most, self.began = most, time.perf_counter()
         self._entries: dict[int, Entry] = {}
         self._seq = 0
         self._waiting: dict[trio.Event, Callable[[Entry], bool]] = {}
@@ -1512,25 +2306,25 @@ class Journal:
         if len(self._entries) > self.most:
             del self._entries[next(iter(self._entries))]
             if self._seq == self.most + 1:
-                log.info("the journal is full at %d entries: the oldest go", self.most)
+                logger.info("the journal is full at %d entries: the oldest go", self.most)
 
     def close(self, entry: Entry) -> None:
         """The last word on a request: its log lines, its part of the sums, news for who waits."""
-        entry.closed = clock.perf_counter()
+        entry.closed = time.perf_counter()
         self.under_way.pop(id(entry), None)
         self.count(entry)
         duration, end = entry.closed - entry.opened, entry.end or LEFT
         if entry.kind == "stream":
-            log.info(
+            logger.info(
                 "%s: stream closed run_id=%s by=%s how=%s reason=%s bytes=%d events=%d"
                 " last_event_id=%s duration=%.3fs", entry.stream_name, safe(entry.run_id),
                 end.by, end.how, safe(end.reason), entry.bytes, entry.events, entry.last_id_sent,
                 duration,
             )
             if end.by == "client":
-                log.warning("SSE connection lost for client %s", entry.client)
+                logger.warning("SSE connection lost for client %s", entry.client)
         told = (entry.request_id, entry.method, safe(entry.path), entry.status, duration)
-        log.info("[%s] %s %s - Status: %d - Duration: %.3fs", *told)
+        logger.info("[%s] %s %s - Status: %d - Duration: %.3fs", *told)
         for enough, is_last in self._waiting.items():
             if entry.seq in self._entries and is_last(entry):
                 enough.set()
@@ -1576,33 +2370,24 @@ class Journal:
         names = [name for name in fields[: fields.index("notes")] if name != "request_id"]
         told = {camel(name): getattr(entry, name) for name in names}
         told["headers"] = {name.decode(): entry.headers.get(name) for name in SHOWN}
-        latency = round((entry.closed or clock.perf_counter()) - entry.opened, 3)
+        latency = round((entry.closed or time.perf_counter()) - entry.opened, 3)
         told |= {"t": {camel(name): at for name, at in times.items()}, "latency": latency}
         return {**told, "end": entry.end and entry.end._asdict(), "said": entry.said}
 
 
-# ═══ 6  Runs ══════════════════════════════════════════════════════════════════════════════════════
+# ═══ 12  Runs of scenarios ════════════════════════════════════════════════════════════════════════
 # An analysis sends events into a channel; a transcriber takes them out and writes them into the
 # log. The run belongs to the server: no viewer, by coming, leaving or stalling, has any part in it.
 
-CHANNEL = 256  # events on their way: back-pressure on the analysis, and the largest batch
 EACH = 150  # bytes, about, that Python adds to each event of a log
 
 
-class Log:
-    """What a run said: the bytes of each event, as they go out. An event's id counts from 1."""
+class BoundedLog(Log):
+    """A log that can forget its oldest events, and knows the names of those that are here."""
 
-    def __init__(self, *, ids: bool = True, write: int = 64 * 2**10) -> None:
-        self.first = 1  # the id of the oldest event still here
-        self.last = 0  # the id of the newest event, whether it is still here or not
-        self.ended = False
-        self.last_name = ""  # of the newest event, whether it is still here or not
-        self._news = trio.Event()
-        self._ids, self._write = ids, write
-        self._blocks: list[bytes] = []
+    def __init__(self, *, ids: bool = True) -> None:
+        super().__init__(ids=ids)
         self._names: list[str] = []
-        self._ends: list[int] = []  # counted from the first byte ever: forgetting moves nothing
-        self._end = self._forgotten = 0
 
     @property
     def size(self) -> int:
@@ -1626,39 +2411,17 @@ class Log:
         return event.numbered(self.first - 1 if self._ids else None)
 
     def append(self, event: Event) -> None:
-        self.last += 1
-        block = b"%bid: %d\n\n" % (event.block, self.last) if self._ids else event.block + b"\n"
-        self._blocks.append(block)
-        self._end += len(block)
-        self._ends.append(self._end)
-        self.last_name = event.name[:200]
+        super().append(event)
         self._names.append(self.last_name)
 
-    def announce(self, *, end: bool = False) -> None:
-        """Wake every viewer, once for all that was appended."""
-        self.ended = self.ended or end
-        self._news.set()
-        self._news = trio.Event()
-
-    def news(self) -> Awaitable[None]:
-        """Await the next announcement. Between reading the log and awaiting this there must be no
-        checkpoint: then nothing can be announced in between, and no wake-up can be lost."""
-        return self._news.wait()
-
-    def read(
+    def read_until(
         self, after: int, *, most: float = math.inf, until: str | None = None
     ) -> tuple[bytes, int]:
-        """The events after id `after` in one piece, no bigger than one write or one event, and the
-        id of the last of them: a late viewer of a long log must not make one giant piece."""
-        start = after + 1 - self.first
-        if start >= len(self._ends):
-            return b"", after
-        begin = self._ends[start - 1] if start else self._forgotten
-        stop = max(start + 1, bisect.bisect_right(self._ends, begin + self._write, start))
-        stop = int(min(stop, start + most))
-        if until is not None and until in self._names[start:stop]:
-            stop = self._names.index(until, start, stop) + 1
-        return b"".join(self._blocks[start:stop]), self.first + stop - 1  # one event: no copy
+        """As `read`; and no further than the next event of this name."""
+        piece, last = self.read(after, most=most)
+        if until is not None and until in (names := self.names(after, last)):
+            return self.read(after, most=names.index(until) + 1)
+        return piece, last
 
     def trim(self, events: int, size: int) -> bool:
         """Forget the oldest events beyond these limits, and of the newest only what is big; whether
@@ -1667,7 +2430,7 @@ class Log:
         count = max(len(here) - events, 0)
         if (excess := self.size - size) > 0:
             count = max(count, bisect.bisect_left(here, excess, key=self._size_of) + 1)
-        spared = len(here) > 0 and len(self._blocks[-1]) <= self._write
+        spared = len(here) > 0 and len(self._blocks[-1]) <= WRITE
         count = min(count, len(here) - spared)
         if count <= 0:
             return False
@@ -1677,17 +2440,6 @@ class Log:
         return True
 
 
-@dataclass(eq=False)
-class LastWord:
-    """What the supervisor sends when the analysis is over: its `failed`, if it is one. Nothing that
-    comes after it counts, whoever still holds an end of the channel."""
-
-    event: Event | None = None
-
-
-TERMINAL = ("completed", "failed")
-
-
 @dataclass(slots=True)
 class Cursor:
     """A place in a log: the id of the last event taken from it."""
@@ -1695,147 +2447,55 @@ class Cursor:
     place: int = 0
 
 
-class Run:
-    """One analysis: its facts, its log, and how it went."""
+class ScriptedRun(Run):
+    """A run of a scenario: it can wait at gates, and counts who asks for its stream."""
 
-    def __init__(self, facts: Facts, scenario: Scenario, settings: Settings) -> None:
-        self.facts, self.scenario, self.settings = facts, scenario, settings
-        self.log = Log(ids=settings.event_ids, write=settings.max_write)
-        self.sending, self.receiving = trio.open_memory_channel[Any](CHANNEL)
-        self.scope = trio.CancelScope()  # around the analysis, and only around it
-        self.failure: Failure | None = None
-        self.last_word: LastWord | None = None  # none while the analysis has not returned
-        self.over = False  # it has come out of the channel
-        self.at_gate = self.trimmed = False
+    make_log = BoundedLog
+
+    def __init__(self, info: ScriptedInfo, scenario: Scenario, settings: DoubleSettings) -> None:
+        super().__init__(info, settings)
+        self.scenario = scenario
+        self.at_gate = math.inf  # since when it waits there
+        self.trimmed = False
         self.counted = 0  # bytes of its log and its request in the hub's account
-        self.viewers, self.attempts = 0, dict[str, int]()  # streams opened, by scenario
+        self.attempts = dict[str, int]()  # streams opened, by scenario
         self.cursor = Cursor()  # of all viewers together, where a scenario wants the old queue
-        self.started_at, self.started_clock = now_iso(), trio.current_time()
-        self.ended_at: str | None = None
-        self.ended_clock = math.inf
 
     @property
     def ended(self) -> bool:
-        return self.log.ended
+        return bool(self.log.ended)
 
-    @property
-    def status(self) -> str:
-        """running, completed, failed or cancelled; once it has ended, the log's last word
-        decides."""
-        if not self.ended:
-            return "running"
-        if self.failure is not None:
-            return "cancelled" if self.failure.stage == "cancelled" else "failed"
-        return "failed" if self.log.last_name == "failed" else "completed"
+    def hear(self, said: Any) -> None:
+        if not isinstance(said, AtGate):
+            super().hear(said)
+        elif said.waits:
+            self.at_gate = self.info.clock.now()
+        else:  # who waits at a gate may be silent
+            self.silent_at += self.info.clock.now() - self.at_gate
+            self.at_gate = math.inf
 
-    @property
-    def settled(self) -> bool:
-        """Nothing can change any more how it ends."""
-        return self.last_word is not None or self.log.last_name in TERMINAL
+    def until_silent(self) -> float:
+        return super().until_silent() if self.at_gate == math.inf else math.inf
 
-    def cancel(self, why: Failure) -> None:
-        """End the analysis. The log's last word will be `why`, unless it has ended already."""
-        if self.failure is None and self.last_word is None:
-            self.failure = why
-            self.scope.cancel(reason=why.error)
+    def fail(self, error: BaseException) -> None:
+        self.failure = self.failure or explained(error)
+        about = (safe(self.info.run_id), safe(self.info.case_id), safe(self.failure.stage))
+        logger.error("analysis failed run_id=%s case_id=%s stage=%s%s", *about, traced(error))
 
-    def write_down(self, said: Any) -> None:
-        """One thing that came out of the channel, into the log."""
-        if self.last_word is not None and said is self.last_word:
-            self.over, said = True, self.last_word.event
-        if isinstance(said, AtGate):
-            self.at_gate, said = said.waits, None
-        whole = isinstance(said, Event) and hasattr(said, "block")
-        if said is not None and not whole:
-            error = f"the analysis sent {type(said).__name__}, where an Event belongs"
-            self.cancel(Failure(error, retryable=False))
-        elif self.over and self.log.last_name in TERMINAL:
-            self.failure = None  # it came too late: one terminal event, and that is the last word
-        elif said is not None:
-            self.log.append(said)
+    def failed(self, failure: Failure) -> dict[str, Any]:
+        return PHASES[self.info.phase].failed(self.info, failure)
 
+class BoundedHub(Hub):
+    """A hub that keeps logs and runs within limits, and knows who watches."""
 
-async def conduct(run: Run, analysis: Analysis, settle: Callable[[Run], None]) -> None:
-    """A run from its first event to its last: one task speaks, this one writes down."""
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(perform, run, analysis, name=f"analysis {safe(run.facts.run_id)}")
-        await transcribe(run, settle)
-
-
-async def perform(run: Run, analysis: Analysis) -> None:
-    """Run the analysis, whatever it does; then comes the last word, the way of every event."""
-    facts = run.facts
-    with run.sending:
-        try:
-            with run.scope, run.sending.clone() as its_own:
-                await analysis(facts, its_own)
-        except BaseException as error:  # the one place: no analysis ends the server
-            ending = trio.current_effective_deadline() == -math.inf  # the server itself, just now
-            if ending or isinstance(error, KeyboardInterrupt):
-                raise
-            run.failure = run.failure or explained(error)
-            about = (safe(facts.run_id), safe(facts.case_id), safe(run.failure.stage))
-            log.error("analysis failed run_id=%s case_id=%s stage=%s%s", *about, traced(error))
-        run.last_word = LastWord()
-        if run.failure is not None:
-            run.last_word.event = Event("failed", PHASES[facts.phase].failed(facts, run.failure))
-        await run.sending.send(run.last_word)
-
-
-async def transcribe(run: Run, settle: Callable[[Run], None]) -> None:
-    """Write down what comes out of the channel, all that is there at a time, to the last word."""
-    time, patience = run.facts.time, run.settings.idle_timeout
-    left = patience
-    with run.receiving, contextlib.suppress(trio.EndOfChannel):
-        while not run.over:
-            since, before, waited = time.now(), run.log.last, run.at_gate
-            with time.limit(math.inf if waited else left) as silence:
-                run.write_down(await run.receiving.receive())
-            if silence.cancelled_caught:
-                _give_up(run, patience)
-            _take_all(run)
-            spoke = silence.cancelled_caught or run.log.last > before
-            left = patience if spoke else left - (0.0 if waited else time.now() - since)
-            settle(run)
-            run.log.announce()
-    run.facts = run.facts.when_over()
-    run.ended_at, run.ended_clock = now_iso(), trio.current_time()
-    run.log.announce(end=True)
-    settle(run)
-
-
-def _take_all(run: Run) -> None:
-    with contextlib.suppress(trio.WouldBlock):
-        while not run.over:
-            run.write_down(run.receiving.receive_nowait())
-
-
-def _give_up(run: Run, patience: float) -> None:
-    text = "analysis_run_stream: get_event returned None run_id=%s (no event for %ds)"
-    log.warning(text, safe(run.facts.run_id), patience)
-    log.warning("EventSource connection timeout")
-    run.cancel(Failure(f"the analysis said nothing for {patience:g} s", stage="timeout"))
-
-
-class Hub:
-    """All runs of this server: starts, finds and forgets them. Its nursery is the server's."""
-
-    def __init__(self, settings: Settings, nursery: trio.Nursery, time: Time | None = None) -> None:
-        self.settings, self._nursery = settings, nursery
-        self.time, self.gates = time or Time(settings.rate), Gates(settings.max_gates)
-        self._runs: dict[str, Run] = {}
-        self._ended: dict[str, Run] = {}  # in the order of their ends
-        self._forgotten: dict[str, str | None] = {}  # the last thousand ids, and their tenants
+    def __init__(self, settings: DoubleSettings, nursery: Any, clock: Time | None = None) -> None:
+        super().__init__(settings, nursery, clock or Time(settings.rate))
+        self.gates = Gates(settings.max_gates)
         self._held = 0  # bytes of all logs, and of what their runs were asked
         self.also: Callable[[], int] = int  # bytes that are held for runs to come
         self.deliveries: dict[Any, None] = {}  # open ones, oldest first
         self.streams = 0  # of them, those that play a script to a viewer
         self.time_taken: Callable[[float], object] = id  # what counts how long runs took, if any
-        self._stopping = False
-
-    @property
-    def live(self) -> int:
-        return len(self._runs) - len(self._ended)
 
     @property
     def held(self) -> int:
@@ -1845,27 +2505,24 @@ class Hub:
     @property
     def refusal(self) -> str | None:
         """Why no run can be started just now, if none can."""
-        if self._stopping:
+        if self.stopping:
             return "the server is stopping"
         if self.held > (most := self.settings.max_log_bytes):
             return f"the live runs hold too much, the limit is {most} bytes"
         most = self.settings.max_live_runs
         return f"too many live runs, the limit is {most}" if self.live >= most else None
 
-    def start(self, facts: Facts, scenario: Scenario, analysis: Analysis | None = None) -> Run:
-        """Start a run; an ended one of the same id is forgotten."""
-        if facts.run_id in self._ended:
-            self._forget(facts.run_id)
-        self._forgotten.pop(facts.run_id, None)
-        run = self._runs[facts.run_id] = Run(facts, scenario, self.settings)
+    def start(
+        self, info: ScriptedInfo, scenario: Scenario, analysis: Analysis | None = None
+    ) -> ScriptedRun:
+        """Start a run of this scenario."""
+        run = ScriptedRun(info, scenario, self.settings)
+        self.begin(run, analysis or scripted(scenario, self.gates))
         self._account(run)
-        analysis = analysis or scripted(scenario, self.gates)
-        name = f"run {safe(facts.run_id)}"
-        self._nursery.start_soon(conduct, run, analysis, self._settle, name=name)
         return run
 
     @contextlib.contextmanager
-    def playing(self, delivery: Any, run: Run | None) -> Iterator[None]:
+    def playing(self, delivery: Any, run: ScriptedRun | None) -> Iterator[None]:
         """While a delivery plays, an operator can find it, and its run has a viewer."""
         self.deliveries[delivery] = None
         self.streams += delivery.entry.streams
@@ -1880,43 +2537,28 @@ class Hub:
                 run.viewers -= 1
                 delivery.entry.due = max(0, run.log.last - delivery.entry.resumed_after)
 
-    def find(self, run_id: str, *, tenant: str | None = None) -> Run | None:
-        """The run of this id, if this tenant may see it."""
-        self._sweep()
-        run = self._runs.get(run_id)
-        return run if run and may_see(tenant, run.facts.tenant_id) else None
-
-    def seen_by(self, tenant: str | None) -> list[Run]:
+    def seen_by(self, tenant: str | None) -> list[Any]:
         """All runs this tenant may see, oldest first."""
         self._sweep()
-        return [run for run in self._runs.values() if may_see(tenant, run.facts.tenant_id)]
-
-    def was_here(self, run_id: str, *, tenant: str | None) -> bool:
-        return run_id in self._forgotten and may_see(tenant, self._forgotten[run_id])
-
-    def stop(self, why: Failure) -> None:
-        """Cancel every run that is still going, and start no other."""
-        self._stopping = True
-        for run in self._runs.values():
-            run.cancel(why)
+        return [run for run in self._runs.values() if may_see(tenant, run.info.tenant_id)]
 
     def reset(self, why: Failure, test_id: str | None = None) -> None:
         """Cancel and forget all runs, or those of one test."""
         for run in list(self._runs.values()):
-            if test_id in (None, run.facts.test_id):
+            if test_id in (None, run.info.test_id):
                 run.cancel(why)
-                self._ended.setdefault(run.facts.run_id, run)
-                self._forget(run.facts.run_id)
-                self._forgotten.pop(run.facts.run_id)
+                self._ended.setdefault(run.info.run_id, run)
+                self._forget(run.info.run_id)
+                self._forgotten.pop(run.info.run_id)
 
-    def _settle(self, run: Run) -> None:
+    def _settle(self, run: Any) -> None:
         """A run said something, or ended: keep its log, and all logs together, within the
         limits."""
         limits = self.settings
+        super()._settle(run)
         if run.ended:
+            run.info = run.info.when_over()
             self.time_taken(run.ended_clock - run.started_clock)
-        if run.ended and self._runs.get(run.facts.run_id) is run:
-            self._ended[run.facts.run_id] = run
         trimmed = run.log.trim(limits.max_run_events, limits.max_run_bytes)
         self._account(run)
         if (excess := self.held - limits.max_log_bytes) > 0:
@@ -1925,55 +2567,31 @@ class Hub:
         if trimmed and not run.trimmed:
             run.trimmed, limit = True, "--max-log-bytes" if excess > 0 else "--max-run-…"
             text = "run_store: log full (%s), the oldest events go run_id=%s"
-            log.warning(text, limit, safe(run.facts.run_id))
+            logger.warning(text, limit, safe(run.info.run_id))
 
-    def _account(self, run: Run) -> None:
+    def _account(self, run: ScriptedRun) -> None:
         """Count what the run holds; beyond the limits the first that ended is forgotten first."""
-        if self._runs.get(run.facts.run_id) is run:
-            self._held += run.log.size + run.facts.weight - run.counted
-            run.counted = run.log.size + run.facts.weight
+        if run is self._runs.get(run.info.run_id):
+            self._held += run.log.size + run.info.weight - run.counted
+            run.counted = run.log.size + run.info.weight
         limits, ended = self.settings, self._ended
         while ended and (len(ended) > limits.max_ended_runs or self.held > limits.max_log_bytes):
             self._forget(next(iter(ended)))
 
-    def _sweep(self) -> None:
-        """Forget what was kept long enough: whoever looks must not see it, so looking does it."""
-        oldest = trio.current_time() - self.settings.retention
-        while self._ended and next(iter(self._ended.values())).ended_clock <= oldest:
-            self._forget(next(iter(self._ended)))
-
     def _forget(self, run_id: str) -> None:
-        run = self._ended.pop(run_id)
-        del self._runs[run_id]
-        self._held -= run.counted
-        self._forgotten[run_id] = run.facts.tenant_id
-        if len(self._forgotten) > 1000:
-            del self._forgotten[next(iter(self._forgotten))]
-        log.info("run_store: queue removed run_id=%s", safe(run_id))
+        self._held -= self._ended[run_id].counted
+        super()._forget(run_id)
 
 
-def may_see(tenant: str | None, owner: str | None) -> bool:
-    """A caller who names no tenant sees every run, a run nobody owns is seen by all."""
-    return tenant is None or owner is None or tenant == owner
-
-
-# ═══ 7  Deliveries ════════════════════════════════════════════════════════════════════════════════
+# ═══ 13  Scripted deliveries ══════════════════════════════════════════════════════════════════════
 # One open stream is one coroutine that writes: its head, then bytes, then its end. It lives in its
 # request. When the viewer leaves, the request's nursery is cancelled and this with it; the run is
 # elsewhere and does not notice.
 
-HEARTBEAT = comment("heartbeat")
-STREAM_HEAD = {
-    "content-type": "text/event-stream; charset=utf-8",
-    "cache-control": "no-cache, no-store, no-transform",
-    "connection": "keep-alive",
-    "x-accel-buffering": "no",
-}
 BODILESS = (204, 304)
 ENDS = ((), (Step("end"),))
 JSON_HEAD = {"content-type": "application/json"}
 TEXT_HEAD = {"content-type": "text/plain; charset=utf-8"}
-Send = Callable[[Any], Awaitable[None]]
 
 
 class NoSocket:
@@ -2001,7 +2619,7 @@ class Over(Exception):
     """The delivery ends before its script does."""
 
 
-class Delivery(Player):
+class ScriptedDelivery(Player):
     """Plays a stream script to one viewer, against a run's log if there is one."""
 
     batch: float = math.inf  # events in one write
@@ -2011,12 +2629,12 @@ class Delivery(Player):
     _half = False  # the last bytes were half an event, if any
 
     def __init__(
-        self, script: Script, entry: Entry, hub: Hub, run: Run | None = None,
+        self, script: Script, entry: Entry, hub: BoundedHub, run: ScriptedRun | None = None,
         headers: Mapping[str, str] | None = None, connection: Any = None,
         usual: Step | None = None,
     ) -> None:
-        names = entry.ids if run is None else run.facts.names
-        super().__init__(hub.time, hub.gates, names, entry.seed)
+        names = entry.ids if run is None else run.info.names
+        super().__init__(hub.clock, hub.gates, names, entry.seed)
         self._script, self.entry, self._hub, self._run = script, entry, hub, run
         self._named, self._connection = headers or {}, connection or NoSocket()
         self._usual = usual or Step("open", {})  # the head where its script mentions none
@@ -2078,7 +2696,7 @@ class Delivery(Player):
         pairs = {**({} if status == 204 else usual), **self._named}
         pairs |= {name.lower(): value for name, value in (*self._headers, *own.items())}
         lines = [(name.encode(), one_line(value)) for name, value in pairs.items() if value]
-        self.entry.status, self._quiet_since = status, self.time.now()
+        self.entry.status, self._quiet_since = status, self.clock.now()
         self._said_at = trio.current_time()
         with trio.CancelScope(shield=True):  # it is short; a heartbeat that falls due now waits
             await self._send({"type": "http.response.start", "status": status, "headers": lines})
@@ -2099,10 +2717,10 @@ class Delivery(Player):
         """They go out whole, or the connection is lost."""
         if not self.entry.bytes and not self._words and self._run:
             name, run_id = self.entry.stream_name, safe(self.entry.run_id)
-            log.info("%s: first chunk sent run_id=%s", name, run_id)
+            logger.info("%s: first chunk sent run_id=%s", name, run_id)
         self._connection.gathers = self._parting
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
-        self._quiet_since, self._said_at = self.time.now(), trio.current_time()
+        self._quiet_since, self._said_at = self.clock.now(), trio.current_time()
         self._words.append((len(data), cargo))
         if not self._connection.gathered:
             self._count()
@@ -2154,7 +2772,7 @@ class Delivery(Player):
         most = 1 if shared or every is not None else self.batch
         cursor = shared.cursor if shared else self._cursor
         portion = Portion(cursor, left, until, every, within, most)
-        portion.quiet = self.time.now() + within
+        portion.quiet = self.clock.now() + within
         await self.rest(lambda: self._follow(portion))
         if self._run and "cut" in modifiers:
             await self.rest(partial(self._begin_next, self._run.log, cursor, modifiers["cut"]))
@@ -2162,14 +2780,14 @@ class Delivery(Player):
     async def _follow(self, portion: Portion) -> None:
         while self._run and portion.left > 0 and self.entry.status not in BODILESS:
             if portion.due:
-                await self.time.sleep(portion.due - self.time.now())
+                await self.clock.sleep(portion.due - self.clock.now())
             log, cursor = self._run.log, portion.cursor
             if gap := log.gap(cursor.place):
                 cursor.place = log.first - 1
                 await self.write(self.dressed(gap, cursor.place), Cargo(last=cursor.place))
                 continue  # meanwhile more may be gone
             most = min(portion.left, portion.most)
-            piece, last = log.read(cursor.place, most=most, until=portion.until)
+            piece, last = log.read_until(cursor.place, most=most, until=portion.until)
             if piece:
                 await self._pass_on(piece, last, portion, log)
                 if last < log.last:
@@ -2181,12 +2799,12 @@ class Delivery(Player):
             elif not await self._news_in_time(log, portion):
                 return
 
-    async def _news_in_time(self, log: Log, portion: Portion) -> bool:
-        with self.time.limit(portion.quiet - self.time.now()) as silence:
+    async def _news_in_time(self, log: BoundedLog, portion: Portion) -> bool:
+        with self.clock.limit(portion.quiet - self.clock.now()) as silence:
             await log.news()
         return not silence.cancelled_caught
 
-    async def _pass_on(self, piece: bytes, last: int, portion: Portion, log: Log) -> None:
+    async def _pass_on(self, piece: bytes, last: int, portion: Portion, log: BoundedLog) -> None:
         count, portion.cursor.place = last - portion.cursor.place, last
         names = log.names(last - count, last)
         found = portion.until is not None and names[-1] == portion.until
@@ -2194,11 +2812,11 @@ class Delivery(Player):
         self._parting = self._last and log.ended and last == log.last
         await self.write(self.dressed(piece, last), Cargo(names, last))
         if portion.within is not math.inf:
-            portion.quiet = self.time.now() + portion.within
+            portion.quiet = self.clock.now() + portion.within
         if portion.every is not None:
-            portion.due = self.time.now() + self.draw(portion.every)
+            portion.due = self.clock.now() + self.draw(portion.every)
 
-    async def _begin_next(self, log: Log, cursor: Cursor, size: float) -> None:
+    async def _begin_next(self, log: BoundedLog, cursor: Cursor, size: float) -> None:
         """The first bytes of the event that comes next, or that fraction of it."""
         while True:
             after = max(cursor.place, log.first - 1)
@@ -2217,20 +2835,21 @@ class Delivery(Player):
         cancel `wait` where that waits, and starts it anew; a write it cannot (`Connection._send`).
         """
         while not self._closed:
-            quiet_since, now = self._quiet_since, self.time.now()
+            quiet_since, now = self._quiet_since, self.clock.now()
             due = min(quiet_since, now) + self._beat_every - now  # before the head: perhaps soon
-            self._till_beat = self.time.limit(due, jump=False)
+            self._till_beat = self.clock.limit(due, jump=False)
             with self._till_beat as self._resting:
                 return await wait()
             if self._quiet_since == quiet_since < math.inf and not self._closed:
-                self._quiet_since = self.time.now()  # also where nothing can be written
+                self._quiet_since = self.clock.now()  # also where nothing can be written
                 await self.write(self.beat(), Cargo(beats=1))
                 if self.lost:
-                    log.warning("Failed to send SSE heartbeat run_id=%s", safe(self.entry.run_id))
+                    text = "Failed to send SSE heartbeat run_id=%s"
+                    logger.warning(text, safe(self.entry.run_id))
         raise Over
 
 
-# ═══ 8  Faults ════════════════════════════════════════════════════════════════════════════════════
+# ═══ 14  Faults ═══════════════════════════════════════════════════════════════════════════════════
 # How a delivery goes wrong, at the exact byte: the verbs that an ordinary stream never plays. It
 # is the same delivery; its bytes take another way out.
 
@@ -2299,7 +2918,7 @@ class Outlet:
         return cargo
 
 
-class Faulty(Delivery):
+class Faulty(ScriptedDelivery):
     """A delivery that knows every verb."""
 
     own: Mapping[str, Any] = {"newline": "\n", "wrap": ""}  # its frame where no step says another
@@ -2309,7 +2928,7 @@ class Faulty(Delivery):
     _farewell, _how = b"", "end"  # what an operator wishes
 
     async def hold(self, data: bytes, cargo: Cargo) -> None:
-        self._quiet_since = self.time.now()  # also what is held back was said
+        self._quiet_since = self.clock.now()  # also what is held back was said
         pieces = self.outlet.take(data, cargo)
         if self.outlet.overflowed and FULL not in self.entry.notes:
             self.entry.notes.append(FULL)
@@ -2338,9 +2957,9 @@ class Faulty(Delivery):
         while piece := outlet.next():
             if outlet.every is not None and not self._closed:
                 self._parting = False  # each has its time
-                with self.time.limit(self._due - self.time.now()) as self._resting:
+                with self.clock.limit(self._due - self.clock.now()) as self._resting:
                     await trio.sleep_forever()
-                self._resting, self._due = None, self.time.now() + self.draw(outlet.every)
+                self._resting, self._due = None, self.clock.now() + self.draw(outlet.every)
             piece = outlet.rest() if self._closed else piece
             await self.put(piece, outlet.passed())
             await trio.lowlevel.checkpoint()
@@ -2481,34 +3100,25 @@ def close_all(
     return len(chosen)
 
 
-# ═══ 9  Contract ══════════════════════════════════════════════════════════════════════════════════
+# ═══ 15  Contract ═════════════════════════════════════════════════════════════════════════════════
 # Who may ask for what, what a request must look like, how we say no (status, cause, next step),
 # and how a test chooses what shall go wrong.
 
 
-class Refusal(Exception):
-    """A request that is not granted: the status of its answer, the error in a sentence, and what
-    else is told; no body where there is nothing to tell."""
+def script_of(refusal: Refusal) -> Script:
+    """How a refusal goes out where a stream was asked for."""
+    head = {"status": refusal.status, "headers": refusal.headers, "body": refusal.body or ""}
+    return refusal.script or (Step("open", literal(head)),)
 
-    def __init__(
-        self, status: int, error: str = "", /, headers: Mapping[str, str] | None = None,
-        script: Script = (), **told: Any,
-    ) -> None:
-        super().__init__(status, error, told)
-        self.status, self.headers = status, dict(headers or {})
-        self.body = {"error": error, **told} if error else told or None
-        head = {"status": status, "headers": self.headers, "body": self.body or ""}
-        self.script = script or (Step("open", literal(head)),)  # for a stream route
 
-    @property
-    def why(self) -> str:
-        """Its cause, for log and journal."""
-        body = self.body or {}
-        said = body.get("error") or body.get("detail") or body.get("message")
-        if isinstance(said, list):
-            said = f"{'.'.join(map(str, said[0]['loc']))}: {said[0]['msg']}"
-        said = said or {204: "finished and fully seen"}.get(self.status, "no tenant")
-        return said + (f", the limit is {body['limit']}" if "limit" in body else "")
+def cause_of(refusal: Refusal) -> str:
+    """Its cause, for log and journal."""
+    body = refusal.body or {}
+    said = body.get("error") or body.get("detail") or body.get("message")
+    if isinstance(said, list):
+        said = f"{'.'.join(map(str, said[0]['loc']))}: {said[0]['msg']}"
+    said = said or {204: "finished and fully seen"}.get(refusal.status, "no tenant")
+    return said + (f", the limit is {body['limit']}" if "limit" in body else "")
 
 
 CONTROL = re.compile(r"/(__aura(?!/health\Z)|api/admin)(/.*)?", re.DOTALL)
@@ -2530,7 +3140,7 @@ def name_in(authority: str) -> str:
     return re.sub(r":\d*$", "", authority).strip("[]").lower()
 
 
-def hosts_of(settings: Settings) -> set[str]:
+def hosts_of(settings: DoubleSettings) -> set[str]:
     """The names it answers to; none if it listens everywhere, for then nobody knows them."""
     if settings.host in ("0.0.0.0", "::"):
         return set()
@@ -2565,7 +3175,7 @@ def numbered_tenant(tenant: str | None) -> None:
         raise Refusal(400, "X-Tenant-ID must be numeric (e.g. 1) for Aura API.")
 
 
-def operate(headers: Mapping[bytes, bytes], client: str, settings: Settings) -> None:
+def operate(headers: Mapping[bytes, bytes], client: str, settings: DoubleSettings) -> None:
     """Let in who may control the server: who knows the token; without one, who is on this machine,
     and neither a proxy nor another site's page."""
     if settings.admin_token:
@@ -2601,14 +3211,6 @@ def identify(headers: Mapping[bytes, bytes], query: Any) -> None:
         raise Refusal(401, headers=CHALLENGE, detail="Invalid authorization header format")
 
 
-def resume_point(text: str | None, last: int) -> int:
-    """The id after which to go on: `N` and `anything_N` count; no id of this log means the
-    start."""
-    found = re.fullmatch(r"(?:.*_)?([0-9]{1,18})", text or "", re.DOTALL)
-    place = int(found[1]) if found else 0
-    return place if place <= last else 0
-
-
 RunId = that(
     "1 to 200 printable characters, no '/'",
     lambda value: type(value) in (str, int, float) and str(value).isprintable()
@@ -2636,7 +3238,7 @@ class Desk:
 
     remembered = 10_000  # attempts counted, the latest
 
-    def __init__(self, settings: Settings, catalogue: Mapping[str, Scenario]) -> None:
+    def __init__(self, settings: DoubleSettings, catalogue: Mapping[str, Scenario]) -> None:
         self.settings, self.catalogue = settings, catalogue
         self._default = self._from_start("scenario", settings.scenario)
         self.usual = {name: self._ordinary(phase) for name, phase in PHASES.items()}
@@ -2674,7 +3276,7 @@ class Desk:
 
     def _ordinary(self, phase: Phase) -> Scenario:
         """What happens where nobody has chosen. What is ordinary in it follows the settings."""
-        ordinary = Attempts((phase.stream(Settings()),))
+        ordinary = Attempts((phase.stream(DoubleSettings()),))
         found = self.catalogue.get(phase.scenario) or Scenario(phase.scenario)
         run = None if all(step.verb == "ordinary" for step in found.run or ()) else found.run
         stream = None if found.stream == ordinary else found.stream
@@ -2781,16 +3383,12 @@ async def told(kind: Any) -> dict[str, Any]:
     return checked_body(await request.get_data(cache=False), kind)
 
 
-def encoded(segment: str) -> str:
-    return quote(segment, safe="")
-
-
 def header_value(value: str) -> str:
     """Anything beyond visible ASCII, and `%` itself, percent-encoded."""
     return quote(value, safe="!\"#$&'()*+,-./:;<=>?@[\\]^_`{|}~")
 
 
-# ═══ 10  HTTP ═════════════════════════════════════════════════════════════════════════════════════
+# ═══ 16  Choosing ═════════════════════════════════════════════════════════════════════════════════
 # One request and its answer, and the routes of a client's life. A handler decides; what takes time
 # is a run or a delivery.
 
@@ -2802,9 +3400,8 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 GATEWAY_SAYS = {b"x-dwp-source": "FRONTEND", b"x-dwp-caller-type": "USER"}  # where nobody does
 
 
-class Exchange(TrioASGIHTTPConnection):
-    """One request and its answer, at Quart's own seam: here the journal's entry begins and ends,
-    and here a delivery gets ASGI's `send`, to write by itself."""
+class JournaledRequest(Exchange):
+    """One request and its answer: here the journal's entry begins and ends."""
 
     def __init__(self, journal: Journal, app: QuartTrio, scope: Any) -> None:
         asked = "/" + scope["path"].lstrip("/")  # as the routes see it
@@ -2897,24 +3494,6 @@ def connection_of(scope: Any) -> Any:
     return scope.get("state", {}).get("connection")
 
 
-class Streamed(Response):
-    """A response that is a delivery, and takes as long as that: Quart would end it after 60 s."""
-
-    def __init__(self, delivery: Delivery) -> None:
-        super().__init__(b"")
-        self.delivery, self.timeout = delivery, None
-        self.headers.clear()
-
-
-def answer(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """JSON, in the order and the language it was written in."""
-    content = b"" if body is None else to_bytes(to_json(body))
-    response = Response(content, status, dict(headers or {}), content_type="application/json")
-    if status == 204:
-        response.headers.remove("content-type")
-    return response
-
-
 def head_only(headers: Mapping[str, str]) -> Response:
     """The head a stream would have, to a HEAD request: it opens no delivery."""
     response = Response(b"", 200, dict(headers))
@@ -2929,7 +3508,7 @@ def entry() -> Entry:
 
 
 def admission(  # noqa: C901  # ruff adds the routes up; a test looks at each for itself
-    app: QuartTrio, settings: Settings, hub: Hub
+    app: QuartTrio, settings: DoubleSettings, hub: BoundedHub
 ) -> None:
     """What comes before every route, and after; and how a refusal leaves, wherever it was made.
 
@@ -2993,12 +3572,13 @@ def admission(  # noqa: C901  # ruff adds the routes up; a test looks at each fo
 
     @app.errorhandler(Refusal)
     async def refuse(refusal: Refusal) -> Response:
-        this, why = entry(), f"refused: {refusal.why}"
-        log.info("[%s] %d %s", this.request_id, refusal.status, safe(why))
+        this, why = entry(), f"refused: {cause_of(refusal)}"
+        logger.info("[%s] %d %s", this.request_id, refusal.status, safe(why))
         this.notes.append(safe(why))
         this.attempt = None  # no script plays
         if this.kind == "stream":
-            delivery = Faulty(refusal.script, this, hub, connection=connection_of(request.scope))
+            script, below = script_of(refusal), connection_of(request.scope)
+            delivery = Faulty(script, this, hub, connection=below)
             delivery.reason = why
             return Streamed(delivery)
         return answer(refusal.body, refusal.status, refusal.headers)
@@ -3037,33 +3617,21 @@ PREFLIGHT = {
 }
 
 
-@dataclass(frozen=True)
-class Order:
-    """What a trigger asks for; the runId was given, or has been minted."""
+class Reception(Service):
+    """Which scenario a trigger starts, and which one a viewer gets."""
 
-    run_id: str
-    case_id: str
-    phase: str
-    body: Mapping[str, Any]
-    given: bool = True
-
-
-class Reception:
-    """What the routes of a client's life share: a run is started, found, streamed."""
-
-    def __init__(
-        self, hub: Hub, desk: Desk, instance: str, analysis: Analysis | None = None
-    ) -> None:
-        self.hub, self.desk, self.settings = hub, desk, hub.settings
-        self._instance, self._analysis = instance, analysis
-        self._shown_instance = header_value(instance)
+    def __init__(self, hub: BoundedHub, desk: Desk, analysis: Analysis | None = None) -> None:
+        super().__init__(hub.settings, analysis)
+        self.hub, self.desk = hub, desk
+        self._shown_instance = header_value(self.instance)
         self._ordinary = {
             name: Attempts((phase.stream(hub.settings),)) for name, phase in PHASES.items()
         }
-        usual = [phase.stream(Settings()) for phase in PHASES.values()]  # as a catalogue writes it
+        # as a catalogue writes it
+        usual = [phase.stream(DoubleSettings()) for phase in PHASES.values()]
         self._plain = [*usual, *(one.of(1) for one in self._ordinary.values())]
 
-    def asked(self, query: Any, body: Any = None) -> Scenario | None:
+    def chosen(self, query: Any, body: Any = None) -> Scenario | None:
         """What the request itself chooses: a name, or a whole scenario; that not where anybody may
         come without a token."""
         wanted = header(ASKED) or query.get("scenario") or body
@@ -3071,14 +3639,14 @@ class Reception:
             return None
         return self.desk.chosen(wanted, whole=not JOBS.fullmatch(request.path))
 
-    def trigger(self, order: Order) -> tuple[Run | None, str, Script | None]:
+    def trigger(self, order: TriggerRequest) -> tuple[ScriptedRun | None, str, Script | None]:
         """The run a trigger asks for, if it may start; whether it was `started` or `known`; and
         how the scenario answers, if it does."""
         this, hub, desk = entry(), self.hub, self.desk
         run_id = this.run_id = order.run_id
-        asked = self.asked(request.args, order.body.get("scenario"))
+        asked = self.chosen(request.args, order.body.get("scenario"))
         run = hub.find(run_id)
-        if run and not may_see(g.tenant, run.facts.tenant_id):
+        if run and not may_see(g.tenant, run.info.tenant_id):
             raise self.unknown(run_id)
         if this.kind == "stream":
             self.make_room()
@@ -3102,23 +3670,29 @@ class Reception:
             run = self._start(order, scenario)
         return run, how, script
 
-    def _start(self, order: Order, scenario: Scenario) -> Run:
+    def _start(self, order: TriggerRequest, scenario: Scenario) -> ScriptedRun:
         failing = (header(b"x-aura-test-fail"), request.args.get("test_fail_query"))
         fail = next((stage for stage in failing if stage in ("rag", "llm")), None)
         shared = (self.desk.catalogue.get(scenario.name), self.desk.usual[order.phase])
         kept = 0 if any(scenario is one for one in shared) else scenario.weight
         evidence = 2 * weight(order.body.get("evidence"))  # in the script, and encoded
-        facts = Facts(
-            order.run_id, order.case_id, g.tenant, order.phase, order.body, self.hub.time,
+        info = ScriptedInfo(
+            order.run_id, order.case_id, g.tenant, order.phase, order.body, self.hub.clock,
             self.settings.event_delay, fail, entry().test_id,
             weight(order.body) + evidence + kept, kept)
-        return self.hub.start(facts, scenario, scripted(scenario, self.hub.gates, self._analysis))
+        analysis = scripted(scenario, self.hub.gates, self.analysis)
+        run: ScriptedRun = self.hub.start(info, scenario, analysis)
+        return run
 
-    def accepted(self, order: Order) -> Response:
-        """The answer to a trigger."""
+    async def asked(self, case_id: str, phase: str) -> TriggerRequest:
+        body = await told(TRIGGER_BODY[phase])
+        given = body.get("runId") not in (None, "")
+        run_id = body["runId"] if given else uuid.uuid4()
+        return TriggerRequest(str(run_id), case_id, phase, body, given)
+
+    def accepted(self, order: TriggerRequest) -> Response:
         run, how, script = self.trigger(order)
-        status, says = ACCEPTED[order.phase]
-        told = says(order, run.facts.case_id if run else order.case_id, self.url())
+        status, told = self.told(order, run.info.case_id if run else order.case_id)
         headers = {**self._echo(), **({"x-aura-run": how} if run else {})}
         if script is None:
             return answer(told, status, headers)
@@ -3137,12 +3711,15 @@ class Reception:
                 host = forwarded
         return f"{scheme}://{host}"
 
-    def stream(self, run_id: str) -> Response:
+    def stream(self, run_id: str | None) -> Response:
         """One viewer's stream of this run: which script, from where."""
+        entry().run_id = run_id
+        if run_id is None:
+            raise Wrong("the query needs runId=…", "query", "runId")
         if not run_id:
             raise Refusal(400, "runId is required", runId=None)
         this, query = entry(), request.args if request.query_string else {}
-        asked = self.asked(query) if request.method != "POST" else None
+        asked = self.chosen(query) if request.method != "POST" else None
         run = self.hub.find(run_id, tenant=g.tenant)
         if request.method != "HEAD" and (run or self.hub.find(run_id) is None):
             self.make_room()  # another tenant's run is unknown, whether there is room or not
@@ -3151,10 +3728,10 @@ class Reception:
         given = query.get("lastEventId") or query.get("last-event-id")
         this.last_event_id = header(b"last-event-id") or given
         this.resumed_after = resume_point(this.last_event_id, run.log.last)
-        this.case_id = this.case_id or run.facts.case_id
+        this.case_id = this.case_id or run.info.case_id
         scenario = asked or run.scenario
         before = run.attempts.get(scenario.name, 0)
-        attempts = scenario.stream or self._ordinary[run.facts.phase]
+        attempts = scenario.stream or self._ordinary[run.info.phase]
         script = attempts.of(before + 1)
         plain = scenario.stream is None or (attempts.repeats(before + 1) and script in self._plain)
         if plain and run.ended and 0 < this.resumed_after == run.log.last:
@@ -3169,7 +3746,7 @@ class Reception:
         this.says("start consuming")
         if this.last_event_id:
             text = "SSE connection established (client reconnected) run_id=%s last_event_id=%s"
-            log.info(text, safe(run_id), safe(this.last_event_id))
+            logger.info(text, safe(run_id), safe(this.last_event_id))
             if not this.resumed_after and this.last_event_id != "0":
                 this.notes.append("its Last-Event-ID is no event of this run: from the start")
         return self.played(script, run)
@@ -3184,9 +3761,10 @@ class Reception:
         pause = random.randint(1000, 10_000)  # ms: each client its own
         again = {"Retry-After": str(pause // 1000)}
         refusal = Refusal(503, "too many open streams", again, limit=limit)
-        log.warning("%s (--max-sse-connections) run_id=%s", refusal.why, safe(entry().run_id))
+        text = "%s (--max-sse-connections) run_id=%s"
+        logger.warning(text, cause_of(refusal), safe(entry().run_id))
         if "text/event-stream" in header(b"accept") and not header(b"authorization"):
-            soft = [{"raw": f"retry: {pause}\n\n"}, {"comment": refusal.why}]
+            soft = [{"raw": f"retry: {pause}\n\n"}, {"comment": cause_of(refusal)}]
             refusal.status, refusal.script = 200, parse_script(soft, "stream")
         raise refusal
 
@@ -3207,9 +3785,9 @@ class Reception:
         this.says("runId not found or already completed")
         raise self.unknown(run_id)
 
-    def played(self, script: Script, run: Run | None = None, **more: Any) -> Response:
+    def played(self, script: Script, run: ScriptedRun | None = None, **more: Any) -> Response:
         below, headers = connection_of(request.scope), more.pop("headers", None) or self._echo()
-        job = run and run.facts.phase == "generation" and self.settings.event_ids
+        job = run and run.info.phase == "generation" and self.settings.event_ids
         play = JobDelivery if job else Faulty
         return Streamed(play(script, entry(), self.hub, run, headers, below, **more))
 
@@ -3222,82 +3800,48 @@ class Reception:
             "x-aura-attempt": str(this.attempt),
         }
 
-    def seen(self, run_id: str) -> Run:
-        """The run, or the 404 that helps."""
+    def told(self, order: TriggerRequest, case_id: str) -> tuple[int, dict[str, Any]]:
+        """What a trigger is told that is granted."""
+        if order.phase == "generation":
+            return 201, job_accepted(order, self.url())
+        return 202, ACCEPTED[order.phase](order, case_id)
+
+    def seen(self, run_id: str) -> Any:
         run = self.hub.find(run_id, tenant=g.tenant)
         if run is None:
             raise self.unknown(run_id)
         return run
 
     def unknown(self, run_id: str) -> Refusal:
-        live = [run.facts.run_id for run in self.hub.seen_by(g.tenant) if not run.ended]
+        live = [run.info.run_id for run in self.hub.seen_by(g.tenant) if not run.ended]
         ends = (run_id[:3], run_id[-3:])  # to compare is slow: with few, with short ones
         alike = [one for one in live if one.startswith(ends[0]) or one.endswith(ends[1])]
         short = [one for one in alike[-50:] if len(one) <= 64]
         close = difflib.get_close_matches(run_id[:64], short, n=1)
-        hint = f"no such run on instance {self._instance}, where {len(live)} live"
+        hint = f"no such run on instance {self.instance}, where {len(live)} live"
         hint += f"; did you mean {close[0]!r}?" if close else ""
         if self.hub.was_here(run_id, tenant=g.tenant):
-            hint = f"it has ended and was forgotten by instance {self._instance}; trigger it again"
+            hint = f"it has ended and was forgotten by instance {self.instance}; trigger it again"
         status = int(self.settings.unknown_run) if entry().kind == "stream" else 404
         return Refusal(status, "runId not found or already completed", runId=run_id, hint=hint)
 
 
-def client_routes(  # noqa: C901  # likewise
+def client_routes(
     app: QuartTrio, reception: Reception
 ) -> None:
-    """A client's life: trigger, stream, state, cancel, result."""
-
-    async def order(case_id: str, phase: str) -> Order:
-        body = await told(TRIGGER_BODY[phase])
-        given = body.get("runId") not in (None, "")
-        return Order(str(body["runId"] if given else uuid.uuid4()), case_id, phase, body, given)
-
-    @app.post("/aura/cases/<case_id>/analysis-runs")
-    async def phase2_trigger(case_id: str) -> Response:
-        return reception.accepted(await order(case_id, "phase2"))
-
-    @app.post("/aura/internal/cases/<case_id>/analysis-runs")
-    async def phase3_trigger(case_id: str) -> Response:
-        return reception.accepted(await order(case_id, "phase3"))
+    """The rest of a client's life: to trigger and watch at once, the last result."""
 
     @app.post("/aura/cases/<case_id>/analysis/trigger")
     async def trigger_stream(case_id: str) -> Response:
-        run, _, script = reception.trigger(await order(case_id, "phase2"))
+        run, _, script = reception.trigger(await reception.asked(case_id, "phase2"))
         if run is None or (script and refuses(script)):
             return reception.played(script or ())
-        return reception.stream(run.facts.run_id)
-
-    @app.get("/aura/cases/<case_id>/analysis/stream")
-    async def case_analysis_stream(case_id: str) -> Response:
-        run_id = entry().run_id = request.args.get("runId")
-        if run_id is None:
-            raise Wrong("the query needs runId=…", "query", "runId")
-        return reception.stream(run_id)
-
-    @app.get("/aura/analysis-runs/<run_id>/stream")
-    @app.get("/aura/analysis-runs//stream", defaults={"run_id": ""})
-    async def analysis_run_stream(run_id: str) -> Response:
-        return reception.stream(run_id)
-
-    @app.get("/aura/cases/<case_id>/analysis-runs/<run_id>")
-    async def run_state(run_id: str, case_id: str) -> Response:
-        return answer(state_of(reception.seen(run_id)))
-
-    @app.delete("/aura/cases/<case_id>/analysis-runs/<run_id>")
-    async def cancel_run(case_id: str, run_id: str) -> Response:
-        run = reception.seen(run_id)
-        run.cancel(Failure("the run was cancelled by a DELETE", stage="cancelled", retryable=False))
-        if run.settled:
-            while not run.ended:
-                await run.log.news()
-            return answer({"status": run.status, "runId": run_id})
-        return answer({"status": "CANCELLED", "runId": run_id}, 202)
+        return reception.stream(run.info.run_id)
 
     @app.get("/aura/cases/<case_id>/analysis")
     async def last_result(case_id: str) -> Response:
         visible = reception.hub.seen_by(g.tenant)
-        runs = [run for run in visible if run.facts.case_id == case_id]
+        runs = [run for run in visible if run.info.case_id == case_id]
         run = next((run for run in reversed(runs) if run.status == "completed"), None)
         if run is None:
             hint = f"{len(runs)} of its runs are here, none completed; trigger one and wait for it"
@@ -3305,17 +3849,7 @@ def client_routes(  # noqa: C901  # likewise
         return answer(result_of(run))
 
 
-def phase2_accepted(order: Order, case_id: str, _: str) -> dict[str, Any]:
-    url = f"/aura/analysis-runs/{encoded(order.run_id)}/stream"
-    return {"status": "ACCEPTED", "runId": order.run_id, "caseId": case_id, "streamUrl": url}
-
-
-def phase3_accepted(order: Order, case_id: str, _: str) -> dict[str, Any]:
-    path = f"/aura/cases/{encoded(case_id)}/analysis/stream?runId={encoded(order.run_id)}"
-    return {"accepted": True, "runId": order.run_id, "streamPath": path}
-
-
-def job_accepted(order: Order, _: str, here: str) -> dict[str, Any]:
+def job_accepted(order: TriggerRequest, here: str) -> dict[str, Any]:
     """Its front end calls `new URL`, and so needs whole ones."""
     body, url = order.body, f"{here}/api/v1/generations/{order.run_id}"
     return {
@@ -3326,27 +3860,13 @@ def job_accepted(order: Order, _: str, here: str) -> dict[str, Any]:
     }
 
 
-ACCEPTED = {
-    "phase2": (202, phase2_accepted), "phase3": (202, phase3_accepted),
-    "generation": (201, job_accepted),
-}
-
-
 def disabled(run_id: str, phase: str) -> Refusal:
     """DEMO_OFF: nothing is started, and the old server's answer says so with a 200."""
     off = {"accepted": False, "runId": run_id} if phase == "phase3" else {"status": "disabled"}
     return Refusal(200, **off, message="Analysis disabled (DEMO_OFF)")
 
 
-def state_of(run: Run) -> dict[str, Any]:
-    return {
-        "runId": run.facts.run_id, "caseId": run.facts.case_id, "phase": run.facts.phase,
-        "status": run.status, "events": run.log.last, "viewers": run.viewers,
-        "startedAt": run.started_at, "endedAt": run.ended_at,
-    }
-
-
-def said_last(log: Log, name: str, count: int, *, among: float = math.inf) -> list[Any]:
+def said_last(log: BoundedLog, name: str, count: int, *, among: float = math.inf) -> list[Any]:
     """The data of the last events of this name, read back from the bytes that viewers get; only
     objects: text is not a result."""
     first = int(max(log.first, log.last - among))
@@ -3360,19 +3880,19 @@ def said_last(log: Log, name: str, count: int, *, among: float = math.inf) -> li
     return [data for data in found if isinstance(data, dict)]
 
 
-def result_of(run: Run) -> dict[str, Any]:
+def result_of(run: ScriptedRun) -> dict[str, Any]:
     """The last result of a case, read from the log: what was streamed is what was found."""
     last = (said_last(run.log, "completed", 1) or [{}])[0]
     breakdown = (said_last(run.log, "confidence", 1) or [None])[0]
     return {
-        "caseId": run.facts.case_id, "reasonText": last.get("summary"),
+        "caseId": run.info.case_id, "reasonText": last.get("summary"),
         "proposals": said_last(run.log, "proposal", 100) or None,
         "confidenceBreakdown": breakdown, "ragRefs": [], "similarCases": [],
         "score": last.get("score"), "severity": last.get("severity"),
     }
 
 
-# ═══ 11  Operations ═══════════════════════════════════════════════════════════════════════════════
+# ═══ 17  Operations ═══════════════════════════════════════════════════════════════════════════════
 # For whoever is on call, and for whoever tests: jobs, health, metrics, what an operator may do, the
 # control of the double. And the application, which has it all.
 
@@ -3383,13 +3903,13 @@ def job_routes(  # noqa: C901  # likewise
     """Generation jobs: runs of their own kind, which need no token."""
     hub = reception.hub
 
-    def jobs() -> list[Run]:
-        return [run for run in hub.seen_by(g.tenant) if run.facts.phase == "generation"]
+    def jobs() -> list[ScriptedRun]:
+        return [run for run in hub.seen_by(g.tenant) if run.info.phase == "generation"]
 
-    def job(job_id: str) -> Run:
+    def job(job_id: str) -> ScriptedRun:
         """The job; or a 404 that does not say what else has this id."""
-        run = hub.find(job_id, tenant=g.tenant)
-        if run is None or run.facts.phase != "generation":
+        run: ScriptedRun | None = hub.find(job_id, tenant=g.tenant)
+        if run is None or run.info.phase != "generation":
             hint = "POST /api/v1/generations starts a job, and says where its events are"
             raise Refusal(404, "there is no such job", jobId=job_id, hint=hint)
         return run
@@ -3399,23 +3919,23 @@ def job_routes(  # noqa: C901  # likewise
         """Whoever watches a job that is not there starts it: the runbook does."""
         if hub.find(job_id) is None and request.method != "HEAD":
             checked(RunId, job_id, "path", "jobId")
-            run, _, script = reception.trigger(Order(job_id, job_id, "generation", {}))
+            run, _, script = reception.trigger(TriggerRequest(job_id, job_id, "generation", {}))
             if run is None:
                 return reception.played(script or ())
-        return reception.stream(job(job_id).facts.run_id)
+        return reception.stream(job(job_id).info.run_id)
 
     @app.post("/api/v1/generations")
     async def generate() -> Response:
         body = await told(TRIGGER_BODY["generation"])
         job_id = f"job_{uuid.uuid4().hex[:16]}"
         project = str(body.get("projectId") or job_id)
-        return reception.accepted(Order(job_id, project, "generation", body, given=False))
+        return reception.accepted(TriggerRequest(job_id, project, "generation", body, given=False))
 
     @app.get("/api/v1/generations/<job_id>/events")
     async def job_events(job_id: str) -> Response:
         if hub.find(job_id) is None and request.method != "HEAD":
             reception.make_room()
-        return reception.stream(job(job_id).facts.run_id)
+        return reception.stream(job(job_id).info.run_id)
 
     @app.get("/api/v1/generations/<job_id>")
     async def show_job(job_id: str) -> Response:
@@ -3446,24 +3966,24 @@ def job_routes(  # noqa: C901  # likewise
 JOB_STATUSES = ("queued", "streaming", "completed", "failed", "canceled")
 
 
-def job_status(run: Run) -> str:
+def job_status(run: ScriptedRun) -> str:
     running = "streaming" if run.log.last else "queued"
     return {"running": running, "cancelled": "canceled"}.get(run.status, run.status)
 
 
-def job_of(run: Run) -> dict[str, Any]:
+def job_of(run: ScriptedRun) -> dict[str, Any]:
     last = (said_last(run.log, "progress", 1, among=1000) or [{}])[0]
     return {
-        "jobId": run.facts.run_id, "status": job_status(run), "progress": last.get("value", 0),
+        "jobId": run.info.run_id, "status": job_status(run), "progress": last.get("value", 0),
         "createdAt": run.started_at,
     }
 
 
 def operation_routes(  # noqa: C901  # likewise
-    app: QuartTrio, hub: Hub, metrics: Metrics | None, about: Mapping[str, Any], page: str
+    app: QuartTrio, hub: BoundedHub, metrics: Metrics | None, about: Mapping[str, Any], page: str
 ) -> None:
     """For whoever comes by, and for whoever is on call."""
-    began, guard = clock.perf_counter(), {**GUARD, "Content-Security-Policy": policy(page)}
+    began, guard = time.perf_counter(), {**GUARD, "Content-Security-Policy": policy(page)}
 
     @app.get("/")
     async def front() -> Response:
@@ -3477,7 +3997,7 @@ def operation_routes(  # noqa: C901  # likewise
     async def health() -> Response:
         return answer({
             "status": "healthy", **about, "runs": hub.live, "sse_connections": hub.streams,
-            "uptime": round(clock.perf_counter() - began, 3),
+            "uptime": round(time.perf_counter() - began, 3),
         })
 
     def streams() -> Iterator[Faulty]:
@@ -3537,7 +4057,7 @@ class Metrics:
     """What Prometheus reads of this application, and of no other in the process. What can be known
     beforehand begins at 0: a counter that appears has no rate."""
 
-    def __init__(self, hub: Hub, journal: Journal) -> None:
+    def __init__(self, hub: BoundedHub, journal: Journal) -> None:
         from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram  # an extra
 
         self._hub, self._journal, self._registry = hub, journal, CollectorRegistry()
@@ -3631,13 +4151,13 @@ def control_routes(  # noqa: C901  # likewise
 ) -> None:
     """The control of the test double: what it can do, what is to happen, what has happened."""
     hub, desk = reception.hub, reception.desk
-    began = hub.time.now()
+    began = hub.clock.now()
     journal_query = form(**JOURNAL, count=number(int, 1, max(journal.most, 1)))
 
     @app.get("/__aura/health")
     async def control_health() -> Response:
-        mode = {1.0: "real", math.inf: "max"}.get(hub.time.rate, f"x{hub.time.rate:g}")
-        script_time = {"mode": mode, "now": round(hub.time.now() - began, 3)}
+        mode = {1.0: "real", math.inf: "max"}.get(hub.clock.rate, f"x{hub.clock.rate:g}")
+        script_time = {"mode": mode, "now": round(hub.clock.now() - began, 3)}
         return answer({"status": "ok", **about, "clock": script_time})
 
     @app.get("/__aura/scenarios")
@@ -3671,7 +4191,7 @@ def control_routes(  # noqa: C901  # likewise
         body = await told(SIGNAL)
         run_id = body.get("runId")
         if run_id is not None:
-            run_id = reception.seen(str(run_id)).facts.run_id
+            run_id = reception.seen(str(run_id)).info.run_id
         if not hub.gates.signal(body["gate"], run_id):
             error = f"{hub.gates.most} gates are open already; POST /__aura/reset closes them"
             raise Refusal(409, error)
@@ -3679,8 +4199,8 @@ def control_routes(  # noqa: C901  # likewise
 
     @app.post("/__aura/clock")
     async def move_clock() -> Response:
-        await hub.time.advance((await told(CLOCK))["advance"])
-        return answer({"now": round(hub.time.now() - began, 3)})
+        await hub.clock.advance((await told(CLOCK))["advance"])
+        return answer({"now": round(hub.clock.now() - began, 3)})
 
     @app.get("/__aura/runs")
     async def list_runs() -> Response:
@@ -3819,19 +4339,18 @@ def frames_of(task: trio.lowlevel.Task) -> Iterator[types.FrameType]:
 
 
 def create_app(
-    settings: Settings, hub: Hub, catalogue: Mapping[str, Scenario] | None = None, *,
+    settings: DoubleSettings, hub: BoundedHub, catalogue: Mapping[str, Scenario] | None = None, *,
     analysis: Analysis | None = None, url: str = "", stop: Callable[[], None] | None = None,
     page: str = "",
 ) -> QuartTrio:
     """The application: Aura's contract over the runs of this hub, and the control of both."""
-    app, journal = QuartTrio("aura_stream", static_folder=None), Journal(settings.max_journal)
-    app.url_map.merge_slashes = False  # an empty runId is a 400, not a redirect
-    app.config.update(MAX_CONTENT_LENGTH=settings.max_body, BODY_TIMEOUT=settings.body_timeout)
-    app.asgi_http_class = partial(Exchange, journal)  # type: ignore[assignment]
-    instance = settings.instance or f"{settings.host}:{os.getpid()}"
-    about = {"version": __version__, "instance": instance}
-    reception = Reception(hub, desk := Desk(settings, catalogue or {}), instance, analysis)
+    journal = Journal(settings.max_journal)
+    reception = Reception(hub, desk := Desk(settings, catalogue or {}), analysis)
     hub.also = desk.weight
+    about = {"version": __version__, "instance": reception.instance}
+    app = make_app(reception)
+    app.config.update(MAX_CONTENT_LENGTH=settings.max_body, BODY_TIMEOUT=settings.body_timeout)
+    app.asgi_http_class = partial(JournaledRequest, journal)  # type: ignore[assignment]
     admission(app, settings, hub)
     client_routes(app, reception)
     job_routes(app, reception)
@@ -3844,13 +4363,12 @@ def create_app(
     return app
 
 
-# ═══ 12  What ASGI cannot say ═════════════════════════════════════════════════════════════════════
+# ═══ 18  What ASGI cannot say ═════════════════════════════════════════════════════════════════════
 # The fenced corner. ASGI knows no socket, no send deadline and no "close now"; and Hypercorn, whose
 # protocol engine we use, has bugs that a server for experiments with failure cannot afford.
 # Everything here leans on insides of the pinned versions of Hypercorn and h11, and has a test that
 # fails on the stock server.
 
-CUT = Ending("shutdown", "cancelled", "still open when the server had to go")
 PIECE = 64 * 2**10  # bytes that have one send deadline
 HEARD = (h11.DONE, h11.MUST_CLOSE)  # of a client: its whole request is here
 GONE = (trio.BrokenResourceError, trio.ClosedResourceError)
@@ -3886,7 +4404,7 @@ class Http11(H11Protocol):
         known_as, most = uuid.uuid4().hex, self.config.h11_max_incomplete_size
         says = {408: "the head took too long", 431: f"the head is longer than {most} bytes"}
         why = says.get(status_code, "this is no request of HTTP/1.1")
-        log.info("[%s] %d refused: %s, from %s", known_as, status_code, why, self.client)
+        logger.info("[%s] %d refused: %s, from %s", known_as, status_code, why, self.client)
         headers = [(b"content-length", b"0"), (b"connection", b"close"),
                    (b"x-request-id", known_as.encode()), *self.config.response_headers("h11")]
         await self._send_h11_event(h11.Response(status_code=status_code, headers=headers))
@@ -3925,7 +4443,7 @@ class Http11(H11Protocol):
         if {b"content-length", b"transfer-encoding"} <= names:  # RFC 9112, 6.1: smuggling, perhaps
             self.connection.end_with_this()
         if b"upgrade" in names:
-            log.warning("Unsupported upgrade request.")
+            logger.warning("Unsupported upgrade request.")
         await super()._create_stream(request)
 
     @staticmethod
@@ -3958,7 +4476,7 @@ class Connection(TCPServer):
     _ending: Ending | None = None  # why it ended, where that was not the request's doing
 
     def __init__(
-        self, app: ASGIWrapper, config: Config, context: WorkerContext, settings: Settings,
+        self, app: ASGIWrapper, config: Config, context: WorkerContext, settings: DoubleSettings,
         stream: trio.SocketStream,
     ) -> None:
         super().__init__(app, config, context, {"connection": self}, stream)  # type: ignore[arg-type]
@@ -3986,7 +4504,7 @@ class Connection(TCPServer):
         except* OSError:
             pass  # the peer is gone, and there is nobody to tell
         except* Exception as errors:  # noqa: BLE001  # else one bad request ends every connection
-            log.warning("connection ended by an error: %s", safe(explained(errors).error))
+            logger.warning("connection ended by an error: %s", safe(explained(errors).error))
         finally:
             raw.close()
             self.state.clear()  # connection and protocol know each other: parted, they are freed at
@@ -4006,11 +4524,11 @@ class Connection(TCPServer):
                     await self.protocol.handle(RawData(data))
         if self._closing:
             if thrown and data:
-                log.info("cut a refused client that was still sending, after %d bytes", thrown)
+                logger.info("cut a refused client that was still sending, after %d bytes", thrown)
         elif self._patience.cancelled_caught and client.trailing_data[0]:
             await self.protocol._send_error_response(408)
         elif self._patience.cancelled_caught:
-            log.debug("closed a connection that was idle for %g s", self.settings.keep_alive)
+            logger.debug("closed a connection that was idle for %g s", self.settings.keep_alive)
         elif not (data or self._streams) and client.their_state in HEARD:
             # perhaps it has left, perhaps it waits for its answer: nobody can tell
             self.half_closed, self._ending = True, LEFT
@@ -4128,17 +4646,22 @@ class Connection(TCPServer):
             self.cut()
 
 
-def engine(settings: Settings) -> Config:
+def engine(settings: DoubleSettings) -> Config:
     """Hypercorn's configuration, as far as its protocol engine asks for one."""
     config = Config()
     config.h11_max_incomplete_size = settings.max_head
     config.include_server_header = False
-    config.errorlog = log
+    config.errorlog = logger
     return config
 
 
-# ═══ 13  Catalogue ════════════════════════════════════════════════════════════════════════════════
+# ═══ 19  Catalogue ════════════════════════════════════════════════════════════════════════════════
 # The built-in scenarios, as data: name, the symptom and what a client sees, the scripts for it.
+
+
+def _say(name: str, **data: Any) -> dict[str, Any]:
+    return {"event": {"event": name, "data": data}}
+
 
 _HELLO, _REST, _BYE = {"comment": "connected"}, {"relay": "all"}, {"raw": "data: [DONE]\n\n"}
 _USUAL = [_HELLO, "heartbeat", _REST, _BYE]
@@ -4337,7 +4860,7 @@ def catalogue() -> dict[str, Scenario]:
     }
 
 
-# ═══ 14  The page ═════════════════════════════════════════════════════════════════════════════════
+# ═══ 20  The page ═════════════════════════════════════════════════════════════════════════════════
 # The live page: what a careful client does, where it can be seen. No build, no request to anybody
 # else; what comes from outside is only ever text.
 
@@ -4432,7 +4955,7 @@ then choose a scenario and see it go wrong.</p>
 <h2 id="h-stream">The stream</h2>
 <p id="state" role="status">Nothing runs yet.</p>
 <progress id="progress" max="100" value="0" aria-label="percent of the analysis"></progress>
-<dl id="facts"></dl>
+<dl id="info"></dl>
 <svg id="line" role="img" viewBox="0 0 1000 10" preserveAspectRatio="none" aria-label="no events">
 <path id="bars"/><path id="beats"/><path id="breaks"/></svg>
 <div class="axis quiet"><span>0 s</span><span id="spread"></span><span id="until"></span></div>
@@ -4783,7 +5306,7 @@ function draw() {
   $("until").textContent = seconds(span);
   $("progress").value = run.percent;
   rows();
-  facts();
+  info();
 }
 
 function rows() {
@@ -4815,7 +5338,7 @@ function quality() {
   return (QUALITY.find(fits) ?? ["critical"])[0];
 }
 
-function facts() {
+function info() {
   const tries = `${run.tries} of ${TRIES}`;
   const told = { run: run.id || "none", attempt: run.attempt, "tries used": tries };
   if (run.latency === null && run.attempt) told["first byte"] = "none yet";
@@ -4824,7 +5347,7 @@ function facts() {
     told["first byte after"] = seconds(run.latency / 1000);
     if (run.open) told["last byte"] = `${Math.floor(now() - run.heard)} s ago`;
   }
-  $("facts").replaceChildren(...Object.entries(told).map(([name, value]) => {
+  $("info").replaceChildren(...Object.entries(told).map(([name, value]) => {
     const pair = document.createElement("div");
     for (const [tag, text] of [["dt", name], ["dd", value]])
       pair.appendChild(document.createElement(tag)).textContent = text;
@@ -4971,7 +5494,7 @@ if (given.get("run")) {
 """
 
 
-# ═══ 15  Serving ══════════════════════════════════════════════════════════════════════════════════
+# ═══ 21  The double ═══════════════════════════════════════════════════════════════════════════════
 # The nurseries, and the order in which they end: first nobody new, then the runs, so that their
 # streams end by themselves, then the connections, within the grace.
 
@@ -5063,7 +5586,7 @@ def attributes(said: Mapping[str, Any]) -> types.SimpleNamespace:
         **{re.sub("([A-Z])", r"_\1", name).lower(): value for name, value in said.items()})
 
 
-def known_scenarios(settings: Settings) -> dict[str, Scenario]:
+def known_scenarios(settings: DoubleSettings) -> dict[str, Scenario]:
     """The catalogue and, over it, the scenarios of the user's own file; a ValueError says what is
     wrong with the file, or with a name in the settings."""
     known, where = catalogue(), f"--scenarios {settings.scenarios}"
@@ -5080,74 +5603,75 @@ def known_scenarios(settings: Settings) -> dict[str, Scenario]:
     return known
 
 
-async def serve(
-    settings: Settings | None = None, *, analysis: Analysis | None = None,
-    task_status: trio.TaskStatus[Aura] = trio.TASK_STATUS_IGNORED,
-) -> None:
-    """Serve until `stop()` of the `Aura` that `task_status` gets, then end in order.
+class Double(Service):
+    """The whole double, on connections that nothing kills."""
 
-    Cancelled, it ends at once: what is open is cut. A failed start is the OSError it was.
-    """
-    settings = settings or Settings()
-    warn(settings)
-    known = known_scenarios(settings)
-    listeners = await listen(settings)
-    port = listeners[0].socket.getsockname()[1]
-    stopping, context, open_ones = trio.Event(), WorkerContext(None), set[Connection]()
-    async with (
-        trio.open_nursery() as clocks, ending(clocks),
-        trio.open_nursery() as connections, trio.open_nursery() as runs,
-    ):
-        hub, url = Hub(settings, runs), url_of(settings.host, port)
-        app = ASGIWrapper(create_app(
-            settings, hub, known, analysis=analysis, url=url, stop=stopping.set, page=PAGE))
-        make = partial(Connection, app, engine(settings), context, settings)
-        attend = partial(attend_to, make, open_ones)
-        async with trio.open_nursery() as accept:
-            take = partial(trio.serve_listeners, attend, listeners, handler_nursery=connections)
-            accept.start_soon(take, name="accept")
-            if hub.time.rate == math.inf:
-                clocks.start_soon(hub.time.jump, name="clock")
-            token = trio.lowlevel.current_trio_token()
+    def __init__(self, settings: DoubleSettings, analysis: Analysis | None = None) -> None:
+        super().__init__(settings, analysis)
+        warn(settings)
+        self._known = known_scenarios(settings)
+        self._open_ones = set[Connection]()
 
-            def stop() -> None:
-                """From any thread, also when it has stopped."""
-                with contextlib.suppress(trio.RunFinishedError):
-                    token.run_sync_soon(stopping.set)
+    async def listen(self) -> list[trio.SocketListener]:
+        return await listen(self.settings)
 
-            bearer = settings.admin_token or Aura.bearer
-            task_status.started(Aura(url, port, stop, token, bearer))
-            await stopping.wait()
-            log.info("stopping: first nobody new, then the runs, then their streams")
-            accept.cancel_scope.cancel(reason="the server is stopping")
-        hub.stop(Failure("the server was stopped", stage="shutdown"))
-        await context.terminated.set()  # from here on no connection waits for another request
-        connections.cancel_scope.deadline = trio.current_time() + settings.grace
-        for connection in list(open_ones):
-            connection.leave(by=connections.cancel_scope.deadline)
+    def open(
+        self, runs: trio.Nursery, clocks: trio.Nursery, url: str, stop: Callable[[], None]
+    ) -> Any:
+        self.hub = BoundedHub(self.settings, runs)
+        if self.hub.clock.rate == math.inf:
+            clocks.start_soon(self.hub.clock.jump, name="clock")
+        return create_app(
+            self.settings, self.hub, self._known, analysis=self.analysis, url=url, stop=stop,
+            page=PAGE)
+
+    async def attend(self, app: ASGIWrapper, context: WorkerContext, stream: Any) -> None:
+        connection = Connection(app, engine(self.settings), context, self.settings, stream)
+        trio.lowlevel.current_task().name = "connection"
+        self._open_ones.add(connection)
+        try:
+            with connection.scope:
+                await connection.run()
+        finally:
+            self._open_ones.discard(connection)
+
+    def handle(self, url: str, port: int, stop: Callable[[], None]) -> Aura:
+        token = trio.lowlevel.current_trio_token()
+
+        def stop_from_any_thread() -> None:
+            """Also when it has stopped."""
+            with contextlib.suppress(trio.RunFinishedError):
+                token.run_sync_soon(stop)
+
+        bearer = self.settings.admin_token or Aura.bearer
+        return Aura(url, port, stop_from_any_thread, token, bearer)
+
+    def leave(self, *, by: float) -> None:
+        for connection in list(self._open_ones):
+            connection.leave(by=by)
 
 
-def warn(settings: Settings) -> None:
+def warn(settings: DoubleSettings) -> None:
     """What somebody who starts it like this should know."""
     if settings.redis_url:
-        log.warning("REDIS_URL is set, but this version keeps runs in memory only")
+        logger.warning("REDIS_URL is set, but this version keeps runs in memory only")
     if settings.allow_host and not hosts_of(settings):
-        log.warning("--allow-host has no effect: on %s any name will do", settings.host)
+        logger.warning("--allow-host has no effect: on %s any name will do", settings.host)
     if settings.host not in LOCAL and not settings.admin_token:
-        log.warning("control (/__aura, /api/admin) is for callers on this machine: no ADMIN_TOKEN")
-
-
-@contextlib.asynccontextmanager
-async def ending(nursery: trio.Nursery) -> AsyncIterator[None]:
-    """Cancel the nursery's tasks at the end: they never end by themselves."""
-    yield
-    nursery.cancel_scope.cancel(reason="nobody needs them any more")
+        text = "control (/__aura, /api/admin) is for callers on this machine: no ADMIN_TOKEN"
+        logger.warning(text)
 
 
 SEGMENT = 16 * 2**10  # bytes: two are acknowledged at once; one that fills the buffer, after 40 ms
 
 
-async def listen(settings: Settings) -> list[trio.SocketListener]:
+class Settings(DoubleSettings):
+    """All that can be set, of a whole double."""
+
+    make_service = Double
+
+
+async def listen(settings: DoubleSettings) -> list[trio.SocketListener]:
     """The listening sockets; the sockets they accept inherit the options."""
     listeners = await trio.open_tcp_listeners(settings.port, host=settings.host, backlog=4096)
     for raw in (listener.socket for listener in listeners):
@@ -5158,26 +5682,6 @@ async def listen(settings: Settings) -> list[trio.SocketListener]:
             raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, patience)
             raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, SEGMENT)
     return listeners
-
-
-async def attend_to(
-    make: Callable[..., Connection], open_ones: set[Connection], stream: trio.SocketStream
-) -> None:
-    """One connection, from its accepting to its end."""
-    connection = make(stream)
-    trio.lowlevel.current_task().name = "connection"
-    open_ones.add(connection)
-    try:
-        with connection.scope:
-            await connection.run()
-    finally:
-        open_ones.discard(connection)
-
-
-def url_of(host: str, port: int) -> str:
-    """Where a client on this machine finds the server."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 @contextlib.contextmanager
@@ -5226,7 +5730,7 @@ def running(
             failing.add_note(f"and the server had crashed: {crash!r}")
 
 
-# ═══ 16  Diagnosis ════════════════════════════════════════════════════════════════════════════════
+# ═══ 22  Diagnosis ════════════════════════════════════════════════════════════════════════════════
 # The debugging guide as a program. A careful client asks, and notes what the wire shows; then it is
 # judged, by questions and by a table of ills. Nothing here knows the server but by its contract:
 # the stream may be anybody's, behind whatever proxy. It may also be meant to harm: so each event is
@@ -6108,7 +6612,7 @@ async def keep_watch(these: list[Examination], say: Callable[[str], None]) -> No
                 say(f"… {main.url}: {age:.0f} s, {main.size} bytes{last}")
 
 
-# ═══ 17  Command line ═════════════════════════════════════════════════════════════════════════════
+# ═══ 23  Command line ═════════════════════════════════════════════════════════════════════════════
 # A flag for each setting, a sentence for each mistake, exit status 2 for what could not begin.
 
 ABOUT = "A local server that speaks Aura's analysis-stream contract, and can misbehave."
@@ -6162,7 +6666,7 @@ def add_flag(about: Any, one: dataclasses.Field[Any]) -> None:
     says += f" ({'none' if one.default == '' else one.default}; {variable(one)})"
     alone: Any = {"nargs": "?", "const": "true"} if isinstance(one.default, bool) else {}
     kinds = {bool: "true|false", int: "N", float: "N"}
-    form = one.metadata["choices"] or kinds.get(type(one.default), "TEXT")
+    form = one.metadata.get("choices") or kinds.get(type(one.default), "TEXT")
     about.add_argument(flag(one), dest=one.name, metavar=form, help=says, **alone)
 
 
@@ -6182,7 +6686,10 @@ def serve_command(words: list[str]) -> int:
         logging.basicConfig(stream=lines, level=settings.log_level, format=shape)
         warn_of_strangers(os.environ)
         prepare_process()
-        trio.run(serve_until_signalled, settings)
+        try:
+            trio.run(serve_until_signalled, settings, partial(greet, settings))
+        except* OSError as group:
+            raise ValueError(cannot_listen(settings, innermost(group))) from None
     return 0
 
 
@@ -6213,7 +6720,7 @@ class LogWriter:
     def _put_out(self) -> None:
         """Past Python's buffer: to be stuck in there when the process ends would be a crash."""
         for first in iter(self._lines.get, ""):
-            clock.sleep(0.05)  # to wake this thread for each line would hold up the others
+            time.sleep(0.05)  # to wake this thread for each line would hold up the others
             text = first + "\n"
             while self._lines.qsize() > 1 and len(text) < 2**16:  # the last may be the end's ""
                 text += self._lines.get() + "\n"
@@ -6234,10 +6741,10 @@ def _write_whole(file: int, data: bytes) -> None:
         try:
             data = data[os.write(file, data) :]
         except BlockingIOError:
-            clock.sleep(0.05)
+            time.sleep(0.05)
 
 
-def cannot_listen(settings: Settings, error: BaseException) -> str:
+def cannot_listen(settings: DoubleSettings, error: BaseException) -> str:
     """Why not, and what to do."""
     where = f"{settings.host}:{settings.port}"
     if getattr(error, "errno", None) != errno.EADDRINUSE:
@@ -6251,7 +6758,7 @@ def warn_of_strangers(environment: Iterable[str]) -> None:
     known = [variable(one) for one in dataclasses.fields(Settings)]
     for name in sorted(set(environment) - set(known)):
         if name.startswith("AURA_") and (close := difflib.get_close_matches(name, known, n=1)):
-            log.warning("there is no %s; did you mean %s?", safe(name), close[0])
+            logger.warning("there is no %s; did you mean %s?", safe(name), close[0])
 
 
 def prepare_process() -> None:
@@ -6265,27 +6772,12 @@ def prepare_process() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-async def serve_until_signalled(settings: Settings) -> None:
-    """The first SIGTERM or Ctrl-C ends the server in order, the second one at once."""
-
-    async def to_its_end(*, task_status: trio.TaskStatus[Aura]) -> None:
-        await serve(settings, task_status=task_status)
-        nursery.cancel_scope.cancel(reason="the server has stopped")
-
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        async with trio.open_nursery() as nursery:
-            try:
-                aura = await nursery.start(to_its_end, name="serve")
-            except* OSError as group:
-                raise ValueError(cannot_listen(settings, innermost(group))) from None
-            print(f"Aura stream ready on {aura.url}", flush=True)
-            if all(one is not None and one.isatty() for one in (sys.stdout, sys.stderr)):
-                print(AFTER_READY.format(url=aura.url, me=how_called()), file=sys.stderr)
-            if settings.exit_with_stdin:
-                nursery.start_soon(stop_with_stdin, aura)
-            await anext(signals)
-            aura.stop()
-            os._exit(128 + await anext(signals))
+def greet(settings: DoubleSettings, aura: Aura, nursery: trio.Nursery) -> None:
+    """Show a person the first steps, and heed standard input, if that is wished."""
+    if all(one is not None and one.isatty() for one in (sys.stdout, sys.stderr)):
+        print(AFTER_READY.format(url=aura.url, me=how_called()), file=sys.stderr)
+    if settings.exit_with_stdin:
+        nursery.start_soon(stop_with_stdin, aura)
 
 
 def how_called() -> str:

@@ -56,16 +56,16 @@ import aura_stream
 from aura_stream import (
     DONE,
     VERBS,
-    Delivery,
+    BoundedHub,
+    BoundedLog,
     Entry,
     Event,
-    Facts,
     Failure,
     Faulty,
-    Hub,
-    Log,
     Mistake,
     Scenario,
+    ScriptedDelivery,
+    ScriptedInfo,
     Settings,
     Time,
     comment,
@@ -225,7 +225,7 @@ def test_the_module_has_no_state_and_configures_nothing():
     for node in TREE.body[1:]:
         guard = isinstance(node, ast.If) and "__main__" in ast.unparse(node.test)
         assert isinstance(node, allowed) or guard, ast.unparse(node)
-    mutable = [name for name, value in vars(aura_stream).items() if isinstance(value, (set, bytearray, Hub, trio.Event))]
+    mutable = [name for name, value in vars(aura_stream).items() if isinstance(value, (set, bytearray, aura_stream.Hub, trio.Event))]
     assert mutable == []
 
 
@@ -455,14 +455,14 @@ async def in_memory(**fields):
     """The application without a socket: its client, its hub, its script time, itself."""
     settings = Settings(**fields)
     async with trio.open_nursery() as nursery:
-        hub = Hub(settings, nursery)
+        hub = BoundedHub(settings, nursery)
         app = create_app(settings, hub, CATALOGUE)
-        yield Client(app), hub, hub.time, app
+        yield Client(app), hub, hub.clock, app
         nursery.cancel_scope.cancel()
 
 
 def facts(script_time, run_id="r1", phase="phase2", **more):
-    return Facts(run_id, "85116", None, phase, more.pop("body", {}), script_time, **more)
+    return ScriptedInfo(run_id, "85116", None, phase, more.pop("body", {}), script_time, **more)
 
 
 async def played(script, *, run=None, settings=None, after=0, cut_at=None, hub=None, seed=None):
@@ -480,7 +480,7 @@ async def played(script, *, run=None, settings=None, after=0, cut_at=None, hub=N
             scope.cancel()
 
     with trio.CancelScope() as scope:
-        hub = hub or Hub(settings or Settings(), None, run.facts.time if run else Time())
+        hub = hub or BoundedHub(settings or Settings(), None, run.info.clock if run else Time())
         delivery = Faulty(script, entry, hub, run)
         await delivery.deliver(send)
     return bytes(written[:cut_at]), entry, heads
@@ -533,7 +533,7 @@ def test_whatever_a_setting_may_be_the_ordinary_scripts_are_valid(one, value):
         assert str(error).strip("'").startswith(aura_stream.flag(one))
         return
     for phase in aura_stream.PHASES.values():
-        assert phase.stream(settings) and parse_script(phase.script(facts(None, event_delay=settings.event_delay)), "run")
+        assert phase.stream(settings)
 
 
 # ═══ 2  Events ══════════════════════════════════════════════════════════════════════════════════
@@ -577,7 +577,7 @@ any_json = st.recursive(
 
 @given(st.lists(any_json.filter(lambda value: not isinstance(value, str)), max_size=5))
 def test_what_a_client_parses_is_what_the_analysis_said(values):
-    log = Log(ids=True)
+    log = BoundedLog(ids=True)
     for value in values:
         log.append(Event("said", value))
     data, last = log.read(0) if values else (b"", 0)
@@ -923,12 +923,16 @@ def test_a_range_is_drawn_from_the_seed():
     assert all(1 <= seconds <= 2 for seconds in drawn("a"))
 
 
-def said_by(script):
-    return [(step["event"]["event"], step["event"]["data"]) for step in script if "event" in step]
+async def said_by(analysis, **more):
+    """The names and the data of what this analysis says."""
+    sending, receiving = trio.open_memory_channel(1000)
+    with sending, contextlib.suppress(Failure):
+        await analysis(facts(Time(), **more), sending)
+    return [(event.name, event.data) async for event in receiving]
 
 
-def test_phase2_says_what_the_contract_says():
-    events = said_by(aura_stream.phase2(facts(Time())))
+async def test_phase2_says_what_the_contract_says(autojump_clock):
+    events = await said_by(aura_stream.phase2)
     steps = [data["label"] for name, data in events if name == "step"]
     assert [name for name, _ in events] == (
         ["started", "step", "step", "evidence", "step", "confidence", "step", "step", "proposal", "proposal", "completed"]
@@ -945,34 +949,35 @@ def test_phase2_says_what_the_contract_says():
     ({"amount": "5", "totalAmount": 1_500_000}, 0.6, 2), ({"amount": True}, 0.5, 2), ({"amount": -5}, 0.3, 1),
     ({"document": {"header": {"amount": 2_000_000}}}, 0.7, 2), ({"document": []}, 0.5, 2),
 ])  # fmt: skip
-def test_confidence_and_proposals_follow_the_amount(evidence, anomaly, proposals):
-    events = said_by(aura_stream.phase2(facts(Time(), body={"evidence": evidence})))
+async def test_confidence_and_proposals_follow_the_amount(autojump_clock, evidence, anomaly, proposals):
+    events = await said_by(aura_stream.phase2, body={"evidence": evidence})
     assert dict(events)["confidence"]["anomalyScore"] == anomaly
     assert [name for name, _ in events].count("proposal") == proposals
 
 
-def test_evidence_lists_what_the_request_brought_and_at_most_thirty():
+async def test_evidence_lists_what_the_request_brought_and_at_most_thirty(autojump_clock):
     evidence = {"document": {"header": {"a": "{runId}"}, "items": [1, 2]}, "openItems": [1, 2, 3], "lineage": {"a": 1},
                 "partyIds": ["p"], "policies": [1, 2]}  # fmt: skip
-    items = dict(said_by(aura_stream.phase2(facts(Time(), body={"evidence": evidence}))))["evidence"]["items"]
+    items = dict(await said_by(aura_stream.phase2, body={"evidence": evidence}))["evidence"]["items"]
     assert [item["type"] for item in items] == (
         ["DOC_HEADER", "DOC_ITEM", "DOC_ITEM", "OPEN_ITEMS", "LINEAGE", "PARTY_IDS", "POLICIES"]
     )
     assert [item["count"] for item in items if "count" in item] == [3, 1, 1, 2]
-    assert items[0]["content"] == {"a": "{{runId}"}, "braces from outside are no template"
-    many = dict(said_by(aura_stream.phase2(facts(Time(), body={"evidence": {"document": {"items": [1] * 99}}}))))
+    assert items[0]["content"] == {"a": "{runId}"}, "braces from outside are no template"
+    many = dict(await said_by(aura_stream.phase2, body={"evidence": {"document": {"items": [1] * 99}}}))
     assert len(many["evidence"]["items"]) == 30
 
 
 @pytest.mark.parametrize(("fail", "expected"), [
     (None, [20, 45, 45, 70, 70, 80, 95]), ("rag", [20]), ("llm", [20, 45, 45, 70]),
 ])  # fmt: skip
-def test_phase3_says_what_the_contract_says(fail, expected):
-    script = aura_stream.phase3(facts(Time(), phase="phase3", test_fail=fail))
-    assert [data["percent"] for _, data in said_by(script) if "percent" in data] == expected
+async def test_phase3_says_what_the_contract_says(autojump_clock, fail, expected):
+    events = await said_by(aura_stream.phase3, phase="phase3", test_fail=fail)
+    assert [data["percent"] for _, data in events if "percent" in data] == expected
     if fail:
-        error = {"error": f"Simulated {fail.upper()} failure (X-Aura-Test-Fail: {fail})", "stage": fail}
-        assert script[-1] == {"fail": error}
+        with pytest.raises(Failure, match=f"Simulated {fail.upper()} failure .X-Aura-Test-Fail: {fail}.") as failed:
+            await aura_stream.phase3(facts(Time(), phase="phase3", test_fail=fail), trio.open_memory_channel(99)[0])
+        assert failed.value.stage == fail
 
 
 # ═══ 5  Journal ═════════════════════════════════════════════════════════════════════════════════
@@ -1096,7 +1101,7 @@ def test_an_entry_says_in_one_sentence_who_closed_first(end, said):
 @contextlib.asynccontextmanager
 async def hub_for(**fields):
     async with trio.open_nursery() as nursery:
-        yield Hub(Settings(**fields), nursery)
+        yield BoundedHub(Settings(**fields), nursery)
         nursery.cancel_scope.cancel()
 
 
@@ -1124,29 +1129,29 @@ def played_by(run):
 
 
 async def test_every_event_passes_the_channel(autojump_clock):
-    run = aura_stream.Run(facts(Time()), scenario(*says("a", "b"), {"fail": "no"}), Settings())
-    await aura_stream.perform(run, played_by(run))
+    run = aura_stream.ScriptedRun(facts(Time()), scenario(*says("a", "b"), {"fail": "no"}), Settings())
+    await run.perform(played_by(run))
     assert run.log.last == 0, "nobody takes events out of the channel, so the log stands still"
-    await aura_stream.transcribe(run, lambda run: None)
+    await run.transcribe(lambda run: None)
     assert [name for name, _ in said(run)] == ["a", "b", "failed"]
 
 
 async def test_a_full_channel_makes_the_analysis_wait():
-    run = aura_stream.Run(facts(Time()), scenario({"repeat": 1000, "steps": says("a")}), Settings())
+    run = aura_stream.ScriptedRun(facts(Time()), scenario({"repeat": 1000, "steps": says("a")}), Settings())
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(aura_stream.perform, run, played_by(run))
+        nursery.start_soon(run.perform, played_by(run))
         await trio.testing.wait_all_tasks_blocked()
         assert run.receiving.statistics().current_buffer_used == aura_stream.CHANNEL
         assert run.last_word is None
-        await aura_stream.transcribe(run, lambda run: None)
+        await run.transcribe(lambda run: None)
     assert run.log.last == 1000
 
 
 async def test_viewers_are_told_once_for_a_whole_batch():
-    run = aura_stream.Run(facts(Time()), scenario({"repeat": 200, "steps": says("a")[:1]}), Settings())
+    run = aura_stream.ScriptedRun(facts(Time()), scenario({"repeat": 200, "steps": says("a")[:1]}), Settings())
     announced = []
     run.log.announce = lambda **end: announced.append(run.log.last)
-    await aura_stream.conduct(run, played_by(run), lambda run: None)
+    await run.conduct(played_by(run), lambda run: None)
     assert announced[-1] == 200
     assert len(announced) < 20
 
@@ -1369,7 +1374,7 @@ async def test_nothing_follows_the_last_word_whoever_goes_on_sending():
 async def test_an_ended_run_does_not_keep_its_request(autojump_clock):
     async with hub_for() as hub:
         run = await ended(hub.start(facts(Time(), body={"evidence": {"amount": 1}}), Scenario("ok")))
-        assert run.facts.body == {}
+        assert run.info.body == {}
         assert run.log.last == 10
 
 
@@ -1533,7 +1538,7 @@ async def test_what_is_forgotten_while_a_gap_is_being_said_is_a_gap_too(autojump
 
 
 def test_a_log_trims_by_bytes_but_spares_its_newest_event():
-    log = Log(ids=True)
+    log = BoundedLog(ids=True)
     for size in (100, 100, 100):
         log.append(Event("", "x" * size))
     assert not log.trim(events=10, size=log.size)
@@ -1545,7 +1550,7 @@ def test_a_log_trims_by_bytes_but_spares_its_newest_event():
 
 
 def test_of_a_full_log_a_big_newest_event_goes_too_and_the_gap_says_so():
-    log = Log(ids=True)
+    log = BoundedLog(ids=True)
     log.append(Event("big", "x" * 100_000))
     assert log.trim(events=10, size=50_000) and (log.size, log.last, log.last_name) == (0, 1, "big")
     assert parsed(log.gap(0)) == [("1", "gap", '{"from": 1, "to": 1}')] and log.read(1) == (b"", 1)
@@ -1554,7 +1559,7 @@ def test_of_a_full_log_a_big_newest_event_goes_too_and_the_gap_says_so():
 
 
 def test_a_piece_is_64_kib_or_one_event():
-    log = Log(ids=True)
+    log = BoundedLog(ids=True)
     for size in (60_000, 6_000, 200_000, 10):
         log.append(Event("", "x" * size))
     places = [0]
@@ -1566,7 +1571,7 @@ def test_a_piece_is_64_kib_or_one_event():
 
 
 def test_a_big_event_is_one_object_for_the_log_and_all_its_viewers():
-    log = Log(ids=True)
+    log = BoundedLog(ids=True)
     log.append(Event("big", "x" * 100_000))
     log.append(Event("small", "x"))
     assert log.read(0)[0] is log.read(0)[0]
@@ -1640,7 +1645,7 @@ async def test_what_requests_hold_counts_as_what_logs_do(autojump_clock):
         for number in range(6):
             await triggered(client, runId=f"s{number}", scenario=own, **heavy)
             await ended(hub.find(f"s{number}"))
-        left = [run.facts.run_id for run in hub.seen_by(None)]
+        left = [run.info.run_id for run in hub.seen_by(None)]
         assert left == [f"s{number}" for number in range(6)][-len(left) :] and 1 < len(left) < 6, "a scenario of its own stays, and counts"
         for number in range(40):
             steps = json.dumps({"name": "own", "run": ["hang"], "stream": ["end"] * 2500})
@@ -1707,7 +1712,7 @@ async def test_an_ended_run_is_kept_for_its_retention(autojump_clock):
 async def test_at_a_gate_the_idle_time_out_stands_still_and_then_goes_on(autojump_clock):
     steps = [{"sleep": 200}, {"wait": "go"}, {"sleep": 99}, *says("a"), {"sleep": 200}, {"wait": "go"}, {"sleep": 101}]
     async with hub_for(idle_timeout=300) as hub:
-        run = hub.start(facts(hub.time), scenario(*steps))
+        run = hub.start(facts(hub.clock), scenario(*steps))
         await trio.sleep(10_000)
         assert not run.ended, "300 s are long over, but it waits at a gate"
         hub.gates.signal("go", "r1")
@@ -1722,25 +1727,25 @@ async def test_at_a_gate_the_idle_time_out_stands_still_and_then_goes_on(autojum
 async def test_a_gate_with_a_limit_is_left_without_a_signal(autojump_clock):
     async with hub_for() as hub:
         start = trio.current_time()
-        await ended(hub.start(facts(hub.time), scenario({"wait": "never", "within": 40}, *says("a"))))
+        await ended(hub.start(facts(hub.clock), scenario({"wait": "never", "within": 40}, *says("a"))))
         assert trio.current_time() - start == pytest.approx(40)
 
 
 async def test_a_crash_becomes_failed_and_names_what_happened(autojump_clock, heard):
     async with hub_for() as hub:
-        run = await ended(hub.start(facts(hub.time), scenario({"crash": "row 7 of {caseId}"})))
+        run = await ended(hub.start(facts(hub.clock), scenario({"crash": "row 7 of {caseId}"})))
     assert said(run)[-1][1]["error"] == "RuntimeError: row 7 of 85116"
     assert heard.wait_for("analysis failed").endswith("\n  RuntimeError: row 7 of 85116")
 
 
 async def test_a_reset_forgets_all_runs_and_an_id_is_new_again(autojump_clock):
     async with hub_for() as hub:
-        over = await ended(hub.start(facts(hub.time, "over"), scenario(*says("a"))))
-        live = hub.start(facts(hub.time, "live", test_id="t"), scenario(*says("a"), {"sleep": 1000}))
+        over = await ended(hub.start(facts(hub.clock, "over"), scenario(*says("a"))))
+        live = hub.start(facts(hub.clock, "live", test_id="t"), scenario(*says("a"), {"sleep": 1000}))
         await trio.testing.wait_all_tasks_blocked()
         hub.reset(Failure("reset", stage="cancelled"), "t")
         assert hub.find("live") is None and hub.find("over") is over
-        again = hub.start(facts(hub.time, "live"), scenario(*says("b"), {"sleep": 1000}))
+        again = hub.start(facts(hub.clock, "live"), scenario(*says("b"), {"sleep": 1000}))
         await ended(live)
         assert live.status == "cancelled" and not again.ended and hub.find("live") is again
         hub.reset(Failure("reset", stage="cancelled"))
@@ -1752,14 +1757,14 @@ async def test_a_reset_forgets_all_runs_and_an_id_is_new_again(autojump_clock):
 async def test_big_events_are_not_on_their_way_all_at_once():
     """Each takes its time to make, and who has taken a millisecond lets the others have their turn."""
     big = {"event": {"event": "big", "data": {"n": "{n}"}}, "pad": 5_000_000}
-    run = aura_stream.Run(facts(Time()), scenario({"repeat": 12, "steps": [big]}), Settings())
+    run = aura_stream.ScriptedRun(facts(Time()), scenario({"repeat": 12, "steps": [big]}), Settings())
     batches = [0]
 
     def look(run):
         batches.append(run.log.last)
         run.log.trim(10, 16 * 2**20)
 
-    await aura_stream.conduct(run, played_by(run), look)
+    await run.conduct(played_by(run), look)
     assert run.log.last == 12 and run.log.size <= 16 * 2**20
     assert max(later - sooner for sooner, later in zip(batches, batches[1:], strict=False)) <= 2
 
@@ -1805,10 +1810,10 @@ async def test_where_nothing_can_or_may_beat_nothing_spins(settings, first, auto
 
 async def test_a_heartbeat_that_cannot_be_written_is_logged(autojump_clock, heard):
     async with hub_for() as hub:
-        run = hub.start(facts(hub.time), scenario({"sleep": 40}))
+        run = hub.start(facts(hub.clock), scenario({"sleep": 40}))
         entry = Entry("GET", "/", "test:1", "id", kind="stream", run_id="r1")
         gone = types.SimpleNamespace(lost=True, gathered=b"", unsent=True, gathers=False)
-        delivery = Delivery(ORDINARY, entry, hub, run, connection=gone)
+        delivery = ScriptedDelivery(ORDINARY, entry, hub, run, connection=gone)
         with trio.move_on_after(100):  # who has lost its viewer waits for its request to be cancelled
             await delivery.deliver(lambda message: trio.lowlevel.checkpoint())
     heard.wait_for("WARNING Failed to send SSE heartbeat run_id=r1", within=0)
@@ -1960,14 +1965,14 @@ def test_any_viewer_of_any_run_cut_anywhere_sees_the_whole_log(events, viewers):
 
 async def pieces(script, *, run=None, hub=None, after=0, fast=True):
     """What a stream script writes, piece by piece, with the script time of each; its entry too."""
-    hub, found = hub or Hub(Settings(), None, run.facts.time if run else Time()), []
+    hub, found = hub or BoundedHub(Settings(), None, run.info.clock if run else Time()), []
     entry = Entry("GET", "/", "test:1", "id", kind="stream", run_id="r1", resumed_after=after)
-    start = hub.time.now()
+    start = hub.clock.now()
 
     async def send(message):
         await trio.lowlevel.checkpoint_if_cancelled()
         if message["type"] == "http.response.body" and message["body"]:
-            found.append((round(hub.time.now() - start, 3), message["body"]))
+            found.append((round(hub.clock.now() - start, 3), message["body"]))
 
     await Faulty(parse_script(script, "stream"), entry, hub, run).deliver(send)
     assert entry.bytes == sum(len(data) for _, data in found) and entry.chunks == len(found)
@@ -2001,7 +2006,7 @@ async def test_output_is_cut_and_held_as_the_script_says(steps, expected, autoju
 async def test_chunks_keep_their_distance_and_no_heartbeat_falls_into_an_event(autojump_clock):
     """40 s between the bytes and a beat every 30: a stream that is still talking is not quiet."""
     async with hub_for() as hub:
-        run = await ended(hub.start(facts(hub.time), scenario(*says("a", "b"))))
+        run = await ended(hub.start(facts(hub.clock), scenario(*says("a", "b"))))
         script = [{"heartbeat": 30}, {"chunk": 10, "every": 40}, {"relay": "all"}, {"sleep": 130}, {"raw": "x"}]
         found, entry = await pieces(script, run=run, hub=hub)
     data = b"".join(data for _, data in found)
@@ -2022,7 +2027,7 @@ async def test_an_event_that_comes_just_as_a_heartbeat_falls_due_is_whole(chunk,
         written.extend(message.get("body", b""))
 
     async with hub_for() as hub, trio.open_nursery() as nursery:
-        run = hub.start(facts(hub.time), scenario(*says("a"), {"wait": "end"}))
+        run = hub.start(facts(hub.clock), scenario(*says("a"), {"wait": "end"}))
         script = parse_script([chunk, {"comment": "c"}, {"heartbeat": 30}, {"relay": "all"}], "stream")
         entry = Entry("GET", "/", "test:1", "id", kind="stream", run_id="r1")
         delivery = Faulty(script, entry, hub, run)
@@ -2050,7 +2055,7 @@ async def test_a_heartbeat_that_falls_due_with_the_first_output_silences_nobody(
             heads.append(trio.current_effective_deadline())
 
     async with hub_for() as hub, trio.open_nursery() as nursery:
-        run = hub.start(facts(hub.time), scenario({"wait": "end"}))
+        run = hub.start(facts(hub.clock), scenario({"wait": "end"}))
         script = parse_script([{"heartbeat": 30}, {"relay": "all"}], "stream")
         delivery = Faulty(script, Entry("GET", "/", "test:1", "id", kind="stream", run_id="r1"), hub, run)
         nursery.start_soon(delivery.deliver, send)
@@ -2070,7 +2075,7 @@ async def test_a_portion_that_a_heartbeat_interrupts_is_whole_before_the_next_st
         written.extend(message.get("body", b""))
 
     async with hub_for() as hub, trio.open_nursery() as nursery:
-        run = hub.start(facts(hub.time), scenario({"wait": "end"}))
+        run = hub.start(facts(hub.clock), scenario({"wait": "end"}))
         steps = [{"comment": "c"}, {"heartbeat": 30}, {"chunk": 7}, {"relay": 1}, {"heartbeat": "never"}, {"wait": "next"}]
         delivery = Faulty(parse_script(steps, "stream"), Entry("GET", "/", "test:1", "id", kind="stream", run_id="r1"), hub, run)
         nursery.start_soon(delivery.deliver, send)
@@ -2092,7 +2097,7 @@ async def test_an_operator_s_end_is_heeded_while_interrupted_pieces_go(autojump_
         pass
 
     async with hub_for() as hub, trio.open_nursery() as nursery:
-        run = hub.start(facts(hub.time), scenario({"wait": "end"}))
+        run = hub.start(facts(hub.clock), scenario({"wait": "end"}))
         steps = [{"comment": "c"}, {"heartbeat": 1000}, {"chunk": 7, "every": 5}, {"relay": "all"}]
         delivery = Faulty(parse_script(steps, "stream"), Entry("GET", "/", "test:1", "id", kind="stream", run_id="r1"), hub, run)
 
@@ -2130,7 +2135,7 @@ async def test_an_operator_s_end_is_heeded_behind_an_event_that_is_on_its_way(au
 
 
 async def test_a_scripted_drop_gives_way_to_an_operator_s_end():
-    hub = Hub(Settings(), None, Time())
+    hub = BoundedHub(Settings(), None, Time())
     delivery = Faulty((), Entry("GET", "/", "test:1", "id", kind="stream"), hub)
     delivery.close("end")
     with pytest.raises(aura_stream.Over):
@@ -2141,7 +2146,7 @@ async def test_a_scripted_drop_gives_way_to_an_operator_s_end():
 async def test_events_are_counted_when_their_last_byte_is_out(autojump_clock):
     """A connection lost with held output has not delivered it, whatever the relay had taken."""
     async with hub_for() as hub:
-        run = await ended(hub.start(facts(hub.time), scenario(*says("a", "b", "c"))))
+        run = await ended(hub.start(facts(hub.clock), scenario(*says("a", "b", "c"))))
         cut = types.SimpleNamespace(lost=False, gathered=b"", unsent=False, gathers=False, cut=lambda reset: scope.cancel())
         entry = Entry("GET", "/", "test:1", "id", kind="stream", run_id="r1")
         script = parse_script([{"buffer": 40}, {"relay": 2}, "drop"], "stream")
@@ -2156,7 +2161,7 @@ async def test_a_beat_that_is_lost_with_the_buffer_was_none(autojump_clock):
     entry = Entry("GET", "/", "test:1", "id", kind="stream")
     script = parse_script(["open", {"buffer": "all"}, {"heartbeat": 1}, {"sleep": 10.5}, "drop"], "stream")
     with trio.CancelScope() as scope:
-        await Faulty(script, entry, Hub(Settings(), None), connection=cut).deliver(lambda message: trio.lowlevel.checkpoint())
+        await Faulty(script, entry, BoundedHub(Settings(), None), connection=cut).deliver(lambda message: trio.lowlevel.checkpoint())
     assert (entry.heartbeats, entry.bytes) == (0, 0)
 
 
@@ -2187,7 +2192,7 @@ def test_five_megabytes_in_pieces_of_one_byte_are_made_one_by_one():
 ])  # fmt: skip
 async def test_a_frame_is_how_events_and_comments_are_written(frame, expected, autojump_clock):
     async with hub_for() as hub:
-        run = await ended(hub.start(facts(hub.time), scenario({"event": {"event": "a", "data": "x\ny"}})))
+        run = await ended(hub.start(facts(hub.clock), scenario({"event": {"event": "a", "data": "x\ny"}})))
         found, _ = await pieces([{"frame": frame}, {"comment": "c"}, {"relay": "all"}], run=run, hub=hub)
         assert b"".join(data for _, data in found).decode() == expected
         back = [{"frame": frame}, {"frame": {}}, {"comment": "c"}, {"relay": "all"}]
@@ -2217,7 +2222,7 @@ async def test_what_a_template_makes_cannot_break_a_line(autojump_clock):
 
 async def test_heartbeats_come_in_a_relay_that_opened_the_stream_itself(autojump_clock):
     async with hub_for() as hub:
-        run = hub.start(facts(hub.time), scenario(*says("a"), {"sleep": 95}, *says("b")))
+        run = hub.start(facts(hub.clock), scenario(*says("a"), {"sleep": 95}, *says("b")))
         found, entry = await pieces([{"heartbeat": 30}, {"sleep": 40}, {"relay": {"until": "{runId}"}}], run=run, hub=hub)
     assert entry.heartbeats == 1, "none before the head, one in the rest of the 95 s"
 
@@ -2226,11 +2231,11 @@ async def test_heartbeats_come_in_a_relay_that_opened_the_stream_itself(autojump
 async def test_a_heartbeat_changes_neither_the_pace_nor_the_patience_of_a_relay(beat, autojump_clock):
     async with hub_for() as hub:
         slow = [{"heartbeat": beat}, {"comment": "c"}, {"chunk": 10, "every": 0.1}]
-        run = await ended(hub.start(facts(hub.time), scenario(*says(*"abcd"))))
-        start = hub.time.now()
+        run = await ended(hub.start(facts(hub.clock), scenario(*says(*"abcd"))))
+        start = hub.clock.now()
         await pieces([*slow, {"relay": "all", "every": 1.0}], run=run, hub=hub)
-        assert hub.time.now() - start > 4
-        later = hub.start(facts(hub.time, "r2"), scenario({"sleep": 0.3}, *says("a"), {"sleep": 1.2}, *says("b")))
+        assert hub.clock.now() - start > 4
+        later = hub.start(facts(hub.clock, "r2"), scenario({"sleep": 0.3}, *says("a"), {"sleep": 1.2}, *says("b")))
         found, entry = await pieces([*slow, {"relay": "all", "within": 1.0}], run=later, hub=hub)
         assert entry.events == 2
 
@@ -2244,7 +2249,7 @@ async def test_a_hanging_stream_is_silent(autojump_clock):
         async def send(message):
             found.append(message)
 
-        await Faulty(script, entry, Hub(Settings(), None)).deliver(send)
+        await Faulty(script, entry, BoundedHub(Settings(), None)).deliver(send)
     assert len(found) == 4, "its head, its comment and two beats"
     assert entry.step == 3 and entry.end is None, "who ends it will say so"
 
@@ -2259,11 +2264,11 @@ async def test_an_event_of_the_stream_s_own_is_written_as_it_is(autojump_clock):
 @pytest.mark.parametrize(("size", "half"), [(0.5, b"event: b\ndata: {"), (3, b"eve"), (0, b""), (10**6, b'event: b\ndata: {"n": "b"}\nid: 2\n\n')])
 async def test_a_relay_may_end_in_the_middle_of_the_event_that_comes_next(size, half, autojump_clock):
     async with hub_for() as hub:
-        run = hub.start(facts(hub.time), scenario(*says("a", "b", "c", pause=10)))
-        began = hub.time.now()
+        run = hub.start(facts(hub.clock), scenario(*says("a", "b", "c", pause=10)))
+        began = hub.clock.now()
         found, entry = await pieces([{"relay": 1, "cut": size}, {"comment": "cut"}], run=run, hub=hub)
         assert b"".join(data for _, data in found).split(b"id: 1\n\n")[1] == half + b": cut\n\n"
-        assert (entry.events, entry.last_id_sent, hub.time.now() - began) == (1, 1, 10), "it waits for it, and half is none"
+        assert (entry.events, entry.last_id_sent, hub.clock.now() - began) == (1, 1, 10), "it waits for it, and half is none"
         await ended(run)
         framed, _ = await pieces([{"frame": {"newline": "\r\n"}}, {"relay": {"until": "b"}, "cut": 0.1}, {"relay": "all"}], run=run, hub=hub)
         events = parsed(b"".join(data for _, data in framed))
@@ -2274,7 +2279,7 @@ async def test_a_relay_may_end_in_the_middle_of_the_event_that_comes_next(size, 
 async def test_what_is_to_be_cut_may_be_forgotten_while_it_is_waited_for(autojump_clock):
     async with hub_for(max_run_events=5) as hub:
         many = {"repeat": 50, "steps": says("b")[:1]}
-        run = hub.start(facts(hub.time), scenario(*says("a", "a"), {"wait": "g"}, many, "hang"))
+        run = hub.start(facts(hub.clock), scenario(*says("a", "a"), {"wait": "g"}, many, "hang"))
         found = []
 
         async def view():
@@ -2291,7 +2296,7 @@ async def test_what_is_to_be_cut_may_be_forgotten_while_it_is_waited_for(autojum
 async def test_a_shared_cursor_is_the_old_queue(autojump_clock):
     """Each event goes to one viewer only; with a cursor of its own, each would see all."""
     async with hub_for() as hub:
-        run = hub.start(facts(hub.time), scenario(*says(*"abcdef", pause=1)))
+        run = hub.start(facts(hub.clock), scenario(*says(*"abcdef", pause=1)))
         taken = {"one": [], "two": []}
 
         async def view(who):
@@ -2317,7 +2322,7 @@ def test_however_it_is_cut_a_parser_yields_the_same(chunks, hold):
     async def main():
         async with hub_for() as hub:
             texts = [{"event": {"event": "t", "data": {"text": f"위험도 {n} 🙂"}}} for n in range(5)]
-            run = await ended(hub.start(facts(hub.time), scenario(*texts)))
+            run = await ended(hub.start(facts(hub.clock), scenario(*texts)))
             held = [] if hold is None else [{"buffer": hold}]
             steps = [part for chunk in chunks for part in ({"chunk": chunk}, {"relay": 2})]
             found, entry = await pieces([*held, *steps, {"relay": "all"}], run=run, hub=hub)
@@ -2571,7 +2576,7 @@ async def test_a_scenario_in_a_header_may_speak_korean(autojump_clock):
 
 async def test_one_s_own_ok_is_what_happens_where_nobody_chooses(autojump_clock):
     async with trio.open_nursery() as nursery:
-        hub = Hub(Settings(), nursery)
+        hub = BoundedHub(Settings(), nursery)
         own = {**CATALOGUE, "ok": parse_scenario({"name": "ok", "doc": "mine", "run": says("mine")})}
         client = Client(create_app(Settings(), hub, own))
         await triggered(client, runId="r")
@@ -2814,7 +2819,7 @@ async def test_where_no_token_is_needed_a_scenario_is_a_name(autojump_clock):
             told = await answer.get_json()
             assert answer.status_code == 400 and "a name of the catalogue" in told["error"]
             assert "--scenarios FILE" in told["hint"] and "POST /__aura/next" in told["hint"]
-        assert [run.facts.run_id for run in hub.seen_by(None)] == [made], "nothing was started"
+        assert [run.info.run_id for run in hub.seen_by(None)] == [made], "nothing was started"
         assert (await client.get(f"{watch}?scenario=dorp")).status_code == 400
         named = await client.get(f"{watch}?scenario=failed")
         assert (named.status_code, named.headers["X-Aura-Scenario"]) == (200, "failed")
@@ -2880,7 +2885,7 @@ OPEN_ROUTES = {"/", "/health", "/metrics", "/__aura/health"}  # of the contract;
 
 async def all_routes():
     """(method, rule) of every route there is."""
-    app = create_app(Settings(), Hub(Settings(), None))
+    app = create_app(Settings(), BoundedHub(Settings(), None))
     return sorted({(method, rule.rule) for rule in app.url_map.iter_rules() for method in rule.methods - {"OPTIONS"}})
 
 
@@ -2908,7 +2913,7 @@ async def with_a_secret(**settings):
         client.peer = "127.0.0.1"
         waiting = Scenario("w", parse_script([*says("secret-event"), {"wait": "for-ever"}], "run"))
         for run_id, phase in ((SECRET, "phase2"), (f"job-{SECRET}", "generation")):
-            hub.start(Facts(run_id, "secret-case", "1", phase, {}, hub.time), waiting)
+            hub.start(ScriptedInfo(run_id, "secret-case", "1", phase, {}, hub.clock), waiting)
         await trio.testing.wait_all_tasks_blocked()
         yield client
 
@@ -3063,7 +3068,7 @@ async def test_a_hint_costs_little_whatever_lives_here():
         chance = random.Random(1)
         ids = ["aaa" + "".join(chance.choices("ab", k=196)) for _ in range(500)]
         for run_id in ("analysis-2026-11-21-0001", *ids, *(f"other-{n}" for n in range(100))):
-            hub.start(Facts(run_id, "1", None, "phase2", {}, hub.time), Scenario("s", parse_script(["hang"], "run")))
+            hub.start(ScriptedInfo(run_id, "1", None, "phase2", {}, hub.clock), Scenario("s", parse_script(["hang"], "run")))
         began = time.perf_counter()
         for run_id in ids[:20]:
             await client.get(f"/aura/analysis-runs/{run_id[:-1]}/stream", headers=BEARER)
@@ -3549,7 +3554,7 @@ async def test_an_analysis_of_one_s_own_takes_the_place_of_the_ordinary_one(auto
         await sending.send(Event("mine", {"case": facts.case_id}))
 
     async with trio.open_nursery() as nursery:
-        hub = Hub(Settings(), nursery)
+        hub = BoundedHub(Settings(), nursery)
         client = Client(create_app(Settings(), hub, CATALOGUE, analysis=analyse))
         for run_id, name, names in (("a", "ok", ["mine"]), ("b", "slow-first", ["mine"]), ("c", "missing-started", FOUR[1:]),
                                     ("d", "drop", ["mine"])):  # fmt: skip
@@ -3713,7 +3718,7 @@ async def test_whoever_watches_an_unknown_job_starts_it(autojump_clock):
         assert len(beats) >= 9 and set(beats[0]) == {"type", "timestamp", "server_time", "jobId"} and beats[0]["jobId"] == "test-job-id"
         assert type(beats[0]["server_time"]) is int and abs(beats[0]["server_time"] - time.time()) < WAIT
         assert [name for _, name, _ in events].count("progress") == 7
-        assert hub.find("test-job-id").facts.phase == "generation"
+        assert hub.find("test-job-id").info.phase == "generation"
         await triggered(client, runId="r", scenario="stepped")
         for job_id in ("r", "bad\nid", "x" * 201):
             refused = await client.get(f"/api/generation/jobs/{quote(job_id)}/events")
@@ -4027,7 +4032,7 @@ async def test_the_metrics_have_exactly_the_names_of_the_contract():
 
 async def test_what_was_not_due_does_not_make_up_for_what_was():
     journal = aura_stream.Journal()
-    metrics = aura_stream.Metrics(Hub(Settings(), None), journal)
+    metrics = aura_stream.Metrics(BoundedHub(Settings(), None), journal)
     an_entry(journal, events=50, due=3, attempt=1)
     an_entry(journal, events=1, due=7, attempt=1)
     an_entry(journal, events=9, due=9)  # no script played: a refusal of ours
@@ -7609,7 +7614,7 @@ def test_the_readmes_settings_are_the_settings():
 def test_the_readmes_endpoints_are_the_routes():
     async def routes():
         async with trio.open_nursery() as nursery:
-            app = create_app(Settings(), Hub(Settings(), nursery))
+            app = create_app(Settings(), BoundedHub(Settings(), nursery))
         found = set()
         for rule in app.url_map.iter_rules():
             path = re.sub(r"<(?:int:)?(\w+)>", lambda one: "{" + re.sub(r"_(\w)", lambda c: c[1].upper(), one[1]) + "}", rule.rule)
