@@ -35,11 +35,13 @@ import sys
 import threading
 import time
 import tokenize
+import tomllib
 import tracemalloc
 import types
 import uuid
 import venv
 from functools import cache, partial
+from importlib.metadata import version
 from pathlib import Path
 from urllib.parse import quote, unquote
 
@@ -153,6 +155,25 @@ def test_the_top_level_has_four_names():
     names = listed.stdout.split() or [path.name for path in HERE.iterdir() if path.name != "__pycache__"]
     visible = {name.split("/")[0] for name in names if not name.startswith(".")}
     assert visible == {"aura_stream.py", "test_aura_stream.py", "pyproject.toml", "README.md"}
+
+
+def test_the_header_for_uv_and_pipx_asks_for_what_pyproject_asks_for():
+    """PEP 723: a block of comments below the module's docstring, and above everything that is imported."""
+    (block,) = re.findall(r"^# /// script\n((?:#(?: .*)?\n)+?)# ///$", SOURCE, re.M)
+    asked = tomllib.loads("".join(line[2:] or "\n" for line in block.splitlines(True)))
+    project = tomllib.loads((HERE / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert asked == {key: project[key] for key in ("requires-python", "dependencies")}
+    docstring, first_import = TREE.body[:2]
+    assert docstring.end_lineno < SOURCE[: SOURCE.index(block)].count("\n") < first_import.lineno
+
+
+def test_quart_trio_and_quart_that_do_not_fit_are_not_chosen_together():
+    """0.12 does not import with Quart 0.23; where that can be had (it needs Python 3.13), 0.12 is none of those asked for."""
+    project = tomllib.loads((HERE / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    asked = [one for one in project["dependencies"] if one.startswith("quart")]
+    assert asked == ["quart-trio>=0.12,<0.14", "quart-trio>=0.13; python_version >= '3.13'", "quart>=0.22,<0.24"]
+    here = [version(name).rpartition(".")[0] for name in ("quart-trio", "quart")]
+    assert here in (["0.12", "0.22"], ["0.13", "0.23"]), "and this is one of the pairs"
 
 
 def test_the_front_matter_lists_the_chapters():
