@@ -58,6 +58,19 @@ The journey of one event:
     8  a viewer that comes late, or comes back, starts at 6: the log is still there
 """
 
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "trio>=0.31",
+#   "quart-trio>=0.12,<0.14",
+#   "quart-trio>=0.13; python_version >= '3.13'",
+#   "quart>=0.22,<0.24",
+#   "hypercorn==0.18.*",
+#   "h11==0.16.*",
+#   "msgspec>=0.20",
+# ]
+# ///
+
 from __future__ import annotations
 
 import argparse
