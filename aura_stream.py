@@ -78,6 +78,19 @@ The journey of one event:
 A slow viewer holds up nobody: it waits in its own write (7) and gets bigger pieces.
 """
 
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "trio>=0.31",
+#   "quart-trio>=0.12,<0.14",
+#   "quart-trio>=0.13; python_version >= '3.13'",
+#   "quart>=0.22,<0.24",
+#   "hypercorn==0.18.*",
+#   "h11==0.16.*",
+#   "msgspec>=0.20",
+# ]
+# ///
+
 from __future__ import annotations
 
 import argparse

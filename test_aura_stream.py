@@ -35,11 +35,13 @@ import sys
 import threading
 import time
 import tokenize
+import tomllib
 import tracemalloc
 import types
 import uuid
 import venv
 from functools import cache, partial
+from importlib.metadata import version
 from pathlib import Path
 from urllib.parse import quote, unquote
 
@@ -153,6 +155,25 @@ def test_the_top_level_has_four_names():
     names = listed.stdout.split() or [path.name for path in HERE.iterdir() if path.name != "__pycache__"]
     visible = {name.split("/")[0] for name in names if not name.startswith(".")}
     assert visible == {"aura_stream.py", "test_aura_stream.py", "pyproject.toml", "README.md"}
+
+
+def test_the_header_for_uv_and_pipx_asks_for_what_pyproject_asks_for():
+    """PEP 723: a block of comments below the module's docstring, and above everything that is imported."""
+    (block,) = re.findall(r"^# /// script\n((?:#(?: .*)?\n)+?)# ///$", SOURCE, re.M)
+    asked = tomllib.loads("".join(line[2:] or "\n" for line in block.splitlines(True)))
+    project = tomllib.loads((HERE / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert asked == {key: project[key] for key in ("requires-python", "dependencies")}
+    docstring, first_import = TREE.body[:2]
+    assert docstring.end_lineno < SOURCE[: SOURCE.index(block)].count("\n") < first_import.lineno
+
+
+def test_quart_trio_and_quart_that_do_not_fit_are_not_chosen_together():
+    """0.12 does not import with Quart 0.23; where that can be had (it needs Python 3.13), 0.12 is none of those asked for."""
+    project = tomllib.loads((HERE / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    asked = [one for one in project["dependencies"] if one.startswith("quart")]
+    assert asked == ["quart-trio>=0.12,<0.14", "quart-trio>=0.13; python_version >= '3.13'", "quart>=0.22,<0.24"]
+    here = [version(name).rpartition(".")[0] for name in ("quart-trio", "quart")]
+    assert here in (["0.12", "0.22"], ["0.13", "0.23"]), "and this is one of the pairs"
 
 
 def test_the_front_matter_lists_the_chapters():
@@ -7591,7 +7612,7 @@ def test_an_interrupted_soak_leaves_no_process(number):
 
 def table(title):
     """The rows of the table under a README heading."""
-    section = README.split(f"## {title}\n", 1)[1].split("\n## ", 1)[0]
+    section = re.split(r"\n##+ ", README.split(f"### {title}\n", 1)[1], maxsplit=1)[0]
     rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in row] for row in rows[2:]]
 
@@ -7602,13 +7623,14 @@ def blocks(kind):
 
 
 def test_the_readmes_settings_are_the_settings():
-    def told(one):
-        default, named = one.default, one.metadata["env"] and f" `{one.metadata['env']}`"
-        text = str(default).lower() if isinstance(default, bool) else f"{default:g}" if isinstance(default, float) else str(default)
-        return f"`{aura_stream.flag(one)}`{named}{text and f' ({text})'} {one.metadata['says']}"
+    """One a row: flag, environment variable, default, and the sentence that --help has."""
 
-    listed = [one for row in table("Settings") for one in row[1].split(" · ")]
-    assert listed == [told(one) for one in dataclasses.fields(Settings)]
+    def told(one):
+        default = one.default
+        text = str(default).lower() if isinstance(default, bool) else f"{default:g}" if isinstance(default, float) else str(default)
+        return [f"`{aura_stream.flag(one)}`", f"`{aura_stream.variable(one)}`", text, one.metadata["says"]]
+
+    assert table("Settings") == [told(one) for one in dataclasses.fields(Settings)]
 
 
 def test_the_readmes_endpoints_are_the_routes():
@@ -7621,8 +7643,8 @@ def test_the_readmes_endpoints_are_the_routes():
             found |= {f"{method} {path}" for method in rule.methods - {"HEAD", "OPTIONS"}}
         return {route for route in found if "//" not in route}
 
-    listed = {way.split("?")[0] for row in table("Endpoints") for way in re.findall("`([^`]+)`", row[0])}
-    assert listed == trio.run(routes)
+    listed = [re.fullmatch("`([^`]+)`", row[0])[1].split("?")[0] for row in table("Endpoints")]
+    assert len(listed) == len(set(listed)) and set(listed) == trio.run(routes)
 
 
 def looks_like(shown):
@@ -7696,7 +7718,7 @@ def eventually_closed(url):
 
 
 def test_the_readme_names_the_whole_catalogue_and_every_verb():
-    listed = re.findall(r"^- (?:Runs|Body|Time|Shape|Status|Resume|Trigger): (.*)$", README, re.M)
+    listed = re.findall(r"^\| (?:Runs|Body|Time|Shape|Status|Resume|Trigger) \|[^|]*\| (.*) \|$", README, re.M)
     assert re.findall(r"`([a-z0-9-]+)`", " ".join(listed)) == list(CATALOGUE)
     steps = re.findall(r"^\| (`[a-z` ]+`) \| (?:run|stream|trigger|all)", README, re.M)
     assert sorted(re.findall(r"`(\w+)`", " ".join(steps))) == sorted({**VERBS["run"], **VERBS["stream"]})
@@ -7712,10 +7734,40 @@ def test_the_readme_s_promises_have_their_tests():
     assert len(promised) == 9 and all(callable(globals().get(name)) for name in promised)
 
 
-def test_the_readme_is_short_and_its_first_two_commands_are_these():
-    assert len(README.splitlines()) <= 320
+def test_the_readmes_first_two_commands_are_these():
     commands = re.findall(r"^python3 -m venv .*$", README, re.M)
     assert len(commands) == 2
     assert commands[0].endswith("python aura_stream.py")
     assert commands[1].endswith("pytest")
     assert len(blocks("sh")) == 1
+
+
+def test_the_readme_is_short_and_so_are_its_lines():
+    lines = README.splitlines()
+    assert len(lines) <= 320
+    prose = re.sub(r"^```.*?^```$", "", README, flags=re.M | re.S).splitlines()
+    assert len(prose) < len(lines) - 80, "code is a good part of it"
+    assert [line for line in prose if len(line) > 160 and not line.startswith("|")] == []
+
+
+def test_the_readme_has_a_heading_for_each_of_its_four_readers():
+    without_code = re.sub(r"^```.*?^```$", "", README, flags=re.M | re.S)
+    assert re.findall(r"^##? (.*)$", without_code, re.M) == [
+        "aura_stream", "Run it", "Break it (tests)", "Read it (the lesson)", "Operate it"]  # fmt: skip
+    lesson = without_code.split("## Read it (the lesson)\n")[1].split("\n## ")[0]
+    changes = lesson.split("### To change it\n")[1]
+    assert len(re.findall(r"^\| (?:a new stream verb|a new metric|another heartbeat text) \| .+ \| .+ \|$", changes, re.M)) == 3
+    anchors = {re.sub(r"[^\w -]", "", name.lower()).replace(" ", "-") for name in re.findall(r"^#+ (.*)$", without_code, re.M)}
+    assert anchors >= set(re.findall(r"\]\(#([^)]*)\)", README)), "every link leads somewhere"
+
+
+@has_soak
+def test_the_readmes_first_screen_has_the_command_and_the_picture():
+    screen = README.split("\n## ")[0]
+    assert screen.count("\n") <= 10 and screen.count("```") == 2 and "`uv run aura_stream.py`" in screen
+    ((says, path),) = re.findall(r"^!\[(.+)\]\((.+)\)$", README, re.M)
+    assert f"![{says}]({path})" in screen and path == ".github/page.png"
+    picture = (HERE / path).read_bytes()
+    assert picture.startswith(b"\x89PNG\r\n\x1a\n") and len(picture) < 150_000
+    maker = (HERE / ".ci" / "picture").read_text(encoding="utf-8")
+    assert 'HERE / ".github" / "page.png"' in maker, "and this command makes it"
