@@ -28,28 +28,28 @@ Words:
 Part 1 is a whole server: cut the file off at part 2, and it still serves. A chapter uses only names
 from above it. Ten minutes? Read part 1.
 
-     1  Events               an event and its bytes
-     2  Runs                 analysis -> channel -> log
-     3  Deliveries           log -> one viewer
-     4  Analyses             what the ordinary runs say
-     5  HTTP                 the routes of a client's life
-     6  Serving              the nurseries, and the order in which they end
-     7  All settings         every knob, once
-     8  Reading events       what a client parses
-     9  Script time          a clock that tests can move
-    10  Scripts              what runs and streams do, as data
-    11  Journal              who asked, what they got, who closed first
-    12  Runs of scenarios    gates, limits, forgetting
-    13  Scripted deliveries  a script played to one viewer
-    14  Faults               how a delivery goes wrong, at the exact byte
-    15  Contract             who may ask for what, how we refuse, how a test chooses
-    16  Choosing             a request and its answer; the scenario of a run and of a stream
-    17  Operations           on call, and in control of the double
-    18  What ASGI cannot say the fenced corner: sockets, deadlines, other people's bugs
-    19  Catalogue            the built-in scenarios, as data
-    20  The page             a client with its eyes open: one run, live
-    21  The double           all of it, served; `running()` for tests
-    22  Diagnosis            asks any stream what is wrong with it, and whose fault that is
+     1  Events                 an event and its bytes
+     2  Runs                   analysis -> channel -> log
+     3  Deliveries             log -> one viewer
+     4  Analyses               what the ordinary runs say
+     5  HTTP                   the routes of a client's life
+     6  Serving                the nurseries, and the order in which they end
+     7  All settings           every knob, once
+     8  Reading events         what a client parses
+     9  Script time            a clock that tests can move
+    10  Scripts                what runs and streams do, as data
+    11  Journal                who asked, what they got, who closed first
+    12  Runs of scenarios      gates, limits, forgetting
+    13  Scripted deliveries    a script played to one viewer
+    14  Faults                 how a delivery goes wrong, at the exact byte
+    15  Contract               who may ask for what, how we refuse, how a test chooses
+    16  Choosing               a request and its answer; the scenario of a run and of a stream
+    17  Operations             on call, and in control of the double
+    18  What ASGI cannot say   the fenced corner: sockets, deadlines, other people's bugs
+    19  Catalogue              the built-in scenarios, as data
+    20  The page               a client with its eyes open: one run, live
+    21  The double             all of it, served; `running()` for tests
+    22  Diagnosis              asks any stream what is wrong with it, and whose fault that is
     23  Command line
 
 Who is inside whom ends with whom. These are the scopes that end things:
@@ -342,6 +342,19 @@ class RunInfo:
     clock: Any  # a Clock, or part 2's
     event_delay: float = 0.0
     test_fail: str | None = None
+
+
+def failed2(info: RunInfo, failure: Failure) -> dict[str, Any]:
+    why = {"code": failure.code, "retryable": failure.retryable}
+    return {"error": failure.error, "stage": failure.stage, **why}
+
+
+def failed3(info: RunInfo, failure: Failure) -> dict[str, Any]:
+    error = {"message": failure.error, "stage": failure.stage}
+    return {"runId": info.run_id, "status": "failed", "error": error, "retryable": True}
+
+
+FAILED = {"phase2": failed2, "phase3": failed3}
 
 
 @dataclass(eq=False)
@@ -818,18 +831,7 @@ async def phase3(info: RunInfo, sending: Sending) -> None:
     await say("completed", **told, status="completed")
 
 
-def failed2(info: RunInfo, failure: Failure) -> dict[str, Any]:
-    why = {"code": failure.code, "retryable": failure.retryable}
-    return {"error": failure.error, "stage": failure.stage, **why}
-
-
-def failed3(info: RunInfo, failure: Failure) -> dict[str, Any]:
-    error = {"message": failure.error, "stage": failure.stage}
-    return {"runId": info.run_id, "status": "failed", "error": error, "retryable": True}
-
-
 ANALYSES: dict[str, Analysis] = {"phase2": phase2, "phase3": phase3}
-FAILED = {"phase2": failed2, "phase3": failed3}
 
 
 # ═══ 5  HTTP ══════════════════════════════════════════════════════════════════════════════════════
@@ -893,6 +895,15 @@ def answer(body: Any, status: int = 200, headers: Mapping[str, str] | None = Non
 
 def encoded(segment: str) -> str:
     return quote(segment, safe="")
+
+
+@dataclass(frozen=True)
+class Server:
+    """A handle on a running server."""
+
+    url: str
+    port: int
+    stop: Callable[[], None] = field(repr=False)
 
 
 class Service:
@@ -1104,15 +1115,6 @@ async def ending(nursery: trio.Nursery) -> AsyncIterator[None]:
     """Cancel the nursery's tasks at the end: they never end by themselves."""
     yield
     nursery.cancel_scope.cancel(reason="nobody needs them any more")
-
-
-@dataclass(frozen=True)
-class Server:
-    """A handle on a running server."""
-
-    url: str
-    port: int
-    stop: Callable[[], None] = field(repr=False)
 
 
 def url_of(host: str, port: int) -> str:

@@ -209,6 +209,79 @@ def test_no_chapter_uses_a_later_one():
     assert wrong == []
 
 
+@contextlib.contextmanager
+def cut_behind(part, folder):
+    """A server of what stands above the banner of the next part, and of the four lines that start it; and its port."""
+    above = SOURCE[: re.search(rf"^# ═══ Part {part + 1}  ", SOURCE, re.M).start()]
+    start = (
+        'if __name__ == "__main__":',
+        "    logging.basicConfig(level=logging.INFO)",
+        "    settings = ServerSettings(port=0, heartbeat=0.3, idle_timeout=1.5)",
+        "    trio.run(serve_until_signalled, settings)",
+    )
+    (folder / "server.py").write_text(above + "\n".join(start) + "\n", encoding="utf-8")
+    command = [sys.executable, "-W", "error", folder / "server.py"]
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            ready = server.stdout.readline()
+            yield server, types.SimpleNamespace(port=int(ready.rsplit(":", 1)[1]), url=ready.split()[-1])
+        finally:
+            server.kill()
+
+
+def asked_of(aura, method, path, body=None, **headers):
+    """Status and body of a plain answer, or all of a stream."""
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    found = httpx.request(method, aura.url + path, json=body, headers={**BEARER, **named}, timeout=WAIT)
+    return found.status_code, found.text
+
+
+def ids_in(stream):
+    return [int(one) for one in re.findall(r"^id: (\d+)$", stream, re.M)]
+
+
+def test_what_stands_above_part_2_is_a_whole_server(tmp_path):
+    """The knife: trigger, streams, resume, viewers, cancel, beats, silence, 404, and the stop."""
+    with cut_behind(1, tmp_path) as (server, aura):
+        phase2 = asked_of(aura, "POST", "/aura/cases/85116/analysis-runs", {"runId": "two"})
+        assert phase2 == (202, '{"status": "ACCEPTED", "runId": "two", "caseId": "85116", "streamUrl": "/aura/analysis-runs/two/stream"}')
+        quick = asked_of(aura, "POST", "/aura/internal/cases/1/analysis-runs", {"runId": "three"})
+        assert quick == (202, '{"accepted": true, "runId": "three", "streamPath": "/aura/cases/1/analysis/stream?runId=three"}')
+        with connect(aura, get("/aura/analysis-runs/two/stream")) as leaves, connect(aura, get("/aura/analysis-runs/two/stream")) as stays:
+            read_until(leaves, b"id: 3\n\n")
+            leaves.close()
+            whole = read_until(stays, b"0\r\n\r\n")
+            assert whole.count(b"\nid: ") == 11 and whole.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+        status, stream = asked_of(aura, "GET", "/aura/cases/1/analysis/stream?runId=three")
+        assert status == 200 and stream.startswith(": connected\n\nevent: started\n") and ids_in(stream) == list(range(1, 10))
+        for seen in range(11):
+            _, rest = asked_of(aura, "GET", "/aura/analysis-runs/two/stream", Last_Event_ID=str(seen))
+            assert ids_in(rest) == list(range(seen + 1, 12)) and rest.endswith("data: [DONE]\n\n")
+        assert asked_of(aura, "GET", "/aura/analysis-runs/two/stream", Last_Event_ID="11")[0] == 204
+        status, text = asked_of(aura, "GET", "/aura/analysis-runs/nope/stream")
+        assert status == 404 and json.loads(text)["hint"].startswith("no such run on instance 127.0.0.1:")
+        assert asked_of(aura, "POST", "/aura/cases/1/analysis-runs", [1])[0] == 422
+
+        asked_of(aura, "POST", "/aura/cases/1/analysis-runs", {"runId": "gone"})
+        with connect(aura, get("/aura/analysis-runs/gone/stream")) as watches:
+            read_until(watches, b"id: 1\n\n")
+            assert asked_of(aura, "DELETE", "/aura/cases/1/analysis-runs/gone") == (202, '{"status": "CANCELLED", "runId": "gone"}')
+            assert b'"stage": "cancelled"' in read_until(watches, b"[DONE]")
+        assert asked_of(aura, "DELETE", "/aura/cases/1/analysis-runs/gone")[0] == 200
+        state = json.loads(asked_of(aura, "GET", "/aura/cases/1/analysis-runs/gone")[1])
+        assert (state["status"], state["viewers"]) == ("cancelled", 0)
+
+        asked_of(aura, "POST", "/aura/cases/1/analysis-runs", {"runId": "last"})
+        with connect(aura, get("/aura/analysis-runs/last/stream")) as open_one:
+            read_until(open_one, b"id: 1\n\n")
+            server.terminate()
+            assert b'"stage": "shutdown"' in read_until(open_one, b"[DONE]")
+        assert server.wait(WAIT) == 0
+        said = server.stderr.read()
+        assert "stream closed run_id=two by=client how=disconnect" in said and "stream closed run_id=two by=server how=end" in said
+        assert "Traceback" not in said
+
+
 def test_functions_are_short_flat_and_simple():
     branches = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.ExceptHandler, ast.comprehension)
     lines = SOURCE.splitlines()
@@ -1598,8 +1671,9 @@ def test_a_big_event_is_one_object_for_the_log_and_all_its_viewers():
     assert log.read(0)[0] is log.read(0)[0]
 
 
-async def test_a_write_has_a_limit_that_is_a_setting(autojump_clock):
-    async with hub_for(max_write=100) as hub:
+async def test_a_write_has_a_limit(autojump_clock, monkeypatch):
+    monkeypatch.setattr(aura_stream, "WRITE", 100)
+    async with hub_for() as hub:
         run = await ended(hub.start(facts(Time()), scenario(*says("a", "b", "c", "d", "e", "f"))))
         written, _ = await pieces([{"comment": "c"}, {"relay": "all"}], run=run, hub=hub)
         sizes = [len(data) for _, data in written]
@@ -5998,7 +6072,7 @@ def test_the_task_tree_shows_who_is_inside_whom():
     for names in order:
         depths = [depth[name] for name in names]
         assert depths == sorted(set(depths)), tree
-    assert re.search(r"delivery r1 \(id \d+\)  <- Delivery._follow\n", tree) and "analysis r1  <- Gates.wait\n" in tree and "run r1  <- transcribe\n" in tree
+    assert re.search(r"delivery r1 \(id \d+\)  <- ScriptedDelivery._follow\n", tree) and "analysis r1  <- Gates.wait\n" in tree and "run r1  <- Run.transcribe\n" in tree
 
 
 def test_it_starts_and_stops_quickly():
