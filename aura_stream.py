@@ -4419,10 +4419,10 @@ then choose a scenario and see it go wrong.</p>
 const $ = (id) => document.getElementById(id);
 const TRIES = Number(document.documentElement.dataset.tries);  // SSE_MAX_RETRIES
 const BACK_OFF = [1, 2, 5, 15];
-const SILENCE = 45;
+const SILENCE = 45;  // seconds, as the contract has it
 const SHORTER = location.hash === "#waits=0.01" ? 0.01 : 1;  // for tests
-const KEPT = 300;
-const MOST = 20000;
+const KEPT = 300;  // rows, and characters of a row
+const MOST = 20000;  // ids and bars: no stream fills the memory
 const BEARER = { Authorization: "Bearer page" };
 const path = encodeURIComponent;
 const now = () => performance.now() / 1000;
@@ -4541,7 +4541,7 @@ function happened(mine, { id, name, data }, at) {
   const row = document.createElement("li");
   const title = name + (known ? " (again)" : "");
   const words = [id, title, `${at.toFixed(2)} s`, `+${since.toFixed(2)} s`];
-  row.textContent = [...words, data.slice(0, KEPT)].join(" · ");
+  row.textContent = [...words, data].join(" · ").slice(0, KEPT);
   $("events").prepend(row);
   if (mine.count > KEPT) $("events").lastChild.remove();
 }
@@ -4574,7 +4574,7 @@ function sleep(seconds, signal) {
 
 function ending(mine) {
   const held = mine.count > 2 && mine.arrivals === 1 && mine.previous > 0.5;
-  const ended = `Ended with ${mine.over || "204"} after ${many(mine.count, "event")}`;
+  const ended = `Ended with ${mine.over || "204, all seen,"} after ${many(mine.count, "event")}`;
   if (mine.cancelled) return `${ended}; you asked to cancel the run.`;
   return ended + (held ? ". All came at once, at the end: somebody held them back." : ".");
 }
@@ -4653,7 +4653,7 @@ function draw() {
   const span = Math.max(0.1, run.finished ? run.previous : now() - run.began);
   $("line").setAttribute("viewBox", `${-0.01 * span} 0 ${1.02 * span} 10`);
   $("bars").setAttribute("d", [...run.bars].join(""));
-  const told = [`run ${run.id}`, `attempt ${run.attempt}`, `tries used ${run.tries} of ${TRIES}`];
+  const told = [run.id || "no run yet", `attempt ${run.attempt}`, `tries ${run.tries} of ${TRIES}`];
   if (run.latency < Infinity) told.push(`first byte after ${Math.ceil(run.latency)} ms`);
   if (run.latency < Infinity && !run.finished) told.push(`connection ${quality()}`);
   told.push(`${many(run.count, "event")} in ${many(run.arrivals, "arrival")}`);
