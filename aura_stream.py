@@ -281,6 +281,7 @@ class Log:
         self.ended = False
         self._ids = ids
         self._blocks: list[bytes] = []
+        self._names: list[str] = []
         self._ends: list[int] = []  # where each block ends, counted from the first byte ever
         self._end = 0
         self._forgotten = 0  # bytes that are not here any more
@@ -291,6 +292,7 @@ class Log:
         self.last_name = event.name[:200]
         block = b"%bid: %d\n\n" % (event.block, self.last) if self._ids else event.block + b"\n"
         self._blocks.append(block)
+        self._names.append(self.last_name)
         self._end += len(block)
         self._ends.append(self._end)
 
@@ -476,19 +478,23 @@ class Run:
                 self.hear(self.receiving.receive_nowait())
 
     def hear(self, said: Any) -> None:
-        """One thing that came out of the channel. A door: part 2's runs hear more than this."""
+        """One thing that came out of the channel."""
         match said:
+            case Event(block=_):
+                self.log.append(said)
             case LastWord() if said is self.last_word:
                 self.over = True
                 if said.event is not None and self.log.last_name in TERMINAL:
                     self.failure = None  # it came too late: one terminal event, and it is the last
                 elif said.event is not None:
                     self.log.append(said.event)
-            case Event(block=_):
-                self.log.append(said)
             case _:
-                text = f"the analysis sent {type(said).__name__}, where an Event belongs"
-                self.cancel(Failure(text, retryable=False))
+                self.hear_else(said)
+
+    def hear_else(self, said: Any) -> None:
+        """A door: part 2's runs know more than events."""
+        text = f"the analysis sent {type(said).__name__}, where an Event belongs"
+        self.cancel(Failure(text, retryable=False))
 
     def give_up(self) -> None:
         text = "analysis_run_stream: get_event returned None run_id=%s (no event for %ds)"
@@ -510,7 +516,6 @@ class Hub:
         self._nursery = nursery
         self._runs: dict[str, Any] = {}
         self._ended: dict[str, Any] = {}  # in the order of their ends
-        self._forgotten: dict[str, str | None] = {}  # the last thousand ids, and their tenants
 
     @property
     def live(self) -> int:
@@ -521,19 +526,14 @@ class Hub:
         run_id = run.info.run_id
         if run_id in self._ended:
             self._forget(run_id)
-        self._forgotten.pop(run_id, None)
         self._runs[run_id] = run
         name = f"run {safe(run_id)}"
         self._nursery.start_soon(run.conduct, analysis, self._settle, name=name)
 
-    def find(self, run_id: str, *, tenant: str | None = None) -> Any:
-        """The run of this id, if this tenant may see it."""
+    def find(self, run_id: str) -> Any:
+        """The run of this id, if it is here."""
         self._sweep()
-        run = self._runs.get(run_id)
-        return run if run and may_see(tenant, run.info.tenant_id) else None
-
-    def was_here(self, run_id: str, *, tenant: str | None) -> bool:
-        return run_id in self._forgotten and may_see(tenant, self._forgotten[run_id])
+        return self._runs.get(run_id)
 
     def stop(self, why: Failure) -> None:
         """Cancel every run that is still going, and start no other."""
@@ -553,17 +553,9 @@ class Hub:
             self._forget(next(iter(self._ended)))
 
     def _forget(self, run_id: str) -> None:
-        run = self._ended.pop(run_id)
+        del self._ended[run_id]
         del self._runs[run_id]
-        self._forgotten[run_id] = run.info.tenant_id
-        if len(self._forgotten) > 1000:
-            del self._forgotten[next(iter(self._forgotten))]
         logger.info("run_store: queue removed run_id=%s", safe(run_id))
-
-
-def may_see(tenant: str | None, owner: str | None) -> bool:
-    """A caller who names no tenant sees every run, a run nobody owns is seen by all."""
-    return tenant is None or owner is None or tenant == owner
 
 
 # ═══ 3  Deliveries ════════════════════════════════════════════════════════════════════════════════
@@ -730,12 +722,28 @@ def speech(info: RunInfo, sending: Sending) -> Callable[..., Awaitable[None]]:
     return say
 
 
-async def phase2(info: RunInfo, sending: Sending) -> None:
-    """The Phase2 analysis: what it says follows from its request's evidence."""
+Findings = tuple[list[dict[str, Any]], float]  # the evidence; how unusual the case is, 0 to 1
+SOURCES = {"CASE": "case", "DOC_HEADER": "document", "OPEN_ITEMS": "ledger", "LINEAGE": "lineage"}
+
+
+def assumed(info: RunInfo) -> Findings:
+    """What Phase2 finds where its request has brought no evidence."""
+    items = [
+        {"type": kind, "source": source, "caseId": info.case_id}
+        for kind, source in SOURCES.items()
+    ]
+    return items, 0.5
+
+
+async def phase2(
+    info: RunInfo, sending: Sending, assess: Callable[[Any], Findings] = assumed
+) -> None:
+    """The Phase2 analysis. `assess` is a door: part 2 looks at the evidence."""
     say = speech(info, sending)
-    evidence = info.body.get("evidence") or {}
     ids = {"runId": info.run_id, "caseId": info.case_id}
-    parts, overall = confidence_in(evidence)
+    items, anomaly = assess(info)
+    parts = {"anomalyScore": anomaly, "patternMatch": 0.7, "ruleCompliance": 0.85}
+    overall = 0.4 * anomaly + 0.3 * 0.7 + 0.3 * 0.85
     severity = "HIGH" if overall >= 0.8 else "MEDIUM" if overall >= 0.6 else "LOW"
     asks = proposals(overall, info.case_id)
     risk = f"위험도 {overall:.2f} ({severity})"
@@ -744,9 +752,10 @@ async def phase2(info: RunInfo, sending: Sending) -> None:
     await say("started", **ids, at=now_iso())
     await say("step", label="INPUT_NORM", detail="케이스 입력 정규화 중", percent=10)
     await say("step", label="EVIDENCE_GATHER", detail="증거 수집 중", percent=25)
-    await say("evidence", type="COLLECTED", items=collected(evidence, info.case_id))
+    await say("evidence", type="COLLECTED", items=items)
     await say("step", label="RULE_SCORING", detail="룰 스코어링 실행", percent=45)
-    await say("confidence", **parts)
+    await say("confidence", **{name: round(part, 2) for name, part in parts.items()},
+              overall=round(overall, 2))
     await say("step", label="LLM_REASONING", detail="설명 생성 중", percent=65)
     await say("step", label="PROPOSALS", detail="권고 조치 생성", percent=85)
     for proposal in asks:
@@ -755,49 +764,8 @@ async def phase2(info: RunInfo, sending: Sending) -> None:
     await say("completed", status="completed", **ids, **result)
 
 
-def within(value: Any, *path: str) -> Any:
-    """What lies at the end of a path of keys, or None."""
-    for key in path:
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
-
-
-def collected(evidence: dict[str, Any], case_id: str) -> list[dict[str, Any]]:
-    """The items of the `evidence` event: what the request brought, at most 30."""
-    header = within(evidence, "document", "header")
-    items = within(evidence, "document", "items")
-    found = [("DOC_HEADER", "document.header", {"content": header})] if header else []
-    for item in items[:30] if isinstance(items, list) else []:
-        found.append(("DOC_ITEM", "document.items", {"content": item}))
-    for name in ("openItems", "lineage", "partyIds", "policies"):
-        if part := evidence.get(name):
-            count = len(part) if isinstance(part, (list, dict)) else 1
-            kind = re.sub("([A-Z])", r"_\1", name).upper()
-            found.append((kind, name, {"count": count}))
-    if not found:
-        sources = {"CASE": "case", "DOC_HEADER": "document", "OPEN_ITEMS": "ledger",
-                   "LINEAGE": "lineage"}
-        found = [(kind, source, {"caseId": case_id}) for kind, source in sources.items()]
-    return [{"type": kind, "source": source, **more} for kind, source, more in found[:30]]
-
-
-def confidence_in(evidence: dict[str, Any]) -> tuple[dict[str, float], float]:
-    """The `confidence` event's data, two decimals each, and the overall score unrounded."""
-    paths = (("amount",), ("totalAmount",), ("document", "header", "amount"))
-    values = [within(evidence, *path) for path in paths]
-    amounts = [value for value in values if type(value) in (int, float)]
-    amount = min(max(amounts[0], 0), 1e9) if amounts else 1e6
-    anomaly = min(0.95, 0.3 + amount / 1e6 * 0.2)
-    pattern = 0.7
-    rules = 0.85
-    overall = 0.4 * anomaly + 0.3 * pattern + 0.3 * rules
-    parts = {"anomalyScore": anomaly, "patternMatch": pattern, "ruleCompliance": rules}
-    parts["overall"] = overall
-    return {name: round(part, 2) for name, part in parts.items()}, overall
-
-
 def proposals(overall: float, case_id: str) -> list[dict[str, Any]]:
-    """What Phase2 proposes: to block only where the risk is high enough, and always to ask."""
+    """What Phase2 proposes: to block, where the risk is high enough, and always to ask."""
     risk = "HIGH" if overall >= 0.8 else "MEDIUM"
     block = ("PAYMENT_BLOCK", "위험 점수에 따른 추가 검토 권고", True)
     ask = ("REQUEST_INFO", "거래처 확인 요청", False)
@@ -824,8 +792,8 @@ async def phase3(info: RunInfo, sending: Sending) -> None:
     await say("step", label="RAG retrieve", detail="", percent=45)
     await say("agent", agent="PolicyAgent", message="Retrieved policy passages", percent=45)
     await say("step", label="Scoring + reasonText", detail="", percent=70)
-    await say("agent", agent="PolicyAgent", message="Scored the case", percent=70)
     may_fail("llm")
+    await say("agent", agent="PolicyAgent", message="Scored the case", percent=70)
     await say("step", label="Propose actions", detail="", percent=80)
     await say("step", label="Callback sending", detail="", percent=95)
     await say("completed", **told, status="completed")
@@ -991,8 +959,6 @@ class Service:
 
     def unknown(self, run_id: str) -> Refusal:
         hint = f"no such run on instance {self.instance}, where {self.hub.live} live"
-        if self.hub.was_here(run_id, tenant=None):
-            hint = f"it has ended and was forgotten by instance {self.instance}; trigger it again"
         return Refusal(404, "runId not found or already completed", runId=run_id, hint=hint)
 
 
@@ -1204,7 +1170,27 @@ def list_of(part: str, example: str) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DoubleSettings(ServerSettings):
+class Limits:
+    """Limits that have no flag: Python callers may set them. Each shows when it bites."""
+
+    max_live_runs: int = 5000  # runs alive at once; one more is 503
+    max_run_events: int = 100_000  # events kept of a run; the oldest go, viewers get `gap`
+    max_run_bytes: int = 16 * 2**20  # bytes kept of a run, likewise
+    send_buffer: int = 64 * 2**10  # SO_SNDBUF, what the kernel hides of a stalled viewer
+    keep_alive: float = 5.0  # seconds an idle connection is kept
+    head_timeout: float = 10.0  # seconds for a request's head, then 408
+    max_head: int = 16 * 2**10  # bytes of a request's head, then 431
+    body_timeout: float = 30.0  # seconds for a request's body, then 408
+    max_body: int = 2**20  # bytes of a request's body, then 413
+    linger: float = 2.0  # seconds in which a refused client's rest is read and thrown away
+    max_linger: int = 16 * 2**20  # bytes of it; then the client meets a reset
+    max_journal: int = 1000  # entries of the journal; the oldest go
+    max_bindings: int = 1000  # bound scenarios that wait; one more is 409
+    max_gates: int = 1000  # open gates; one more is 409
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoubleSettings(ServerSettings, Limits):
     """Everything that can be set. A flag beats its environment variable, which beats the
     default."""
 
@@ -1230,23 +1216,9 @@ class DoubleSettings(ServerSettings):
                             "SSE_MAX_RETRIES")
     max_sse_connections: int = knob(1000, "streams open at once; one more is 503",
                                     "MAX_SSE_CONNECTIONS")
-    max_live_runs: int = knob(5000, "runs alive at once; one more is 503")
     max_ended_runs: int = knob(1000, "ended runs kept; the first to end is forgotten first")
-    max_run_events: int = knob(100_000, "events kept of a run; the oldest go, viewers get `gap`")
-    max_run_bytes: int = knob(16 * 2**20, "bytes kept of a run, likewise")
     max_log_bytes: int = knob(256 * 2**20, "bytes kept of all runs together, their requests too")
     send_timeout: float = knob(5.0, "seconds a viewer may refuse to read; then its stream ends")
-    send_buffer: int = knob(64 * 2**10, "SO_SNDBUF, what the kernel hides of a stalled viewer")
-    keep_alive: float = knob(5.0, "seconds an idle connection is kept")
-    head_timeout: float = knob(10.0, "seconds for a request's head, then 408")
-    max_head: int = knob(16 * 2**10, "bytes of a request's head, then 431")
-    body_timeout: float = knob(30.0, "seconds for a request's body, then 408")
-    max_body: int = knob(2**20, "bytes of a request's body, then 413")
-    linger: float = knob(2.0, "seconds in which a refused client's rest is read and thrown away")
-    max_linger: int = knob(16 * 2**20, "bytes of it; then the client meets a reset")
-    max_journal: int = knob(1000, "entries of the journal; the oldest go")
-    max_bindings: int = knob(1000, "bound scenarios that wait; one more is 409")
-    max_gates: int = knob(1000, "open gates; one more is 409")
     exit_with_stdin: bool = knob(False, "stop when standard input closes, as a killed test's does")
     redis_url: str = knob("", "not in this version: runs are kept in memory only", "REDIS_URL")
     log_level: str = knob("INFO", "DEBUG, INFO, WARNING or ERROR", "LOG_LEVEL",
@@ -1269,7 +1241,7 @@ class DoubleSettings(ServerSettings):
     def read(cls, flags: Mapping[str, str], environment: Mapping[str, str]) -> DoubleSettings:
         """What flags and environment ask for; a ValueError is a sentence that names the culprit."""
         found: dict[str, Any] = {}
-        for one in dataclasses.fields(cls):
+        for one in flagged(cls):
             if (text := flags.get(one.name)) is not None:
                 found[one.name] = _from_text(one, text, flag(one))
             elif text := environment.get(variable(one)):  # set but empty, as in compose: unset
@@ -1280,6 +1252,11 @@ class DoubleSettings(ServerSettings):
 def parts(text: str) -> list[str]:
     """The parts of a list with commas."""
     return [part for part in map(str.strip, text.split(",")) if part]
+
+
+def flagged(kind: Any) -> list[dataclasses.Field[Any]]:
+    """The settings that have a flag and a variable."""
+    return [one for one in dataclasses.fields(kind) if one.metadata]
 
 
 def kind_of(one: dataclasses.Field[Any]) -> Any:
@@ -2012,6 +1989,34 @@ def _stream(settings: DoubleSettings, beat: Any, *first: Any) -> Script:
     return parse_script([*first, hello, *retry, beat, {"relay": "all"}, bye], "stream")
 
 
+COUNTED = {
+    "openItems": "OPEN_ITEMS", "lineage": "LINEAGE", "partyIds": "PARTY_IDS",
+    "policies": "POLICIES",
+}
+
+
+def assessed(info: RunInfo) -> Findings:
+    """What Phase2 finds in its request's evidence: at most 30 items, and how unusual it is, by the
+    first amount in it."""
+    evidence = info.body.get("evidence") or {}
+    items, anomaly = assumed(info)
+    header, rows = (_at(evidence, "document", part) for part in ("header", "items"))
+    found = [("DOC_HEADER", "document.header", {"content": header})] if header else []
+    for row in rows[:30] if isinstance(rows, list) else []:
+        found.append(("DOC_ITEM", "document.items", {"content": row}))
+    for name, kind in COUNTED.items():
+        if part := evidence.get(name):
+            count = len(part) if isinstance(part, (list, dict)) else 1
+            found.append((kind, name, {"count": count}))
+    if found:
+        items = [{"type": kind, "source": source, **more} for kind, source, more in found[:30]]
+    paths = (("amount",), ("totalAmount",), ("document", "header", "amount"))
+    amounts = [value for path in paths if type(value := _at(evidence, *path)) in (int, float)]
+    if amounts:
+        anomaly = min(0.95, 0.3 + min(max(amounts[0], 0), 1e9) / 1e6 * 0.2)
+    return items, anomaly
+
+
 async def generation(info: Any, sending: Sending) -> None:
     """The ordinary generation job: 2 s a step, where the events of a run are 0.15 s apart."""
     title = info.body.get("title") or ""
@@ -2049,7 +2054,7 @@ class Phase:
 
 
 PHASES = {
-    "phase2": Phase("ok", phase2, failed2),
+    "phase2": Phase("ok", partial(phase2, assess=assessed), failed2),
     "phase3": Phase("phase3", phase3, failed3),
     "generation": Phase("generation", generation, _failed_job, job_stream),
 }
@@ -2076,7 +2081,11 @@ class Performance(Player):
             async with self._gates.one_by_one:
                 await self._sending.send(self.made(step))
             return
-        await send(self._sending, self.made(step))
+        event = self.made(step)
+        try:
+            self._sending.send_nowait(event)  # not `send`: a coroutine more for each event
+        except trio.WouldBlock:
+            await self._sending.send(event)
 
     async def wait(self, step: Step) -> None:
         await self._sending.send(AtGate(True))
@@ -2398,11 +2407,7 @@ EACH = 150  # bytes, about, that Python adds to each event of a log
 
 
 class BoundedLog(Log):
-    """A log that can forget its oldest events, and knows the names of those that are here."""
-
-    def __init__(self, *, ids: bool = True) -> None:
-        super().__init__(ids=ids)
-        self._names: list[str] = []
+    """A log that can forget its oldest events."""
 
     @property
     def size(self) -> int:
@@ -2424,10 +2429,6 @@ class BoundedLog(Log):
             return b""
         event = Event("gap", {"from": after + 1, "to": self.first - 1})
         return event.numbered(self.first - 1 if self._ids else None)
-
-    def append(self, event: Event) -> None:
-        super().append(event)
-        self._names.append(self.last_name)
 
     def read_until(
         self, after: int, *, most: float = math.inf, until: str | None = None
@@ -2480,14 +2481,15 @@ class ScriptedRun(Run):
     def ended(self) -> bool:
         return bool(self.log.ended)
 
-    def hear(self, said: Any) -> None:
-        if not isinstance(said, AtGate):
-            super().hear(said)
-        elif said.waits:
-            self.at_gate = self.info.clock.now()
-        else:  # who waits at a gate may be silent
-            self.silent_at += self.info.clock.now() - self.at_gate
-            self.at_gate = math.inf
+    def hear_else(self, said: Any) -> None:
+        match said:
+            case AtGate(waits=True):
+                self.at_gate = self.info.clock.now()
+            case AtGate():  # who waits at a gate may be silent
+                self.silent_at += self.info.clock.now() - self.at_gate
+                self.at_gate = math.inf
+            case _:
+                super().hear_else(said)
 
     def until_silent(self) -> float:
         return super().until_silent() if self.at_gate == math.inf else math.inf
@@ -2500,12 +2502,18 @@ class ScriptedRun(Run):
     def failed(self, failure: Failure) -> dict[str, Any]:
         return PHASES[self.info.phase].failed(self.info, failure)
 
+def may_see(tenant: str | None, owner: str | None) -> bool:
+    """A caller who names no tenant sees every run, a run nobody owns is seen by all."""
+    return tenant is None or owner is None or tenant == owner
+
+
 class BoundedHub(Hub):
     """A hub that keeps logs and runs within limits, and knows who watches."""
 
     def __init__(self, settings: DoubleSettings, nursery: Any, clock: Time | None = None) -> None:
         super().__init__(settings, nursery, clock or Time(settings.rate))
         self.gates = Gates(settings.max_gates)
+        self._forgotten: dict[str, str | None] = {}  # the last thousand ids, and their tenants
         self._held = 0  # bytes of all logs, and of what their runs were asked
         self.also: Callable[[], int] = int  # bytes that are held for runs to come
         self.deliveries: dict[Any, None] = {}  # open ones, oldest first
@@ -2532,6 +2540,7 @@ class BoundedHub(Hub):
     ) -> ScriptedRun:
         """Start a run of this scenario."""
         run = ScriptedRun(info, scenario, self.settings)
+        self._forgotten.pop(info.run_id, None)
         self.begin(run, analysis or scripted(scenario, self.gates))
         self._account(run)
         return run
@@ -2551,6 +2560,14 @@ class BoundedHub(Hub):
             if run:
                 run.viewers -= 1
                 delivery.entry.due = max(0, run.log.last - delivery.entry.resumed_after)
+
+    def find(self, run_id: str, *, tenant: str | None = None) -> Any:
+        """The run of this id, if this tenant may see it."""
+        run = super().find(run_id)
+        return run if run and may_see(tenant, run.info.tenant_id) else None
+
+    def was_here(self, run_id: str, *, tenant: str | None) -> bool:
+        return run_id in self._forgotten and may_see(tenant, self._forgotten[run_id])
 
     def seen_by(self, tenant: str | None) -> list[Any]:
         """All runs this tenant may see, oldest first."""
@@ -2580,7 +2597,7 @@ class BoundedHub(Hub):
             trimmed |= run.log.trim(limits.max_run_events, max(0, run.log.size - excess))
             self._account(run)
         if trimmed and not run.trimmed:
-            run.trimmed, limit = True, "--max-log-bytes" if excess > 0 else "--max-run-…"
+            run.trimmed, limit = True, "--max-log-bytes" if excess > 0 else "max_run_…"
             text = "run_store: log full (%s), the oldest events go run_id=%s"
             logger.warning(text, limit, safe(run.info.run_id))
 
@@ -2594,7 +2611,11 @@ class BoundedHub(Hub):
             self._forget(next(iter(ended)))
 
     def _forget(self, run_id: str) -> None:
-        self._held -= self._ended[run_id].counted
+        run = self._ended[run_id]
+        self._held -= run.counted
+        self._forgotten[run_id] = run.info.tenant_id
+        if len(self._forgotten) > 1000:
+            del self._forgotten[next(iter(self._forgotten))]
         super()._forget(run_id)
 
 
@@ -6448,7 +6469,7 @@ def serve_command(words: list[str]) -> int:
     about = Parser("serve", ABOUT, steps, usage)
     about.add_argument("--version", action="version", version=f"aura-stream {__version__}")
     group = about.add_argument_group("settings: flag, meaning (default; environment variable)")
-    for one in dataclasses.fields(Settings):
+    for one in flagged(Settings):
         add_flag(group, one)
     flags = about.read(words)
     settings = Settings.read(flags, os.environ)
@@ -6526,7 +6547,7 @@ def cannot_listen(settings: DoubleSettings, error: BaseException) -> str:
 
 def warn_of_strangers(environment: Iterable[str]) -> None:
     """A variable that looks like one of ours and is none is perhaps misspelt."""
-    known = [variable(one) for one in dataclasses.fields(Settings)]
+    known = [variable(one) for one in flagged(Settings)]
     for name in sorted(set(environment) - set(known)):
         if name.startswith("AURA_") and (close := difflib.get_close_matches(name, known, n=1)):
             logger.warning("there is no %s; did you mean %s?", safe(name), close[0])
@@ -6570,7 +6591,7 @@ def scenarios_command(words: list[str]) -> int:
                    "A changed one goes into a file: aura-stream --scenarios FILE --scenario NAME",
                    "scenarios [NAME] [--scenarios FILE]")
     about.add_argument("name", nargs="?", metavar="NAME", help="print this one, as JSON")
-    fields = {one.name: one for one in dataclasses.fields(Settings)}
+    fields = {one.name: one for one in flagged(Settings)}
     add_flag(about, fields["scenarios"])
     flags = about.read(words)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error

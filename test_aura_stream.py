@@ -1048,7 +1048,7 @@ async def test_phase2_says_what_the_contract_says(autojump_clock):
     ({"document": {"header": {"amount": 2_000_000}}}, 0.7, 2), ({"document": []}, 0.5, 2),
 ])  # fmt: skip
 async def test_confidence_and_proposals_follow_the_amount(autojump_clock, evidence, anomaly, proposals):
-    events = await said_by(aura_stream.phase2, body={"evidence": evidence})
+    events = await said_by(aura_stream.PHASES["phase2"].analysis, body={"evidence": evidence})
     assert dict(events)["confidence"]["anomalyScore"] == anomaly
     assert [name for name, _ in events].count("proposal") == proposals
 
@@ -1056,13 +1056,13 @@ async def test_confidence_and_proposals_follow_the_amount(autojump_clock, eviden
 async def test_evidence_lists_what_the_request_brought_and_at_most_thirty(autojump_clock):
     evidence = {"document": {"header": {"a": "{runId}"}, "items": [1, 2]}, "openItems": [1, 2, 3], "lineage": {"a": 1},
                 "partyIds": ["p"], "policies": [1, 2]}  # fmt: skip
-    items = dict(await said_by(aura_stream.phase2, body={"evidence": evidence}))["evidence"]["items"]
+    items = dict(await said_by(aura_stream.PHASES["phase2"].analysis, body={"evidence": evidence}))["evidence"]["items"]
     assert [item["type"] for item in items] == (
         ["DOC_HEADER", "DOC_ITEM", "DOC_ITEM", "OPEN_ITEMS", "LINEAGE", "PARTY_IDS", "POLICIES"]
     )
     assert [item["count"] for item in items if "count" in item] == [3, 1, 1, 2]
     assert items[0]["content"] == {"a": "{runId}"}, "braces from outside are no template"
-    many = dict(await said_by(aura_stream.phase2, body={"evidence": {"document": {"items": [1] * 99}}}))
+    many = dict(await said_by(aura_stream.PHASES["phase2"].analysis, body={"evidence": {"document": {"items": [1] * 99}}}))
     assert len(many["evidence"]["items"]) == 30
 
 
@@ -6910,7 +6910,7 @@ def test_help_names_every_flag_and_its_variable(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     text = capsys.readouterr().out
-    for one in aura_stream.dataclasses.fields(Settings):
+    for one in aura_stream.flagged(Settings):
         assert aura_stream.flag(one) in text
         assert aura_stream.variable(one) in text
 
@@ -7758,7 +7758,7 @@ def test_the_readmes_settings_are_the_settings():
         text = str(default).lower() if isinstance(default, bool) else f"{default:g}" if isinstance(default, float) else str(default)
         return [f"`{aura_stream.flag(one)}`", f"`{aura_stream.variable(one)}`", text, one.metadata["says"]]
 
-    assert table("Settings") == [told(one) for one in dataclasses.fields(Settings)]
+    assert table("Settings") == [told(one) for one in aura_stream.flagged(Settings)]
 
 
 def test_the_readmes_endpoints_are_the_routes():
