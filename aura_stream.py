@@ -588,27 +588,20 @@ CUT = Ending("shutdown", "cancelled", "still open when the server had to go")
 class Record:
     """What became of one stream, and its log lines. A door: the journal's entries are records."""
 
-    name: str
+    stream_name: str
     run_id: str
     case_id: str = ""
-    last_event_id: str = ""
     resumed_after: int = 0
     bytes: int = 0
     events: int = 0
-    last_id_sent: int = 0
+    last_id_sent: int | None = None
     opened: float = field(default_factory=trio.current_time)
     end: Ending | None = None
-
-    def says(self, text: str) -> None:
-        """A log line that begins with the route and names the ids this route knows."""
-        by_case = self.name == "case_analysis_stream"
-        case = f" case_id={safe(self.case_id)}" if by_case else ""
-        logger.info("%s: %s run_id=%s%s", self.name, text, safe(self.run_id), case)
 
     def sent(self, size: int, last: int) -> None:
         """So many bytes went out; the last event in them had this id."""
         if not self.bytes:
-            logger.info("%s: first chunk sent run_id=%s", self.name, safe(self.run_id))
+            logger.info("%s: first chunk sent run_id=%s", self.stream_name, safe(self.run_id))
         self.bytes += size
         if last > self.resumed_after:
             self.events += last - (self.last_id_sent or self.resumed_after)
@@ -619,13 +612,20 @@ class Record:
         to have hung up."""
         self.end = self.end or Ending(by, how, reason)
 
-    def close(self) -> None:
-        """The line that says who closed first."""
-        by, how, reason, _ = self.end or LEFT
-        logger.info(
-            "%s: stream closed run_id=%s by=%s how=%s reason=%s bytes=%d events=%d "
-            "last_event_id=%s duration=%.3fs", self.name, safe(self.run_id), by, how, reason,
-            self.bytes, self.events, self.last_id_sent or None, trio.current_time() - self.opened)
+
+def say_of(record: Any, text: str) -> None:
+    """A log line that begins with the route and names the ids this route knows."""
+    by_case = record.stream_name == "case_analysis_stream"
+    case = f" case_id={safe(record.case_id)}" if by_case else ""
+    logger.info("%s: %s run_id=%s%s", record.stream_name, text, safe(record.run_id), case)
+
+
+def say_who_closed(record: Any, duration: float) -> None:
+    end = record.end or LEFT
+    logger.info(
+        "%s: stream closed run_id=%s by=%s how=%s reason=%s bytes=%d events=%d"
+        " last_event_id=%s duration=%.3fs", record.stream_name, safe(record.run_id), end.by,
+        end.how, safe(end.reason), record.bytes, record.events, record.last_id_sent, duration)
 
 
 class Delivery:
@@ -652,7 +652,7 @@ class Delivery:
         finally:
             self.run.viewers -= 1
             self.record.finish(*(CUT if self.hub.stopping else LEFT)[:3])
-            self.record.close()
+            say_who_closed(self.record, trio.current_time() - self.record.opened)
 
     async def play(self) -> None:
         """A door: part 2 plays a script here."""
@@ -946,7 +946,7 @@ class Service:
         record.resumed_after = resume_point(last_event_id, run.log.last)
         if run.log.ended and 0 < record.resumed_after == run.log.last:
             raise Refusal(204)  # finished and fully seen: this stops a native EventSource
-        record.says("start consuming")
+        say_of(record, "start consuming")
         headers = {"x-aura-run-id": encoded(run_id), "x-aura-instance": encoded(self.instance)}
         return Streamed(Delivery(run, record, self.hub, headers))
 
@@ -2230,12 +2230,6 @@ class Entry:
                 fold(self.tally)
         self.last_id_sent = self.last_id_sent if cargo.last is None else cargo.last
 
-    def says(self, text: str) -> None:
-        """An INFO line that begins with the route and names the ids this route knows."""
-        by_case = self.stream_name == "case_analysis_stream"
-        case = f" case_id={safe(self.case_id)}" if by_case else ""
-        logger.info("%s: %s run_id=%s%s", self.stream_name, text, safe(self.run_id), case)
-
     @property
     def streams(self) -> bool:
         """Whether this is a stream for which a script plays; our own refusals are none."""
@@ -2339,12 +2333,7 @@ class Journal:
         self.count(entry)
         duration, end = entry.closed - entry.opened, entry.end or LEFT
         if entry.kind == "stream":
-            logger.info(
-                "%s: stream closed run_id=%s by=%s how=%s reason=%s bytes=%d events=%d"
-                " last_event_id=%s duration=%.3fs", entry.stream_name, safe(entry.run_id),
-                end.by, end.how, safe(end.reason), entry.bytes, entry.events, entry.last_id_sent,
-                duration,
-            )
+            say_who_closed(entry, duration)
             if end.by == "client":
                 logger.warning("SSE connection lost for client %s", entry.client)
         told = (entry.request_id, entry.method, safe(entry.path), entry.status, duration)
@@ -3707,15 +3696,12 @@ class Reception(Service):
         return run, how, script
 
     def _start(self, order: TriggerRequest, scenario: Scenario) -> ScriptedRun:
-        failing = (header(b"x-aura-test-fail"), request.args.get("test_fail_query"))
-        fail = next((stage for stage in failing if stage in ("rag", "llm")), None)
         shared = (self.desk.catalogue.get(scenario.name), self.desk.usual[order.phase])
         kept = 0 if any(scenario is one for one in shared) else scenario.weight
         evidence = 2 * weight(order.body.get("evidence"))  # in the script, and encoded
-        info = ScriptedInfo(
-            order.run_id, order.case_id, g.tenant, order.phase, order.body, self.hub.clock,
-            self.settings.event_delay, fail, entry().test_id,
-            weight(order.body) + evidence + kept, kept)
+        held = weight(order.body) + evidence + kept
+        known = {**vars(self.info(order)), "tenant_id": g.tenant}
+        info = ScriptedInfo(**known, test_id=entry().test_id, weight=held, kept=kept)
         analysis = scripted(scenario, self.hub.gates, self.analysis)
         run: ScriptedRun = self.hub.start(info, scenario, analysis)
         return run
@@ -3779,7 +3765,7 @@ class Reception(Service):
         run.attempts[scenario.name] = before + 1
         if len(run.attempts) > 1000:  # names of inline scenarios, which anybody can make up
             del run.attempts[next(iter(run.attempts))]
-        this.says("start consuming")
+        say_of(this, "start consuming")
         if this.last_event_id:
             text = "SSE connection established (client reconnected) run_id=%s last_event_id=%s"
             logger.info(text, safe(run_id), safe(this.last_event_id))
@@ -3818,7 +3804,7 @@ class Reception(Service):
                 desk.count("stream", *whose, test_id=this.test_id)
                 this.plays(scenario, attempt)
                 return self.played(script)
-        this.says("runId not found or already completed")
+        say_of(this, "runId not found or already completed")
         raise self.unknown(run_id)
 
     def played(self, script: Script, run: ScriptedRun | None = None, **more: Any) -> Response:
