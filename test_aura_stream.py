@@ -7761,6 +7761,12 @@ def test_the_readmes_settings_are_the_settings():
     assert table("Settings") == [told(one) for one in aura_stream.flagged(Settings)]
 
 
+def test_the_readmes_lesson_is_taken_from_the_file():
+    lesson = README.split("\n## Read it")[1].split("\n## ")[0]
+    snippets = re.findall(r"```python\n(.*?)```", lesson, re.S)
+    assert snippets and all(snippet in SOURCE for snippet in snippets)
+
+
 def test_the_readmes_endpoints_are_the_routes():
     async def routes():
         async with trio.open_nursery() as nursery:
