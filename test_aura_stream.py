@@ -5378,7 +5378,7 @@ def test_the_page_needs_no_sideways_scroll(browser, width, scheme):
         assert live.run("return document.documentElement.scrollWidth <= innerWidth")
 
 
-def test_the_page_comes_back_to_a_stream_that_breaks_and_sees_each_event_once(browser):
+def test_the_page_comes_back_to_a_stream_that_breaks_and_sees_each_event_once(browser, usual_cuts):
     with running(event_delay=0.01) as aura:
         live = Live(browser, aura)
         live.start("drop-resume")
@@ -5392,7 +5392,7 @@ def test_the_page_comes_back_to_a_stream_that_breaks_and_sees_each_event_once(br
         assert [entry.last_event_id for entry in entries] == [None, "2"]
 
 
-def test_the_page_keeps_its_place_over_an_event_without_an_id(browser, tmp_path):
+def test_the_page_keeps_its_place_over_an_event_without_an_id(browser, tmp_path, usual_cuts):
     hello, over = {"comment": "connected"}, [{"relay": "all"}, {"raw": "data: [DONE]\n\n"}]
     cut = [{"sleep": 0.1}, "drop"]
     stream = [[hello, {"relay": 2}, *cut], [hello, {"event": {"event": "step", "data": 0}}, *cut], over]
