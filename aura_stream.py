@@ -265,6 +265,7 @@ class Event:
 CHANNEL = 256  # events that wait: more make bigger batches, not a faster run
 WRITE = 64 * 2**10  # bytes of one write, or one event: a late viewer must not make a giant piece
 TERMINAL = ("completed", "failed")
+NOT_READY = (), None  # no piece of a log is kept for the next viewer
 
 
 def now_iso() -> str:
@@ -285,6 +286,7 @@ class Log:
         self._ends: list[int] = []  # where each block ends, counted from the first byte ever
         self._end = 0
         self._forgotten = 0  # bytes that are not here any more
+        self.ready: Any = NOT_READY
         self._news = trio.Event()
 
     def append(self, event: Event) -> None:
@@ -310,13 +312,18 @@ class Log:
     def read(self, after: int, *, most: float = math.inf) -> tuple[bytes, int]:
         """The events after id `after` in one piece, no bigger than one write or one event, and the
         id of the last of them: a late viewer of a long log must not make one giant piece."""
-        start = after + 1 - self.first
-        if start >= len(self._ends):
+        if after >= self.last:
             return b"", after
+        if self.ready[0] == (after, self.last, most):
+            return self.ready[1]
+        start = after + 1 - self.first
         begin = self._ends[start - 1] if start else self._forgotten
         stop = max(start + 1, bisect.bisect_right(self._ends, begin + WRITE, start))
         stop = int(min(stop, start + most))
-        return b"".join(self._blocks[start:stop]), self.first + stop - 1  # one event: no copy
+        piece = b"".join(self._blocks[start:stop])  # one event: no copy
+        found = piece, self.first + stop - 1
+        self.ready = (after, self.last, most), found  # for the next viewer at this place
+        return found
 
 
 class Failure(Exception):
@@ -2439,6 +2446,7 @@ class BoundedLog(Log):
         count = min(count, len(here) - spared)
         if count <= 0:
             return False
+        self.ready = NOT_READY
         self._forgotten = self._ends[count - 1]
         del self._ends[:count], self._names[:count], self._blocks[:count]
         self.first += count
@@ -2548,6 +2556,7 @@ class BoundedHub(Hub):
             self.streams -= delivery.entry.streams
             if run:
                 run.viewers -= 1
+                run.log.ready = run.log.ready if run.viewers else NOT_READY
                 delivery.entry.due = max(0, run.log.last - delivery.entry.resumed_after)
 
     def find(self, run_id: str, *, tenant: str | None = None) -> Any:

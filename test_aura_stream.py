@@ -1674,6 +1674,19 @@ def test_a_big_event_is_one_object_for_the_log_and_all_its_viewers():
     assert log.read(0)[0] is log.read(0)[0]
 
 
+async def test_viewers_at_one_place_get_the_same_bytes_and_no_piece_outlives_them(autojump_clock):
+    async with hub_for() as hub:
+        run = await ended(hub.start(facts(Time()), scenario(*says("a", "b", "c"))))
+        piece, last = run.log.read(1)
+        assert run.log.read(1)[0] is piece and last == 3 and run.log.read(2)[0] != piece
+        assert run.log.read(1, most=1)[1] == 2, "nor does a piece do for who wants less"
+        await pieces([{"relay": "all"}], run=run, hub=hub)
+        assert run.log.ready == aura_stream.NOT_READY, "the last viewer has left"
+        run.log.read(0)
+        run.log.trim(1, 10**6)
+        assert run.log.ready == aura_stream.NOT_READY and run.log.read(2)[1] == 3
+
+
 async def test_a_write_has_a_limit(autojump_clock, monkeypatch):
     monkeypatch.setattr(aura_stream, "WRITE", 100)
     async with hub_for() as hub:
