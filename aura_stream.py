@@ -265,7 +265,7 @@ class Event:
 CHANNEL = 256  # events that wait: more make bigger batches, not a faster run
 WRITE = 64 * 2**10  # bytes of one write, or one event: a late viewer must not make a giant piece
 TERMINAL = ("completed", "failed")
-NOT_READY = (), None  # no piece of a log is kept for the next viewer
+NOT_READY = ((-1, 0, 0.0), (b"", 0))  # no piece of a log is kept for the next viewer
 
 
 def now_iso() -> str:
@@ -286,7 +286,7 @@ class Log:
         self._ends: list[int] = []  # where each block ends, counted from the first byte ever
         self._end = 0
         self._forgotten = 0  # bytes that are not here any more
-        self.ready: Any = NOT_READY
+        self.ready = NOT_READY
         self._news = trio.Event()
 
     def append(self, event: Event) -> None:
