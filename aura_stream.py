@@ -29,8 +29,9 @@ so nothing has to be taken on trust. Ten minutes? Read Runs, Deliveries and Serv
     13  Catalogue              the built-in scenarios, as data
     14  The page               a client with its eyes open: one run, live
     15  Serving                the nurseries, and the order in which they end
-    16  Diagnosis              asks any stream what is wrong with it, and whose fault that is
-    17  Command line
+    16  The careful client     reads other servers' streams, whatever they send
+    17  Diagnosis              asks any stream what is wrong with it, and whose fault that is
+    18  Command line
 
 The task tree: who is inside whom is who ends with whom. (`curl localhost:9000/__aura/tasks` draws
 it as it is.)
@@ -57,6 +58,19 @@ The journey of one event:
     7  one write puts the piece on the viewer's socket
     8  a viewer that comes late, or comes back, starts at 6: the log is still there
 """
+
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "trio>=0.31",
+#   "quart-trio>=0.12,<0.14",
+#   "quart-trio>=0.13; python_version >= '3.13'",
+#   "quart>=0.22,<0.24",
+#   "hypercorn==0.18.*",
+#   "h11==0.16.*",
+#   "msgspec>=0.20",
+# ]
+# ///
 
 from __future__ import annotations
 
@@ -3798,16 +3812,26 @@ def task_tree() -> str:
 
 def _draw(task: trio.lowlevel.Task, depth: int, lines: list[str]) -> None:
     ours = [frame for frame in frames_of(task) if frame.f_code.co_filename == __file__]
-    if ours or re.match(r"[a-z]+\b(?!\.)", task.name):  # a name of ours has no dots
-        place = ours[-1].f_code.co_qualname.replace(".<locals>", "") if ours else ""
-        lines.append(f"{'   ' * depth}{task.name}{'  <- ' * bool(place)}{place}")
+    name = task.name.removeprefix(f"{__name__}.")
+    if ours or re.match(r"[a-z]+\b(?!\.)", name):  # a name of ours has no dots
+        place = ours[-1].f_code.co_qualname.replace(".<locals>", "") if ours else name
+        lines.append(f"{'   ' * depth}{name}" + (f"  <- {place}" if place != name else ""))
         depth += 1
     for nursery in task.child_nurseries:
-        names = [k for frame in ours for k, value in frame.f_locals.items() if value is nursery]
-        lines += [f"{'   ' * depth}nursery {name}" for name in names[:1]]
-        depth += len(names[:1])  # whatever the task opens behind it is inside it
+        if opened := name_of(nursery, ours):
+            lines.append(f"{'   ' * depth}nursery {opened}")
+            depth += 1  # whatever the task opens behind it is inside it
         for child in sorted(nursery.child_tasks, key=lambda one: one.name):
             _draw(child, depth, lines)
+
+
+def name_of(nursery: trio.Nursery, frames: Iterable[types.FrameType]) -> str:
+    """The variable that holds it; where that says only "nursery", the function that opened it."""
+    for frame in frames:
+        for name, value in frame.f_locals.items():
+            if value is nursery:
+                return f"of {frame.f_code.co_name}" if name == "nursery" else name
+    return ""
 
 
 def frames_of(task: trio.lowlevel.Task) -> Iterator[types.FrameType]:
@@ -4348,625 +4372,371 @@ PAGE = r"""<!doctype html>
 <link rel="icon" href="data:,">
 <title>Aura stream</title>
 <style>
-:root { color-scheme: light dark; --back: #fff; --card: #f4f5f7; --text: #1b1d21; --quiet: #565c66;
-  --line: #c4c8cf; --blue: #0b57d0; --on-blue: #fff; --red: #b3261e; --green: #14692f; }
-@media (prefers-color-scheme: dark) { :root { --back: #15171b; --card: #1f2228; --text: #e6e8ec;
-  --quiet: #a9afba; --line: #454b55; --blue: #8ab4f8; --on-blue: #10203a; --red: #f2a59f;
-  --green: #86d39a; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 78rem; padding: 1rem; background: var(--back); color: var(--text);
-  font: 1rem/1.5 system-ui, "Noto Sans KR", "Malgun Gothic", sans-serif; word-break: keep-all;
-  overflow-wrap: anywhere; }
-h1 { font-size: 1.4rem; margin: 0; } h2 { font-size: 1.05rem; margin: 0 0 .5rem; }
-p { margin: .25rem 0 .75rem; max-width: 68ch; } small, .quiet { color: var(--quiet); }
-main { display: grid; gap: 1rem; grid-template-columns: minmax(0, 3fr) minmax(0, 2fr); }
-@media (max-width: 56rem) { main { grid-template-columns: minmax(0, 1fr); } }
-section { background: var(--card); border-radius: .5rem; padding: 1rem; }
-.wide { grid-column: 1 / -1; }
-form { display: flex; flex-wrap: wrap; gap: .75rem; align-items: end; }
-label { display: grid; gap: .15rem; font-weight: 600; max-width: 100%; }
-input, select, button { font: inherit; font-weight: 400; padding: .35rem .6rem; color: inherit;
-  min-height: 2.5rem; max-width: 100%; border: 1px solid var(--quiet); border-radius: .35rem;
-  background: var(--back); }
-button { cursor: pointer; } button:disabled { cursor: default; opacity: .55; }
-button.first { background: var(--blue); border-color: var(--blue); color: var(--on-blue); }
-:focus-visible { outline: 3px solid var(--blue); outline-offset: 2px; }
-[hidden] { display: none !important; }
-#doc { flex-basis: 100%; margin: 0; }
-#state { font-weight: 600; min-height: 1.5em; }
-#state.bad { color: var(--red); } #state.good { color: var(--green); }
-progress { width: 100%; height: .7rem; accent-color: var(--blue); }
-dl { display: flex; flex-wrap: wrap; gap: .25rem 1.5rem; margin: .5rem 0; }
-dl div { display: flex; gap: .4rem; } dt { color: var(--quiet); white-space: nowrap; }
-dd { margin: 0; } a { color: var(--blue); } section + section { margin-top: 1rem; }
-main > section { margin: 0; }
-svg { display: block; width: 100%; height: 3rem; background: var(--back);
-  border: 1px solid var(--line); border-radius: .35rem; }
-svg path { stroke-width: 2px; vector-effect: non-scaling-stroke; fill: none; }
-#bars { stroke: var(--blue); } #beats { stroke: var(--green); } #breaks { stroke: var(--red); }
-.axis { display: flex; justify-content: space-between; gap: 1rem; font-size: .85rem; }
-.axis :not(#spread) { white-space: nowrap; }
-.scroll { overflow: auto; max-height: 24rem; margin-top: .75rem; }
-table { border-collapse: collapse; width: 100%; font-size: .9rem; }
-table:not(:has(td)) { display: none; }
-caption { text-align: left; color: var(--quiet); }
-th, td { text-align: left; padding: .2rem .5rem .2rem 0; vertical-align: top; }
-th { position: sticky; top: 0; background: var(--card); white-space: nowrap; }
-td { border-top: 1px solid var(--line); } td:nth-child(2) { min-width: 6.5rem; }
-td:first-child { min-width: 2.2rem; white-space: nowrap; }
-.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-@media (max-width: 40rem) { thead { display: none; } tbody, caption { display: block; }
-  tr { display: grid; grid-template-columns: auto 1fr auto auto; column-gap: .5rem; }
-  tbody td:last-child { grid-column: 1 / -1; border: 0; padding-bottom: .4rem; } }
-pre { margin: 0; overflow: auto; font: .85rem/1.45 ui-monospace, monospace; white-space: pre; }
-.gone { color: var(--red); text-decoration: line-through; }
-.gone i { position: absolute; clip-path: inset(50%); } .new { color: var(--green); }
-ol { margin: 0; padding-left: 1.4rem; }
+  :root { color-scheme: light dark; font: 1rem/1.5 system-ui, sans-serif; word-break: keep-all; }
+  body { margin: auto; max-width: 78rem; padding: 1rem; overflow-wrap: anywhere; }
+  h1, h2 { font-size: 1.25rem; margin: 0; }
+  p { margin: .25rem 0 .75rem; max-width: 72ch; }
+  main { display: grid; gap: 1.5rem; }
+  main { grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); }
+  form:not([hidden]) { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: baseline; }
+  form p { flex-basis: 100%; margin: 0 0 .75rem; }
+  input, select, button { font: inherit; padding: .3rem .6rem; max-width: 100%; }
+  progress, svg { display: block; width: 100%; }
+  svg { height: 3rem; border-block: 1px solid GrayText; }
+  path { stroke: LinkText; stroke-width: 2px; vector-effect: non-scaling-stroke; }
+  ul, ol { padding: 0 0 0 2ch; margin: 0; overflow: auto; max-height: 24rem; }
+  pre { overflow: auto; margin: 0 0 1.5rem; font-size: .85rem; }
 </style>
-<header>
+
 <h1>Aura stream</h1>
 <p>A stream is one answer that stays open: the server writes an event whenever it has one. A
 <b>run</b> writes a log; a <b>delivery</b> plays that log to one viewer, well or badly. Press Start,
 then choose a scenario and see it go wrong.</p>
-</header>
-<main>
-<section class="wide" aria-label="What to run">
+
 <form id="ask">
-<label>Scenario <select id="scenario"><option value="">ordinary</option></select></label>
-<label>Phase <select id="phase"><option value="phase2">Phase2</option>
-<option value="phase3">Phase3</option><option value="job">generation job</option></select></label>
-<label>Case <input id="case" value="85116" size="10" maxlength="200" required></label>
-<button class="first" id="start">Start</button>
-<button type="button" id="cancel" disabled>Cancel the run</button>
-<button type="button" id="leave" disabled>Leave</button>
-<button type="button" id="again" hidden>Try again</button>
-<p id="doc" class="quiet">the ordinary run and the ordinary stream, or what --scenario says</p>
+  <label>Scenario <select id="scenario"><option value="">ordinary</option></select></label>
+  <label>Phase <select id="phase"><option>phase2<option>phase3<option>job</select></label>
+  <label>Case <input id="case" value="85116" size="10" maxlength="200" required></label>
+  <button id="start">Start</button>
+  <button type="button" id="cancel" disabled>Cancel the run</button>
+  <button type="button" id="leave" disabled>Leave</button>
+  <button type="button" id="again" hidden></button>
+  <p id="doc">the ordinary run and the ordinary stream, or what --scenario says</p>
 </form>
 <form id="lock" hidden>
-<label>ADMIN_TOKEN of this server <input id="token" type="password" autocomplete="off"></label>
-<button>Use it</button>
-<p id="why" class="quiet" role="alert"></p>
+  <label>ADMIN_TOKEN of this server <input id="token" type="password" autocomplete="off"></label>
+  <button>Use it</button>
 </form>
-</section>
-<section aria-labelledby="h-stream">
-<h2 id="h-stream">The stream</h2>
-<p id="state" role="status">Nothing runs yet.</p>
-<progress id="progress" max="100" value="0" aria-label="percent of the analysis"></progress>
-<dl id="facts"></dl>
-<svg id="line" role="img" viewBox="0 0 1000 10" preserveAspectRatio="none" aria-label="no events">
-<path id="bars"/><path id="beats"/><path id="breaks"/></svg>
-<div class="axis quiet"><span>0 s</span><span id="spread"></span><span id="until"></span></div>
-<small>A blue bar is an event, where it came in time; green is a comment, red a break.</small>
-<div class="scroll" tabindex="0" role="region" aria-label="events"><table id="events">
-<caption id="kept"></caption>
-<thead><tr><th scope="col">id<th scope="col">event<th scope="col" class="number">at
-<th scope="col" class="number">after<th scope="col">data</thead><tbody></tbody></table></div>
-</section>
-<div>
-<section aria-labelledby="h-tree">
-<h2 id="h-tree">Who is inside whom</h2>
-<p class="quiet">The server's tasks. Leave: one delivery ends, the run goes on. Cancel: the run's
-branch ends, and its deliveries finish by themselves.
-<a id="second" target="_blank" rel="noopener" hidden>Watch this run in a second tab</a></p>
-<pre id="tree" tabindex="0" role="region" aria-labelledby="h-tree"></pre>
-</section>
-<section aria-labelledby="h-said">
-<h2 id="h-said">Who closed first</h2>
-<p class="quiet">What the server's journal says of each attempt, when it is over.</p>
-<ol id="said"></ol>
-</section>
-</div>
+<p id="why" role="alert"></p>
+
+<main>
+  <section aria-label="The stream">
+    <h2>The stream</h2>
+    <p role="status"><b id="state">Nothing runs yet.</b></p>
+    <progress id="progress" max="100" value="0" aria-label="percent of the analysis"></progress>
+    <p id="facts"></p>
+    <svg id="line" preserveAspectRatio="none" aria-hidden="true"><path id="bars"/></svg>
+    <p>A bar is an event, where it came in time. The last 300 are listed.</p>
+    <ul id="events" tabindex="0" aria-label="events"></ul>
+  </section>
+  <section aria-label="The server">
+    <h2>Who is inside whom</h2>
+    <p>The server's tasks. Leave: one delivery ends, the run goes on. Cancel: the run's branch
+    ends, and its deliveries finish by themselves.</p>
+    <pre id="tree" tabindex="0" role="region" aria-label="tasks"></pre>
+    <h2>Who closed first, as the journal says</h2>
+    <ol id="said"></ol>
+  </section>
 </main>
+
 <script>
-"use strict";
 const $ = (id) => document.getElementById(id);
-const given = new URLSearchParams(location.hash.slice(1));
-const SHORTER = Math.min(1, Math.abs(given.get("waits")) || 1);  // #waits=0.01, for the impatient
-const BACK_OFF = [1, 2, 5, 15], LEAST = 0.5, MOST = 60, OFFER = 60, SILENCE = 45, KEPT = 300;
 const TRIES = Number(document.documentElement.dataset.tries);  // SSE_MAX_RETRIES
-const now = () => performance.now() / 1000;
-const seconds = (s) => `${s.toFixed(s < 10 ? 2 : 1)} s`;
-const sleep = (s, signal) => new Promise((soon) => {
-  const timer = setTimeout(soon, 1000 * s);
-  signal?.addEventListener("abort", () => { clearTimeout(timer); soon(); });
-});
+const BACK_OFF = [1, 2, 5, 15];
+const SILENCE = 45;  // seconds, as the contract has it
+const SHORTER = location.hash === "#waits=0.01" ? 0.01 : 1;  // for tests
+const KEPT = 300;  // rows, and characters of a row
+const MOST = 20000;  // ids and bars: no stream fills the memory
 const BEARER = { Authorization: "Bearer page" };
-const path = (text) => encodeURIComponent(text);
-const inHeader = (text) => String.fromCharCode(...new TextEncoder().encode(text));  // in UTF-8
+const path = encodeURIComponent;
+const now = () => performance.now() / 1000;
 const many = (n, word) => `${n} ${word}${n === 1 ? "" : "s"}`;
+const inHeader = (text) => String.fromCharCode(...new TextEncoder().encode(text));  // UTF-8
+const pauseOf = (usual) => Math.max(0.5, Math.min(usual, 60) * (0.9 + 0.2 * Math.random()));
 
-const PHASES = {
-  phase2: { trigger: (it) => `/aura/cases/${path(it)}/analysis-runs`,
-    run: (r) => `/aura/cases/${path(r.case)}/analysis-runs/${path(r.id)}`,
-    stream: (r) => `/aura/cases/${path(r.case)}/analysis/stream?runId=${path(r.id)}` },
-  job: { trigger: () => "/api/v1/generations", run: (r) => `/api/v1/generations/${path(r.id)}`,
-    stream: (r) => `/api/v1/generations/${path(r.id)}/events` },
-};
-PHASES.phase3 = { ...PHASES.phase2,
-  trigger: (it) => `/aura/internal/cases/${path(it)}/analysis-runs` };
-
-// The bytes of a stream, as the WHATWG reads them: lines, and what a blank line completes.
-class Parser {
-  #line = ""; #cr = false; #name = ""; #data = []; #id;
-  constructor(lastId) { this.#id = lastId; }
-  *feed(text) {
-    if (this.#cr && text.startsWith("\n")) text = text.slice(1);
-    this.#cr = text.endsWith("\r");
-    const lines = text.split(/\r\n|\r|\n/);
-    lines[0] = this.#line + lines[0];
-    this.#line = lines.pop();
-    for (const line of lines) yield* this.#take(line);
-  }
-  *#take(line) {
-    const [, key, value] = /^([^:]*)(?:: ?([^]*))?$/.exec(line);
-    if (line.startsWith(":")) yield { beat: line };
-    else if (key === "data") this.#data.push(value ?? "");
-    else if (key === "event") this.#name = value ?? "";
-    else if (key === "id" && !value?.includes("\0")) this.#id = value ?? "";
-    else if (key === "retry" && /^\d+$/.test(value)) yield { retry: value / 1000 };
-    else if (line === "") {
-      const event = { id: this.#id, name: this.#name || "message", data: this.#data.join("\n") };
-      if (this.#data.length) yield event;
-      this.#name = ""; this.#data = [];
-    }
-  }
-}
-
-// What the viewer knows of its run, and what of it is on the page.
+// What this viewer knows of the run it watches.
 let run = null;
-let token = "";
+let frame = 0;
+let busy = now();
 
-function fresh(phase, caseId, id) {
+function newRun() {
   run?.stop.abort();
-  run = { phase, case: caseId, id, stop: new AbortController(), began: now(), lastId: "", tries: 0,
-    attempt: 0, count: 0, here: 0, farthest: 0, arrivals: 0, previous: 0, longest: 0, missed: 0,
-    percent: 0, retry: null, over: "", latency: null, heard: now(), open: false, finished: false,
-    rows: [], marks: [], bars: new Set(), seen: new Set() };
-  $("events").tBodies[0].replaceChildren();
+  $("events").replaceChildren();
   $("said").replaceChildren();
-  $("again").hidden = true;
+  run = {
+    id: "", at: {}, lastId: "", seen: new Set(), bars: new Set(), over: "", cancelled: false,
+    attempt: 0, tries: 0, retry: null, count: 0, arrivals: 0, percent: 0,
+    began: now(), heard: now(), latency: Infinity, previous: 0,
+    stop: new AbortController(), quiet: new AbortController(), finished: false, offer: "",
+  };
   return run;
 }
 
-function say(text, mood = "") {
-  $("state").textContent = text;
-  $("state").className = mood;
+function addresses(phase, caseId, id) {
+  const jobs = "/api/v1/generations";
+  if (phase === "job") return { start: jobs, run: `${jobs}/${id}`, stream: `${jobs}/${id}/events` };
+  const runs = `/aura/cases/${caseId}/analysis-runs`;
+  const stream = `/aura/cases/${caseId}/analysis/stream?runId=${id}`;
+  const start = phase === "phase3" ? runs.replace("/aura", "/aura/internal") : runs;
+  return { start, run: `${runs}/${id}`, stream };
 }
 
-// One attempt: "done", or "final" (asking again will not help), or "again"; why, and after when.
-async function attempt(mine) {
-  const quiet = new AbortController(), stopped = AbortSignal.any([mine.stop.signal, quiet.signal]);
-  let patience, asked = now(), first = true;
-  const heard = () => {
-    clearTimeout(patience);
-    patience = setTimeout(() => quiet.abort(), 1000 * SILENCE);
-    mine.heard = now();
-    if (first) { mine.latency = 1000 * (mine.heard - asked); first = false; }
+// Reads a stream as the HTML standard says: lines, and a blank one completes an event.
+function parser(id) {
+  let begun = "";
+  let event = { name: "message", data: [] };
+  return function* read(text) {
+    const lines = (begun + text).split(/\r\n|\n|\r(?!$)/);
+    begun = lines.pop();
+    for (const line of lines) {
+      const [, key, value] = /^([^:]*):? ?([^]*)$/.exec(line);
+      if (key === "data") event.data.push(value);
+      if (key === "event") event.name = value || "message";
+      if (key === "id" && !value.includes("\0")) id = value;
+      if (key === "retry" && /^\d+$/.test(value)) yield { retry: value / 1000 };
+      if (line !== "") continue;
+      if (event.data.length) yield { id, name: event.name, data: event.data.join("\n") };
+      event = { name: "message", data: [] };
+    }
   };
-  heard();
-  first = true;
-  mine.latency = null;
-  mine.here = 0;
-  mine.attempt += 1;
+}
+
+// Asks for the stream once. Returns nothing when all is over, else why, and whether to ask again.
+async function attempt(mine) {
+  const headers = { Accept: "text/event-stream", ...BEARER };
+  if (mine.lastId && mine.lastId.length < 4000) headers["Last-Event-ID"] = inHeader(mine.lastId);
+  const asked = now();
+  const quiet = new AbortController();
+  const signal = AbortSignal.any([mine.stop.signal, quiet.signal]);
+  Object.assign(mine, { attempt: mine.attempt + 1, latency: Infinity, heard: asked, quiet });
+  let why = "No answer came";
   say("Waiting for the answer …");
   try {
-    const headers = { Accept: "text/event-stream", ...BEARER };
-    if (mine.lastId && mine.lastId.length < 4000) headers["Last-Event-ID"] = inHeader(mine.lastId);
-    const url = PHASES[mine.phase].stream(mine);
-    const answer = await fetch(url, { headers, signal: stopped, cache: "no-store" });
-    const refusal = await refused(mine, answer);
-    if (refusal) return refusal;
-    mine.open = true;
-    say(mine.attempt > 1 ? `Connected again, attempt ${mine.attempt}.` : "Connected.");
-    const parser = new Parser(mine.lastId), decoder = new TextDecoder();
-    const body = answer.body.getReader();
-    for (let piece; !(piece = await body.read()).done;) {
-      heard();
-      arrived(mine, parser.feed(decoder.decode(piece.value, { stream: true })));
+    const answer = await fetch(mine.at.stream, { headers, signal, cache: "no-store" });
+    const type = answer.headers.get("content-type") ?? "without a type";
+    if (answer.status === 204) return null;
+    if (answer.status !== 200 || !type.startsWith("text/event-stream")) {
+      const text = (await answer.text()).slice(0, KEPT);
+      const after = Number(answer.headers.get("retry-after")) || null;
+      why = `This is no stream but ${answer.status}, ${type}: ${text}`;
+      return { why, after, again: answer.status === 429 || answer.status >= 500 };
     }
-    return mine.over ? ["done"] : ["again", "The answer ended properly, but without a last event"];
-  } catch (error) {
-    if (mine.over) return ["done"];
-    if (quiet.signal.aborted) return ["again", `Nothing came for ${SILENCE} s`];
-    return ["again", mine.open ? "The connection broke" : `No answer came (${error.message})`];
-  } finally {
-    clearTimeout(patience);
-    mine.open = false;
+    why = "The connection broke";
+    say(`Connected, attempt ${mine.attempt}.`);
+    const read = parser(mine.lastId);
+    const body = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+    for (let piece; !(piece = await body.read()).done;) {
+      mine.heard = now();
+      mine.latency = Math.min(mine.latency, 1000 * (mine.heard - asked));
+      arrived(mine, read(piece.value));
+    }
+    why = "The answer ended properly, but without a last event";
+  } catch {
+    if (quiet.signal.aborted) why = `Nothing came for ${SILENCE} s`;
   }
-}
-
-async function refused(mine, answer) {
-  const { status, headers } = answer, type = headers.get("content-type") ?? "";
-  if (status === 204) return ["done"];
-  if (status === 200 && type.startsWith("text/event-stream")) return null;
-  const about = `This is no stream but ${status}, ${type || "without a type"}`;
-  const text = sentence(await answer.text().catch(() => ""));
-  if (status !== 429 && status < 500) return ["final", `${about}: ${text}`];
-  return ["again", about, Number(headers.get("retry-after")) || null];
+  return mine.over ? null : { why, again: true };
 }
 
 function arrived(mine, parts) {
   const at = now() - mine.began;
-  let came = false;
   for (const part of parts) {
-    if (part.beat) mark(mine, "beats", at);
-    else if ("retry" in part) mine.retry = part.retry;
-    else if (part.name === "heartbeat") mark(mine, "beats", at);
+    if (part.retry !== undefined) mine.retry = part.retry;
     else if (part.name === "message" && part.data === "[DONE]") mine.over ||= "[DONE]";
-    else { happened(mine, part, at); came = true; }
+    else if (part.name !== "heartbeat") happened(mine, part, at);
   }
-  mine.arrivals += came;
-  later(draw);
-}
-
-function mark(mine, kind, at) {
-  mine.marks.push([kind, at]);
-  if (mine.marks.length > KEPT) mine.marks.shift();
+  frame ||= requestAnimationFrame(draw);
 }
 
 function happened(mine, { id, name, data }, at) {
-  mine.count += 1;
-  mine.here += 1;
-  const own = id && id !== mine.lastId, before = own && mine.seen.has(id);
-  if (own ? !before : mine.here > mine.farthest) mine.tries = mine.missed = 0;  // it is news
-  mine.farthest = Math.max(mine.farthest, mine.here);
-  if (own && mine.seen.size < 20000) mine.seen.add(id);
-  mine.lastId = id;
-  const since = at - mine.previous;
-  mine.longest = Math.max(mine.longest, since);
-  const times = [at.toFixed(2), `+${since.toFixed(2)}`];
-  mine.rows.push([id, before ? `${name} (again)` : name, ...times, data.slice(0, 300)]);
-  if (mine.rows.length > KEPT) mine.rows.shift();
-  mine.previous = at;
-  mine.bars.add(at.toFixed(3));
-  if (mine.bars.size > 5000) mine.bars = new Set([...mine.bars].filter((_, nth) => nth % 2));
+  const own = id && id !== mine.lastId;
+  const known = own && mine.seen.has(id);
+  if (own && !known) mine.tries = 0;  // it is news
+  if (own && mine.seen.size < MOST) mine.seen.add(id);
+  if (mine.bars.size < MOST) mine.bars.add(`M${at.toFixed(2)} 0V10`);
   if (["completed", "failed"].includes(name)) mine.over = name;
   try {
-    const told = JSON.parse(data), percent = told.percent ?? told.value;
-    if (Number.isFinite(percent)) mine.percent = percent;
+    const { percent, value } = JSON.parse(data);
+    mine.percent = [percent, value, mine.percent].find(Number.isFinite);
   } catch { /* it is only text */ }
-  if (mine.over === "completed") mine.percent = 100;
+
+  const since = at - mine.previous;
+  if (since) mine.arrivals += 1;
+  Object.assign(mine, { lastId: id, previous: at, count: mine.count + 1 });
+  const row = document.createElement("li");
+  const title = name + (known ? " (again)" : "");
+  const words = [id, title, `${at.toFixed(2)} s`, `+${since.toFixed(2)} s`];
+  row.textContent = [...words, data].join(" · ").slice(0, KEPT);
+  $("events").prepend(row);
+  if (mine.count > KEPT) $("events").lastChild.remove();
 }
 
-// Ask again after 1, 2, 5, 15 s, or when the server says, until it is over or the tries are.
+// Asks for the stream again, each time later, until it is over or the tries are.
 async function watch(mine) {
-  buttons();
-  look();
-  for (;;) {
-    const [outcome, why, after] = await attempt(mine);
-    if (mine !== run) return;
-    if (mine.stop.signal.aborted && !mine.over) return leftIt(mine);
-    later(draw);
-    tell(mine);
-    const bad = mine.over === "failed" && !mine.cancelled;
-    if (outcome === "done") say(ending(mine), bad ? "bad" : "good");
-    if (outcome === "final") say(why, "bad");
-    if (outcome !== "again") return finish(mine, outcome === "final");
-    mine.missed += 1;
-    mark(mine, "breaks", now() - mine.began);
-    if (mine.tries >= TRIES) return exhausted(mine, why);
-    const usual = after ?? mine.retry ?? BACK_OFF[Math.min(mine.tries, BACK_OFF.length - 1)];
-    const pause = pauseOf(usual);
+  const leaves = () => mine.stop.signal.aborted && !mine.over;
+  while (mine === run && !leaves()) {
+    const problem = await attempt(mine);
+    if (mine !== run || leaves()) break;
+    if (!problem) return finish(mine, ending(mine), "");
+    const { why, after, again } = problem;
+    if (!again) return finish(mine, why, "Try again");
+    const all = `${why}, and all ${TRIES} tries are used up. Try again in a minute.`;
+    if (mine.tries >= TRIES) return finish(mine, all, "Try again", 60);
+    const pause = pauseOf(after ?? mine.retry ?? BACK_OFF[Math.min(mine.tries, 3)]);
     mine.tries += 1;
-    say(`${why}. Try ${mine.tries} of ${TRIES} in ${seconds(pause)}.`, "bad");
-    await sleep(pause * SHORTER, mine.stop.signal);
-    if (mine !== run) return;
-    if (mine.stop.signal.aborted) return leftIt(mine);
+    say(`${why}. Try ${mine.tries} of ${TRIES} in ${pause.toFixed(1)} s.`);
+    await sleep(pause, mine.stop.signal);
   }
+  if (mine === run) await left(mine);
 }
 
-const ENDS = {
-  completed: (count) => `Completed, after ${count}.`,
-  failed: (count) => `The analysis failed, after ${count}; the last one says why.`,
-  "[DONE]": (count) => `Done, after ${count}, though neither completed nor failed came.`,
-};
-
-const pauseOf = (usual) => Math.max(LEAST, Math.min(usual, MOST) * (0.9 + 0.2 * Math.random()));
-
-// What an answer that is no stream says: the sentence in its JSON, or its first words.
-function sentence(text) {
-  try {
-    const { error, detail, hint, didYouMean } = JSON.parse(text);
-    const parts = [error ?? detail ?? text, hint, didYouMean?.[0] && `perhaps ${didYouMean[0]}?`];
-    return parts.filter(Boolean).map((part) => part.message ?? part).join("; ").slice(0, 300);
-  } catch { return text.slice(0, 300); }
+function sleep(seconds, signal) {
+  return new Promise((wake) => {
+    setTimeout(wake, 1000 * seconds * SHORTER);
+    signal?.addEventListener("abort", wake);
+  });
 }
 
 function ending(mine) {
-  if (mine.cancelled && mine.over === "failed")
-    return "You cancelled the run; its stream ended by itself.";
   const held = mine.count > 2 && mine.arrivals === 1 && mine.previous > 0.5;
-  const said = ENDS[mine.over]?.(many(mine.count, "event")) ?? "Finished: everything was seen.";
-  return said + (held ? " All came at once, at the end: somebody held them back." : "");
+  const ended = `Ended with ${mine.over || "204, all seen,"} after ${many(mine.count, "event")}`;
+  if (mine.cancelled) return `${ended}; you asked to cancel the run.`;
+  return ended + (held ? ". All came at once, at the end: somebody held them back." : ".");
 }
 
-async function exhausted(mine, why) {
-  say(`${why}, and all ${TRIES} tries are used up.`, "bad");
-  finish(mine, true);
-  $("again").disabled = true;  // else all clients of a broken server would be back at once
-  for (let left = OFFER; left > 0 && mine === run; left -= 1) {
-    $("again").textContent = `Try again (in ${left} s)`;
-    await sleep(SHORTER);
-  }
-  if (mine === run) offer(mine);
-}
-
-async function leftIt(mine) {
-  const left = `You left after ${many(mine.count, "event")}`;
-  say(`${left}.`);
-  finish(mine, true);
+async function left(mine) {
+  const count = `You left after ${many(mine.count, "event")}`;
+  await finish(mine, count, "Come back");
   $("again").focus();
-  const status = await fetch(PHASES[mine.phase].run(mine), { headers: BEARER })
-    .then((answer) => answer.json()).then((state) => state.status, () => "not to be asked");
-  const goes = ["running", "queued", "streaming"].includes(status) ? "goes on" : `is ${status}`;
-  if (mine === run && mine.finished)
-    say(`${left}; the run ${goes}. Come back, and the rest comes.`);
+  const { told, text } = await ask(mine.at.run, { headers: BEARER });
+  if (run.offer) say(`${count}; the run is ${told.status ?? text}. Come back for the rest.`);
 }
 
-function offer(mine) {
-  $("again").textContent = mine.stop.signal.aborted ? "Come back" : "Try again";
-  $("again").disabled = false;
-}
-
-function finish(mine, mayReturn) {
+async function finish(mine, text, offer, pause = 0) {
   mine.finished = true;
-  $("again").hidden = !mayReturn;
-  offer(mine);
-  buttons();
+  say(text);
   tell(mine);
+  if (pause) await sleep(pause);  // else all clients of a broken server would be back at once
+  mine.offer = offer;
+  draw();
 }
 
-function buttons() {
-  $("cancel").disabled = !run?.id || Boolean(run.over);
-  $("leave").disabled = !run || run.finished;
-  $("second").hidden = !run?.id;
-  const { phase, case: caseId, id } = run ?? {};
-  if (run?.id) $("second").href = `#${new URLSearchParams({ phase, case: caseId, run: id })}`;
+function comeBack() {
+  Object.assign(run, { stop: new AbortController(), finished: false, offer: "", tries: 0 });
+  draw();
+  $("leave").focus();
+  watch(run);
 }
 
-// Trigger as the back end does: once more with the same id if no answer comes.
-async function start(event) {
-  event?.preventDefault();
-  const phase = $("phase").value, caseId = $("case").value, scenario = $("scenario").value;
-  const mine = fresh(phase, caseId, ""), runId = `page-${Math.random().toString(36).slice(2, 12)}`;
-  const headers = { "Content-Type": "application/json", ...BEARER };
-  if (scenario) headers["X-Aura-Scenario"] = scenario;
-  const body = JSON.stringify(phase === "job" ? { projectId: caseId } : { runId });
-  const { signal } = mine.stop, asked = { method: "POST", headers, body, signal };
-  const ask = () => fetch(PHASES[phase].trigger(caseId), asked);
-  say("Asking for a run …");
-  buttons();
-  later(draw);
+// What the server answers to anything but a stream; the status is 0 where no answer comes.
+async function ask(url, options) {
+  const answer = { status: 0, text: "no answer came", told: {} };
   try {
-    const answer = await ask().catch(ask), text = await answer.text();
-    if (mine !== run) return;
-    const told = answer.ok && JSON.parse(text);
-    mine.id = told && (told.runId ?? told.jobId);
-    if (!mine.id) throw new Error(`${answer.status}, ${sentence(text)}`);
-  } catch (error) {
-    if (mine !== run) return;
-    const left = signal.aborted && "You left before the run was accepted.";
-    say(left || `The trigger was not accepted: ${error.message}`, "bad");
-    mine.finished = true;
-    return buttons();
-  }
-  await watch(mine);
+    const reply = await fetch(url, options);
+    answer.text = await reply.text();
+    answer.status = reply.status;
+    answer.told = JSON.parse(answer.text) ?? {};
+  } catch { /* it is no JSON, or nothing came */ }
+  return answer;
 }
 
-// The picture: drawn once a frame at most, however many events come.
-let drawn = new Set();
-function later(task) {
-  if (!drawn.size) requestAnimationFrame(() => {
-    const due = drawn;
-    drawn = new Set();
-    due.forEach((one) => one());
-  });
-  drawn.add(task);
+// Starts a run as the back end does: asks once more, with the same id, if no answer comes.
+async function start(event) {
+  event.preventDefault();
+  const [phase, caseId, scenario] = ["phase", "case", "scenario"].map((id) => $(id).value);
+  const mine = newRun();
+  const runId = `page-${Math.random().toString(36).slice(2, 12)}`;
+  const body = JSON.stringify({ runId, projectId: caseId, scenario: scenario || undefined });
+  const headers = { "Content-Type": "application/json", ...BEARER };
+  const asked = [addresses(phase, path(caseId)).start, { method: "POST", headers, body }];
+  say("Asking for a run …");
+  let answer = await ask(...asked);
+  if (!answer.status) answer = await ask(...asked);
+  if (mine !== run) return;
+  mine.id = (answer.status < 300 && (answer.told.runId ?? answer.told.jobId)) || "";
+  mine.at = addresses(phase, path(caseId), path(mine.id));
+  if (mine.id) return watch(mine);
+  mine.finished = true;
+  say(`The trigger was not accepted: ${answer.status}, ${answer.text.slice(0, KEPT)}`);
+}
+
+async function cancel() {
+  run.cancelled = true;
+  busy = now();
+  $("start").focus();
+  const { status, text } = await ask(run.at.run, { method: "DELETE", headers: BEARER });
+  if (status !== 202 && status !== 204) say(`The run was not cancelled: ${text}`);
+}
+
+function say(text) {
+  $("state").textContent = text;
+  draw();
 }
 
 function draw() {
-  if (!run) return;
-  const running = !run.finished && run.id;
-  const latest = running ? now() - run.began : run.previous;
-  const span = Math.max(0.1, latest, ...run.marks.map((mark) => mark[1]));
-  const strokes = (times, low, high) => {
-    const places = new Set(times.map((time) => Math.round(996 * time / span) + 2));
-    return [...places].map((x) => `M${x} ${low}V${high}`).join("");
-  };
-  const marks = (kind) => run.marks.filter((mark) => mark[0] === kind).map((mark) => mark[1]);
-  $("bars").setAttribute("d", strokes([...run.bars].map(Number), 1, 9));
-  $("beats").setAttribute("d", strokes(marks("beats"), 7, 9));
-  $("breaks").setAttribute("d", strokes(marks("breaks"), 0, 10));
-  const spread = `${many(run.count, "event")} in ${many(run.arrivals, "arrival")}`;
-  $("spread").textContent = run.count ? `${spread}, longest wait ${seconds(run.longest)}` : "";
-  $("line").setAttribute("aria-label", $("spread").textContent || "no events yet");
-  $("until").textContent = seconds(span);
-  $("progress").value = run.percent;
-  rows();
-  facts();
-}
-
-function rows() {
-  const body = $("events").tBodies[0], skipped = run.count - run.rows.length;
-  const have = body.rows.length ? Number(body.rows[body.rows.length - 1].dataset.n) : 0;
-  const fresh = run.rows.slice(Math.max(0, have - skipped)).map((cells, index) => {
-    const row = document.createElement("tr");
-    row.dataset.n = Math.max(have, skipped) + index + 1;
-    cells.forEach((text, at) => {
-      const cell = row.insertCell();
-      cell.textContent = at === 0 && text.length > 12 ? `…${text.slice(-8)}` : text;
-      if (at === 0) cell.title = text;
-      if (at === 2 || at === 3) cell.className = "number";
-    });
-    return row;
-  });
-  body.append(...fresh);
-  while (body.rows.length > KEPT) body.rows[0].remove();
-  $("kept").textContent = skipped > 0 ? `the last ${KEPT} of ${run.count}` : "";
-  if (fresh.length) $("events").parentElement.scrollTop = 1e9;
+  frame = 0;
+  const span = Math.max(0.1, run.finished ? run.previous : now() - run.began);
+  $("line").setAttribute("viewBox", `${-0.01 * span} 0 ${1.02 * span} 10`);
+  $("bars").setAttribute("d", [...run.bars].join(""));
+  const told = [run.id || "no run yet", `attempt ${run.attempt}`, `tries ${run.tries} of ${TRIES}`];
+  if (run.latency < Infinity) told.push(`first byte after ${Math.ceil(run.latency)} ms`);
+  if (run.latency < Infinity && !run.finished) told.push(`connection ${quality()}`);
+  told.push(`${many(run.count, "event")} in ${many(run.arrivals, "arrival")}`);
+  $("facts").textContent = `${told.join(", ")} and ${span.toFixed(2)} s`;
+  $("progress").value = run.over === "completed" ? 100 : run.percent;
+  $("cancel").disabled = !run.id || run.over !== "";
+  $("leave").disabled = !run.id || run.finished;
+  $("again").hidden = !run.offer;
+  $("again").textContent = run.offer;
 }
 
 // Contract: latency, seconds since the last byte, what was missed since the last event.
 const QUALITY = [["excellent", 100, 35, 0], ["good", 500, 40, 1], ["poor", 1000, 60, 2]];
 function quality() {
-  const silent = now() - run.heard, missed = run.missed + Math.floor(silent / 35);
-  const fits = ([, latency, most, miss]) =>
-    run.latency < latency && silent < most && missed <= miss;
+  const silent = now() - run.heard;
+  const missed = run.tries + Math.floor(silent / 35);
+  const fits = ([, slow, long, most]) => run.latency < slow && silent < long && missed <= most;
   return (QUALITY.find(fits) ?? ["critical"])[0];
 }
 
-function facts() {
-  const tries = `${run.tries} of ${TRIES}`;
-  const told = { run: run.id || "none", attempt: run.attempt, "tries used": tries };
-  if (run.latency === null && run.attempt) told["first byte"] = "none yet";
-  if (run.latency !== null) {
-    if (!run.finished) told["connection"] = quality();
-    told["first byte after"] = seconds(run.latency / 1000);
-    if (run.open) told["last byte"] = `${Math.floor(now() - run.heard)} s ago`;
-  }
-  $("facts").replaceChildren(...Object.entries(told).map(([name, value]) => {
-    const pair = document.createElement("div");
-    for (const [tag, text] of [["dt", name], ["dd", value]])
-      pair.appendChild(document.createElement(tag)).textContent = text;
-    return pair;
-  }));
-}
-
 // The server's own view: its scenarios, its tasks, its journal. With ADMIN_TOKEN set it asks.
-async function control(where, form = "json") {
-  const headers = token ? { Authorization: `Bearer ${inHeader(token)}` } : {};
-  const answer = await fetch(`/__aura/${where}`, { headers });
-  if (answer.ok) return answer[form]();
-  const said = await answer.json().catch(() => ({}));
-  $("lock").hidden = answer.status !== 401;
-  if (answer.status === 401 && token) throw new Error("That is not the token.");
-  throw new Error(said.error ?? said.detail ?? answer.status);
+async function control(where) {
+  const token = inHeader($("token").value);
+  const headers = token ? { Authorization: `Bearer ${token}` } : {};
+  const { status, text, told } = await ask(`/__aura/${where}`, { headers });
+  $("lock").hidden = status !== 401;
+  $("why").textContent = [200, 408].includes(status) ? "" : text;  // 408: not all is over yet
+  return { text, told };
 }
 
 async function scenarios() {
-  const { scenarios: known } = await control("scenarios");
-  $("lock").hidden = true;
-  const options = known.map(({ name, doc }) => Object.assign(new Option(name), { title: doc }));
-  $("scenario").replaceChildren($("scenario").options[0], ...options);
-  $("scenario").value = given.get("scenario") ?? "";
-  if ($("scenario").selectedIndex < 0) $("scenario").selectedIndex = 0;
-  explain();
-}
-
-const ORDINARY = $("doc").textContent;
-function explain() {
-  $("doc").textContent = ($("scenario").selectedOptions[0].title || ORDINARY).replaceAll("`", "");
+  const { told } = await control("scenarios");
+  for (const { name, doc } of told.scenarios ?? [])
+    $("scenario").appendChild(new Option(name)).title = doc.replaceAll("`", "");
+  look();
 }
 
 async function tell(mine) {
-  for (let look = 0; look < 20 && mine === run; look += 1) {
-    let entries;
-    try { ({ entries } = await control(`journal?kind=stream&runId=${path(mine.id)}`)); }
-    catch (error) { entries = [{ end: true, said: `the journal does not say: ${error.message}` }]; }
-    if (mine !== run) return;
-    $("said").replaceChildren(...entries.slice(-KEPT).map((entry) => {
-      const line = document.createElement("li");
-      line.textContent = entry.said;
-      return line;
-    }));
-    if (entries.length && entries.every((entry) => entry.end)) return;
-    await sleep(0.1 + look / 20);
-  }
+  const asked = `journal?kind=stream&runId=${path(mine.id)}&count=${mine.attempt}&within=3`;
+  const { told } = await control(asked);
+  if (mine !== run) return;
+  $("said").replaceChildren();
+  for (const { said } of told.entries ?? [])
+    $("said").appendChild(document.createElement("li")).textContent = said;
 }
 
-let before = [];
-function branches(text) {
-  const lines = text.trimEnd().split("\n").map((line) => {
-    const [, indent, name, place] = /^( *)(.*?)(?:  <- (.*))?$/.exec(line);
-    return { depth: indent.length / 3, name, place: place ?? "" };
-  });
-  const above = [];
-  for (const [at, line] of lines.entries()) {  // known by place, or by what it carries
-    let end = at + 1;
-    while (end < lines.length && lines[end].depth > line.depth) end += 1;
-    const inside = lines.slice(at, end).find((one) => one.name.startsWith("delivery"))?.name;
-    const plumbing = /^(connection|request)$/.test(line.name);
-    above.splice(line.depth, Infinity, plumbing ? `${line.name} ${inside}` : line.name);
-    line.key = plumbing && !inside ? "" : above.join("/");
-  }
-  return lines.filter((line) => line.key);
-}
-
-function grow(text) {
-  const lines = branches(text), keys = new Set(lines.map((line) => line.key)), time = now();
-  const known = new Map(before.map((line) => [line.key, line]));
-  for (const line of lines)
-    line.since = known.get(line.key)?.since ?? (before.length ? time : 0);
-  before.forEach((line, at) => {  // what has ended stays a while, struck out, where it was
-    if (keys.has(line.key) || time - (line.ended ??= time) > 5) return;
-    const above = before.slice(0, at).map((one) => one.key);
-    lines.splice(lines.findLastIndex((one) => above.includes(one.key)) + 1, 0, line);
-  });
-  before = lines;
-  $("tree").replaceChildren(...lines.flatMap(({ depth, name, place, since, ended }) => {
-    const one = document.createElement("span"), where = document.createElement("small");
-    one.textContent = name;
-    one.className = ended ? "gone" : since && time - since < 2 ? "new" : "";
-    if (ended) one.append(Object.assign(document.createElement("i"), { textContent: " ended" }));
-    where.textContent = place && !ended ? `  ${place}` : "";
-    return ["  ".repeat(depth), one, where, "\n"];
-  }));
-}
-
-const unseen = (error) => `(not to be seen: ${error.message})`;
-
-// Look at the tasks each second while something happens here, and five seconds longer.
-let looking = 0;
+// Looks at the tasks each second while something happens here, and five seconds longer.
 async function look() {
-  if (looking++) return;
-  try {
-    for (let calm = 0; calm < 6; calm = run && !run.finished && run.id ? 0 : calm + 1) {
-      if (!document.hidden && $("lock").hidden) grow(await control("tasks", "text").catch(unseen));
-      later(draw);
-      await sleep(1);
-    }
-  } finally { looking = 0; }
+  if (run && !run.finished) busy = now();
+  if (run && now() - run.heard > SILENCE) run.quiet.abort();
+  if (document.hidden || !$("lock").hidden || now() - busy > 5) return;
+  if (run) draw();
+  $("tree").textContent = (await control("tasks")).text;
 }
 
+const ORDINARY = $("doc").textContent;
+$("scenario").addEventListener("change", () => {
+  $("doc").textContent = $("scenario").selectedOptions[0].title || ORDINARY;
+});
 $("ask").addEventListener("submit", start);
-$("scenario").addEventListener("change", explain);
+$("cancel").addEventListener("click", cancel);
 $("leave").addEventListener("click", () => run.stop.abort());
-$("cancel").addEventListener("click", async () => {
-  const mine = run;
-  $("cancel").disabled = true;
-  $("start").focus();
-  try {
-    const asked = { method: "DELETE", headers: BEARER };
-    const answer = await fetch(PHASES[mine.phase].run(mine), asked);
-    if (!answer.ok) throw new Error(sentence(await answer.text()));
-    mine.cancelled = answer.status !== 200;
-    if (!mine.cancelled) say("Nothing to cancel: the run was over already.");
-  } catch (error) {
-    say(`The run was not cancelled: ${error.message}`, "bad");
-    buttons();
-  }
-  look();
-});
-$("again").addEventListener("click", () => {
-  if (!run.finished) return;
-  Object.assign(run, { stop: new AbortController(), tries: 0, missed: 0, finished: false });
-  $("again").hidden = true;
-  $("leave").disabled = false;
-  $("leave").focus();
-  watch(run);
-});
+$("again").addEventListener("click", comeBack);
 $("lock").addEventListener("submit", (event) => {
   event.preventDefault();
-  token = $("token").value;
-  scenarios().then(look, (error) => { $("why").textContent = error.message; });
+  scenarios();
 });
-
-scenarios().then(look, (error) => { $("why").textContent = $("doc").textContent = error.message; });
-if (given.get("run")) {
-  $("phase").value = given.get("phase");
-  $("phase").selectedIndex = Math.max(0, $("phase").selectedIndex);
-  watch(fresh($("phase").value, $("case").value = given.get("case") ?? "", given.get("run")));
-}
+setInterval(look, 1000);
+scenarios();
 </script>
 """
 
@@ -5226,40 +4996,251 @@ def running(
             failing.add_note(f"and the server had crashed: {crash!r}")
 
 
-# ═══ 16  Diagnosis ════════════════════════════════════════════════════════════════════════════════
-# The debugging guide as a program. A careful client asks, and notes what the wire shows; then it is
-# judged, by questions and by a table of ills. Nothing here knows the server but by its contract:
-# the stream may be anybody's, behind whatever proxy. It may also be meant to harm: so each event is
-# judged when it comes, and what is kept of it is small, counted and bounded. What is judged in the
-# end takes less than a second.
+# ═══ 16  The careful client ═══════════════════════════════════════════════════════════════════════
+# The one reader of other servers' streams. It knows HTTP and the wire format, and nothing of runs.
+# Who answers may mean to harm: what is kept of it is small, counted and bounded, and so is the
+# time that it gets.
 
 QUIET = 120.0  # seconds without a byte; then a stream is dead: real clients give up after 45
-BEARABLE = 45.0  # seconds of silence that the contract's clients bear
-LATE = 2.0  # seconds to the head, which goes out at once
-HELD = 0.4  # seconds that the first bytes came late, with events among them: they were held back
-TICK = 0.05  # seconds between looks at our own lateness
-BACK = 30.0  # seconds spent on coming back to a stream that breaks
-MOST_HEARD = 64 * 2**20  # bytes in all visits of an examination; a line costs 64 more, an event 600
+MOST_HEARD = 64 * 2**20  # bytes; a line costs 64 more, a chunk 128, an event 600
 LARGEST = 6 * 2**20  # bytes of one event; in memory they may be a dozen times as many
-MOST_KEPT = 2**18  # bytes of JSON, or of an answer that is no stream; likewise
+MOST_KEPT = 2**18  # bytes of a body; of one that is no stream, more is not even heard
 LONG = 500  # characters of a name, or of an id: nobody can resume from a longer one
+
+ENDINGS = {
+    "end": "it was properly ended", "cut": "the connection was closed without an end",
+    "reset": "the connection was reset", "quiet": "it is open, but nothing more came",
+    "limit": "it still went on when the time was over", "full": "it said more than one can hear",
+}
 
 
 class Heard(NamedTuple):
-    """An event as a client saw it, and when. What it said was judged at once, and let go."""
+    """An event, and when it had come."""
 
     at: float
     id: str
     name: str
-    data: int  # its hash: enough to know it again
+    data: str
     own: bool  # its id stood in it; else it is that of the event before
 
 
-def places(events: Iterable[Heard]) -> list[int]:
-    """Their places in the log, where all ids are of one kind, and as the contract has it."""
-    found = [(resume_point(one.id, 10**18), one.id) for one in events if one.own]
-    kinds = {text.rstrip("0123456789") for place, text in found if place}
-    return [place for place, _ in found if place and len(kinds) == 1]
+@dataclass
+class Allowance:
+    """What some visits may cost together, in bytes."""
+
+    left: float = MOST_HEARD
+
+
+def target_of(url: str) -> tuple[str, str, int, str]:
+    """Scheme, host, port and target of a URL; or a ValueError that says what is wrong with it."""
+    parts = urlsplit(url)
+    usual = {"http": 80, "https": 443}.get(parts.scheme)
+    if not usual or not parts.hostname or re.search("[ @]", parts.netloc):
+        raise ValueError(f"a URL is like http://localhost:9000/…, and {url!r} is not")
+    target = f"{parts.path or '/'}?{parts.query}".removesuffix("?")
+    target = quote(target, safe="/?&=%:~+,;@!$'()*-._", errors="replace")
+    return parts.scheme, parts.hostname, parts.port or usual, target
+
+
+# h11 takes half a second for a head or a trailer of 16 KiB of blanks, and two for 32 KiB.
+careful_parser = partial(h11.Connection, h11.CLIENT, max_incomplete_event_size=2**14)
+
+
+@dataclass
+class Visit(trio.abc.ReceiveChannel[Heard]):
+    """One request, and what the wire shows of its answer, as a channel of its events. Times are
+    seconds since it was sent.
+
+        async with Visit(url, {"authorization": "Bearer t"}, until=soon) as seen:
+            async for event in seen:
+                print(event.at, event.name, event.data)
+        print(seen.status, seen.ending)
+
+    It connects and asks when the first event is waited for. What goes wrong on the way raises
+    nothing: it is the `ending`, a key of ENDINGS or a sentence. An answer that is no stream has no
+    events, and its `body`. Leaving the block closes the connection, whatever it was doing.
+    """
+
+    url: str
+    sends: Mapping[str, str] = field(default_factory=dict)  # headers
+    post: bytes = b""  # a body makes it a POST
+    until: float = math.inf  # by Trio's clock
+    patience: float = QUIET  # seconds without a byte
+    keep: int = MOST_KEPT  # bytes of the body's beginning
+    allowance: Allowance = field(default_factory=Allowance)
+
+    sent: float = 0.0  # by Trio's clock; 0 if nobody could be reached
+    status: int = 0
+    headers: dict[str, str] = field(default_factory=dict)
+    kind: str = "no type"  # its content type
+    streams: bool = False
+    head_at: float = 0.0
+    first_at: float = 0.0  # of the body's bytes
+    last_at: float = 0.0
+    longest: float = 0.0  # silence between the head and that
+    ended_at: float = 0.0
+    ending: str = ""
+    size: int = 0
+    body: bytearray = field(default_factory=bytearray)
+    chunks: list[tuple[float, int]] = field(default_factory=list)  # when; where in the body it ends
+
+    wire: h11.Connection = field(default_factory=careful_parser)
+    stream: trio.abc.Stream | None = None
+    heard: list[Heard] = field(default_factory=list)
+    held: int = 0  # what the event to come has cost
+    rest: bytearray = field(default_factory=bytearray)  # behind the last whole line
+    lines: int = 0
+    after_cr: bool = False  # the last line ended in CR, so that an LF belongs to it
+    block: list[str] = field(default_factory=list)  # lines of the event to come
+    last_id: str = ""
+    own: bool = False  # it came with the event to come
+
+    @property
+    def how(self) -> str:
+        return ENDINGS.get(self.ending, self.ending)
+
+    @property
+    def silence(self) -> float:
+        """Seconds without a byte before the end."""
+        return self.ended_at - self.last_at
+
+    async def aclose(self) -> None:
+        if self.stream:
+            await trio.aclose_forcefully(self.stream)
+
+    async def receive(self) -> Heard:
+        while not self.heard and not self.ending:
+            patient = trio.current_time() + self.patience
+            with trio.move_on_at(min(self.until, patient)) as waiting:
+                await self.go_on()
+            self.ended_at = trio.current_time() - self.sent
+            if waiting.cancelled_caught:
+                self.ending = "limit" if self.until < patient else "quiet"
+        if not self.heard:
+            raise trio.EndOfChannel
+        return self.heard.pop(0)
+
+    async def go_on(self) -> None:
+        """Hear what comes next; but first, ask."""
+        if not self.stream:
+            return await self.ask()
+        try:
+            data = await self.stream.receive_some(2**12)
+        except trio.BrokenResourceError:
+            self.ending = "reset"
+        else:
+            self.take(bytes(data), trio.current_time() - self.sent)
+
+    async def ask(self) -> None:
+        scheme, host, port, target = target_of(self.url)
+        try:
+            with trio.fail_after(10):
+                if scheme == "http":
+                    self.stream = await trio.open_tcp_stream(host, port)
+                else:
+                    self.stream = await trio.open_ssl_over_tcp_stream(
+                        host, port, https_compatible=True)
+                await self.stream.send_all(self.request(target))
+                self.sent = trio.current_time()
+        except (OSError, trio.BrokenResourceError, trio.TooSlowError) as error:
+            cause = str(innermost(error.__cause__ or error))
+            why = re.sub(r".*[]:] ", "", cause) or "no answer within 10 s"
+            self.ending = f"cannot reach {host}:{port}: {why}; is it running, with {scheme}?"
+
+    def request(self, target: str) -> bytes:
+        named = {"host": urlsplit(self.url).netloc, "accept": "text/event-stream", **self.sends}
+        if self.post:
+            named["content-length"] = str(len(self.post))
+        pairs = [(name.encode(), to_bytes(text)) for name, text in named.items()]
+        method = "POST" if self.post else "GET"
+        asks = h11.Request(method=method, target=target, headers=pairs)
+        return (self.wire.send(asks) or b"") + self.post
+
+    def pay(self, cost: int) -> None:
+        self.held += cost
+        self.allowance.left -= cost
+        if self.held > LARGEST or self.allowance.left < 0:
+            self.ending = "full"
+
+    def take(self, data: bytes, at: float) -> None:
+        """What the answer says in these bytes; none are its end."""
+        self.pay(len(data))
+        try:
+            self.wire.receive_data(data)
+            while not self.ending:
+                match self.wire.next_event():
+                    case h11.Response() as head:
+                        self.begin(head, at)
+                    case h11.Data(data=piece, chunk_end=whole):
+                        self.listen(bytes(piece), at)
+                        if whole:
+                            self.chunks.append((at, self.size))
+                            self.allowance.left -= 128
+                    case h11.EndOfMessage():
+                        self.ending = "end"
+                    case h11.NEED_DATA | h11.PAUSED:
+                        return
+        except h11.RemoteProtocolError as error:
+            cut = not data and (self.status or not self.wire.trailing_data[0])
+            self.ending = "cut" if cut else f"it is no HTTP: {error}"
+
+    def begin(self, head: h11.Response, at: float) -> None:
+        self.status = head.status_code
+        self.headers = {name.decode(): text.decode("latin-1") for name, text in head.headers}
+        kind = self.headers.get("content-type", self.kind)
+        self.kind = kind.partition(";")[0].strip().lower()
+        readable = "content-encoding" not in self.headers
+        self.streams = self.status == 200 and self.kind == "text/event-stream" and readable
+        self.head_at = self.last_at = at
+
+    def listen(self, piece: bytes, at: float) -> None:
+        """What these bytes of the body say, line by line."""
+        self.longest = max(self.longest, at - self.last_at)
+        self.first_at = self.first_at or at
+        self.last_at = at
+        self.size += len(piece)
+        self.body += piece[: self.keep - len(self.body)]
+        if not self.streams:
+            self.ending = "full" if self.size > self.keep else ""
+            return
+        if self.after_cr:
+            piece = piece.removeprefix(b"\n")
+        self.after_cr = piece.endswith(b"\r")
+        begun, *others = re.split(rb"\r\n|\r|\n", piece)
+        self.rest += begun
+        for other in others:
+            self.read(self.rest.decode("utf-8" if self.lines else "utf-8-sig", "replace"), at)
+            self.rest = bytearray(other)
+
+    def read(self, line: str, at: float) -> None:
+        """Keep it, cut, for the event it belongs to; the blank one ends that."""
+        self.lines += 1
+        self.pay(64)
+        if not line:
+            for _, name, data in read_events([*self.block, ""]):
+                self.heard.append(Heard(at, self.last_id, name, data, self.own))
+                self.pay(600 + 8 * len(name))
+            self.block = []
+            self.own = False
+            self.held = 0
+        elif line.startswith("id:"):
+            text = line[3:].removeprefix(" ")
+            self.own = 0 < len(text) <= LONG and text.isprintable()
+            self.last_id = text if self.own else ""
+        elif not line.startswith(":"):
+            self.block.append(line if line.startswith("data") else line[:LONG])
+
+
+# ═══ 17  Diagnosis ════════════════════════════════════════════════════════════════════════════════
+# The debugging guide as a program. A careful client asks and comes back; then questions are put to
+# what it heard, and each yields its line and its ills. Nothing here knows the server but by its
+# contract: the stream may be anybody's, behind whatever proxy.
+
+BEARABLE = 45.0  # seconds of silence that the contract's clients bear
+LATE = 2.0  # seconds to the head, which goes out at once
+HELD = 0.4  # seconds that the first bytes came late, with events among them: they were held back
+TICK = 0.05  # seconds: what comes within them came together
+BACK = 30.0  # seconds spent on coming back to a stream that breaks
 
 
 def fields_of(text: str | bytearray) -> dict[str, Any] | None:
@@ -5273,300 +5254,113 @@ def fields_of(text: str | bytearray) -> dict[str, Any] | None:
 
 
 @dataclass
-class Visit:
-    """One request, and what the wire showed of its answer, judged as it came: however much that is,
-    little is kept. Times are seconds since it was sent."""
+class Examined(Visit):
+    """A visit whose events are judged as they come; of what they said, little is kept."""
 
-    url: str
-    after: str = ""  # its Last-Event-ID
-    coding: str = "gzip"  # that it accepts, as browsers do
-    weight: int = 0  # of all that has come, with the visits before this one
-    sent: float = 0.0  # Trio's clock
-    unreached: bool = False
-    status: int = 0
-    headers: dict[str, str] = field(default_factory=dict)
-    head_at: float = 0.0
-    streams: bool = False
-    ending: str = ""  # one of ENDINGS, or what else went wrong
-    ended_at: float = 0.0
-
-    size: int = 0  # of the body
-    body: bytearray = field(default_factory=bytearray)  # its beginning
-    first_at: float = 0.0
-    last_at: float = 0.0
-    longest: float = 0.0  # silence between the head and that
-    silence: float = 0.0  # between that and the end
-    chunks: int = 0
-    torn: int = 0  # chunks that ended within a line
-
-    rest: bytearray = field(default_factory=bytearray)  # behind the last whole line
-    after_cr: bool = False  # the last line ended in CR, so that an LF belongs to it
-    first: str = ""  # line
-    beats: int = 0
-    block: list[str] = field(default_factory=list)  # lines of the event to come
-    before: int = 0  # the weight of what came before that
-    id_line: str = ""  # the last one
-    own: bool = False  # it came with the event to come
-    events: list[Heard] = field(default_factory=list)  # without beats and [DONE]
-    wrapped: int = 0  # events that are lines of events
-    terminal: bool = False
+    events: list[Heard] = field(default_factory=list)  # no beats, no [DONE]; data is its hash
+    notes: dict[str, str] = field(default_factory=dict)  # ills that show in one event
     done: bool = False
-    after_done: bool = False
+    terminal: bool = False
     percent: float = -math.inf  # the last one
-    notes: dict[str, str] = field(default_factory=dict)  # ills that show in one place
 
     @property
-    def kind(self) -> str:
-        return self.headers.get("content-type", "no type").partition(";")[0].strip().lower()
+    def text(self) -> str:
+        """What the body says, in a line."""
+        return " ".join(self.body[:200].decode("utf-8", "replace").split()) or "an empty body"
+
+    def hear(self, one: Heard) -> None:
+        said = one.name == "message" and one.data
+        if self.done:
+            self.notes["after-done"] = "more came behind [DONE]"
+        elif said in ("[DONE]", "data: [DONE]") and not one.own:  # or wrapped once more
+            self.done = True
+            self.patience = 10
+        elif one.own or (one.name != "heartbeat" and said != ""):
+            self.notes = {**dict(self.judged(one)), **self.notes}
+            self.events.append(one._replace(data=str(hash(one.data))))
+
+    def judged(self, one: Heard) -> Iterator[tuple[str, str]]:
+        """What is wrong with an event by itself, or behind those before it."""
+        fields = fields_of(one.data) if one.name in KNOWN_EVENTS else {}
+        told = fields or {}
+        if fields is None:
+            yield "bad-json", f"the data of a {one.name} is no JSON: {shown(one.data[:60])}"
+        if one.data.startswith(("id:", "event:", "data:")):
+            yield "double-wrapped", "every line is wrapped once more, as data"
+        if one.name == "gap":
+            yield "gap", f"the server has forgotten events, and says so: {one.data[:LONG]}"
+        if one.name == "failed":
+            yield "failed", f"the analysis failed: {one.data[:LONG]}"
+        if one.name == "completed" and told.keys() & {"caseId", "score", "summary"} == {"caseId"}:
+            yield "invented", "the completed has neither score nor summary: somebody made it up"
+        self.terminal |= one.name in TERMINAL
+        self.done = one.name in TERMINAL and "jobId" in told  # a job says no [DONE]
+        percent: Any = told.get("percent", told.get("value"))
+        if type(percent) in (int, float):
+            if percent < self.percent:
+                yield "progress-regress", f"progress went back to {percent}"[:LONG]
+            self.percent = percent
+
+
+@dataclass
+class Examination:
+    """What visits to one stream have shown."""
+
+    url: str
+    headers: Mapping[str, str]
+    until: float
+    triggers: list[Examined]
+    visits: list[Examined] = field(default_factory=list)  # until one streams, or it is hopeless
+    back: list[Examined] = field(default_factory=list)  # those that came back
+    journal: dict[str, Any] = field(default_factory=dict)  # what the server says, if it is ours
+    allowance: Allowance = field(default_factory=Allowance)
+
+    @property
+    def first(self) -> Examined:
+        """What was answered first; where there is no stream to ask for, by the trigger."""
+        return (self.visits[:1] or self.triggers)[-1]
+
+    @property
+    def main(self) -> Examined:
+        """The visit that is judged as a stream."""
+        return (self.visits or self.triggers)[-1]
 
     @property
     def over(self) -> bool:
         """A client would not come back: it has seen the end."""
-        return self.done or self.terminal
+        return self.main.done or self.main.terminal
 
     @property
-    def text(self) -> str:
-        return " ".join(self.body[:200].decode("utf-8", "replace").split()) or "an empty body"
+    def half(self) -> int:
+        """How many events a client has that comes back: of a whole stream, not the last five."""
+        count = len(self.main.events)
+        return max(count // 2, count - 5) if self.over else count
 
-    @property
-    def how(self) -> str:
-        return ENDINGS.get(self.ending, self.ending)
-
-    def take(self, wire: h11.Connection, data: bytes, at: float) -> None:
-        """What the answer says in these bytes."""
-        self.weight += len(data)
-        most = self.before + (LARGEST if self.streams else MOST_KEPT)
-        self.ending = "full" if self.weight > min(most, MOST_HEARD) else ""
-        try:
-            wire.receive_data(data)
-            while not self.ending:
-                match wire.next_event():
-                    case h11.Response() as head:
-                        self.headers = {k.decode(): v.decode("latin-1") for k, v in head.headers}
-                        self.status, self.head_at, self.last_at = head.status_code, at, at
-                        stream = self.status == 200 and self.kind == "text/event-stream"
-                        packed = self.headers.get("content-encoding", "identity") != "identity"
-                        self.streams = stream and not packed
-                        self.ending = "packed" if stream and packed else ""
-                    case h11.Data(data=piece, chunk_end=whole):
-                        self.chunks += whole
-                        self.torn += whole and not piece.endswith((b"\n", b"\r"))
-                        self.listen(bytes(piece), at)
-                    case h11.EndOfMessage():
-                        self.ending = "end"
-                    case h11.NEED_DATA | h11.PAUSED:
-                        return
-        except h11.RemoteProtocolError as error:
-            cut = not data and (self.status or not wire.trailing_data[0])
-            self.ending = "cut" if cut else f"it is no HTTP: {error}"
-
-    def listen(self, piece: bytes, at: float) -> None:
-        """What these bytes of the body say, line by line."""
-        self.longest = max(self.longest, at - self.last_at)
-        self.first_at, self.last_at = self.first_at or at, at
-        self.size += len(piece)
-        self.body += piece[: MOST_KEPT - len(self.body)]
-        if not self.streams:
-            return
-        if b"\r" in piece:
-            self.notes["line-ends"] = "lines end in CR"
-        if self.after_cr:
-            piece = piece.removeprefix(b"\n")
-        self.after_cr = piece.endswith(b"\r")
-        begun, *others = re.split(rb"\r\n|\r|\n", piece)
-        self.rest += begun
-        self.weight += 64 * len(others)
-        for other in others:
-            line = self.rest.decode("utf-8", "replace")
-            if "\ufffd" in line and b"\xef\xbf\xbd" not in self.rest:
-                self.notes["not-utf8"] = f"it is not in UTF-8: {shown(line[:60])}"
-            self.read(line, at)
-            self.rest = bytearray(other)
-
-    def read(self, line: str, at: float) -> None:
-        """Keep it, cut, for the event it belongs to; the blank one ends that."""
-        if not self.first:
-            self.first = line[:LONG]
-            line = line.removeprefix("\ufeff")
-        self.after_done |= self.done and line != ""
-        self.beats += line in (": heartbeat", "event: heartbeat")
-        if not line:
-            for id_, name, data in read_events([self.id_line, *self.block, ""]):
-                self.hear(Heard(at, id_, name, hash(data), self.own), data)
-            self.block, self.before, self.own = [], self.weight, False
-        elif line.startswith("id:") and "\0" not in line:
-            self.own = 3 < len(line) <= LONG and line.isprintable()
-            self.id_line = line if self.own else "id:"
-        elif not line.startswith(":"):
-            self.block.append(line if line.startswith("data") else line[:LONG])
-
-    def hear(self, one: Heard, data: str) -> None:
-        """A new event; what is wrong with it is noted."""
-        said = one.name == "message" and data
-        beat = one.name == "heartbeat" or said == ""
-        if said in ("[DONE]", "data: [DONE]") and not one.own:  # or wrapped once more
-            self.done = True
-        elif one.own or not beat:
-            for ill, says in self.judge(one, data):
-                self.notes.setdefault(ill, says)
-            self.weight += 600 + 8 * (len(one.id) + len(one.name))
-            self.wrapped += data.startswith(("id:", "event:", "data:"))
-            self.terminal |= one.name in TERMINAL
-            self.events.append(one)
-
-    def judge(self, one: Heard, data: str) -> Iterator[tuple[str, str]]:
-        """What is wrong with an event by itself, or behind those before it."""
-        expected = one.name in KNOWN_EVENTS or data.startswith("{")
-        fields = fields_of(data) if expected else {}
-        told = fields or {}
-        if fields is None:
-            yield "bad-json", f"the data of a {one.name} is no JSON: {shown(data[:60])}"
-        if one.name == "gap":
-            yield "gap", f"the server has forgotten events, and says so: {data[:LONG]}"
-        if one.name == "failed":
-            error = told.get("error")
-            why = error if isinstance(error, dict) else {**told, "message": error}
-            stage, message = why.get("stage", "unknown"), why.get("message")
-            yield "failed", f"the analysis failed (stage {stage}): {message}"[:LONG]
-        if one.name == "completed" and told:
-            if self.events and self.events[-1].own > one.own:
-                yield "invented", "the completed has no id of its own: it is not from the log"
-            if "caseId" in told and not told.keys() & {"score", "summary"}:
-                yield "invented", "the completed has neither score nor summary: somebody made it up"
-        self.done |= one.name in TERMINAL and "jobId" in told  # a job says no [DONE]
-        percent: Any = told.get("value" if one.name == "progress" else "percent")
-        if one.name in KNOWN_EVENTS and type(percent) in (int, float) and abs(percent) < 1e9:
-            if percent < self.percent:
-                yield "progress-regress", f"progress goes from {self.percent:g} back to {percent:g}"
-            self.percent = percent
-
-
-ENDINGS = {
-    "end": "it was properly ended", "cut": "the connection was closed without an end",
-    "reset": "the connection was reset", "quiet": "it is open, but nothing more came",
-    "limit": "it still went on when the time was over", "full": "it said more than one can hear",
-}
-
-
-def target_of(url: str) -> tuple[str, str, int, str]:
-    """Scheme, host, port and target of a URL; or a ValueError that says what is wrong with it."""
-    parts = urlsplit(url)
-    odd = parts.scheme not in ("http", "https") or re.search("[ @]", parts.netloc)
-    if odd or not parts.hostname:
-        raise ValueError(f"a URL is like http://localhost:9000/…, and {url!r} is not")
-    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    port = (443 if parts.scheme == "https" else 80) if parts.port is None else parts.port
-    target = quote(target, safe="/?&=%:~+,;@!$'()*-._", errors="replace")
-    return parts.scheme, parts.hostname, port, target
-
-
-async def reach(url: str) -> trio.abc.Stream:
-    """A connection to the URL's host, or an OSError that says why not."""
-    scheme, host, port, _ = target_of(url)
-    try:
-        with trio.fail_after(10):
-            if scheme == "http":
-                return await trio.open_tcp_stream(host, port)
-            secure = await trio.open_ssl_over_tcp_stream(host, port, https_compatible=True)
-            try:
-                await secure.do_handshake()
-            except BaseException:
-                await trio.aclose_forcefully(secure)
-                raise
-            return secure
-    except trio.TooSlowError:
-        why = "no answer within 10 s"
-    except trio.BrokenResourceError as error:
-        why = f"no TLS there, perhaps http:// will do: {error.__cause__}"
-    except OSError as error:
-        cause = innermost(error.__cause__ or error)
-        code = getattr(cause, "errno", None) or 0  # below 0 it is about names
-        why = f"{os.strerror(code) if code > 0 else cause.args[-1]}; is it running?"
-    raise OSError(f"cannot reach {host}:{port}: {why}")
-
-
-async def listen_to(stream: trio.abc.Stream, wire: h11.Connection, seen: Visit) -> None:
-    patience = QUIET
-    while not seen.ending:
-        data = b""
-        with trio.move_on_after(patience) as silence:
-            data = bytes(await stream.receive_some(2**12))
-        if silence.cancelled_caught:
-            seen.ending = "quiet"
-        else:
-            seen.take(wire, data, trio.current_time() - seen.sent)
-            patience = 10 if seen.done else QUIET
-
-
-class Examination:
-    """What visits to one stream have shown."""
-
-    def __init__(self, url: str, headers: Mapping[str, str], until: float) -> None:
-        self.url, self.headers, self.until = url, headers, until
-        self.triggers: list[Visit] = []
-        self.visits: list[Visit] = []  # until one is a stream, or it is hopeless
-        self.back: list[Visit] = []  # those that came back with a Last-Event-ID
-        self.journal: dict[str, str] = {}  # what the server says of it, if it is ours
-        self.hiccups: list[tuple[float, float]] = []  # when this process was late, and how much
-
-    @property
-    def first(self) -> Visit:
-        """What was answered first; where there is no stream to ask for, by the trigger."""
-        return [*self.visits[:1], *self.triggers[-1:], Visit(self.url)][0]
-
-    @property
-    def main(self) -> Visit:
-        """The visit that is judged as a stream."""
-        return self.visits[-1] if self.visits else Visit(self.url)
-
-    @property
-    def events(self) -> list[Heard]:
-        return self.main.events
-
-    async def visit(self, seen: Visit, limit: float, post: bytes = b"") -> Visit:
-        """Ask, and listen to the answer's end; or until nothing has come for long, or for `limit`,
-        or until all have said too much."""
-        others = (*self.triggers, *self.visits, *self.back)
-        seen.weight = seen.before = max((one.weight for one in others), default=0)
-        target, host = target_of(seen.url)[3], urlsplit(seen.url).netloc
-        accept = {"accept": "text/event-stream", "accept-encoding": seen.coding}
-        named = {"host": host, **accept, **self.headers}
-        named |= {"last-event-id": seen.after} if seen.after else {}
-        if post:
-            named |= {"content-length": str(len(post)), "content-type": "application/json"}
-            named["accept"] = "*/*"
-        # h11 takes half a second for a head or a trailer of 16 KiB of blanks, and two for 32 KiB
-        wire = h11.Connection(h11.CLIENT, max_incomplete_event_size=2**14)
-        pairs = [(name.encode(), to_bytes(text)) for name, text in named.items()]
-        method = "POST" if post else "GET"
-        asks = h11.Request(method=method, target=target, headers=pairs)
-        parts = [asks, h11.Data(data=post), h11.EndOfMessage()]
-        request = b"".join(wire.send(part) or b"" for part in parts)
-        seen.sent = trio.current_time()
-        with trio.move_on_at(min(seen.sent + limit, self.until)):
-            try:
-                async with await reach(seen.url) as stream:
-                    seen.sent = trio.current_time()
-                    await stream.send_all(request)
-                    await listen_to(stream, wire, seen)
-            except trio.BrokenResourceError:
-                seen.ending = "reset"
-            except OSError as error:
-                seen.ending, seen.unreached = str(error), True
-        seen.ending, seen.ended_at = seen.ending or "limit", trio.current_time() - seen.sent
-        seen.silence = seen.ended_at - seen.last_at
+    async def visit(
+        self, those: list[Examined], url: str, limit: float, sends: Mapping[str, str],
+        post: bytes = b"",
+    ) -> Examined:
+        """One more of those visits, to its end or for so many seconds."""
+        until = min(self.until, trio.current_time() + limit)
+        headers = {**sends, **self.headers}
+        seen = Examined(url, headers, post, until, allowance=self.allowance)
+        those.append(seen)
+        async with seen:
+            with contextlib.suppress(trio.EndOfChannel):
+                while True:  # without a name that would hold a big one until the next
+                    seen.hear(await seen.receive())
         return seen
 
     async def trigger(self, case_id: str) -> str:
         """Ask for a run as the back end does, once more with the same id if no answer comes; the
         path of its stream, if it has one."""
         url = f"{self.url.rstrip('/')}/aura/cases/{encoded(case_id)}/analysis-runs"
-        body = to_bytes(to_json({"runId": f"doctor-{uuid.uuid4().hex[:12]}"}))
-        for _ in range(2):
-            self.triggers.append(await self.visit(Visit(url, coding="identity"), 10, body))
-            if self.first.status or self.first.unreached:
-                break
-        told = fields_of(self.triggers[-1].body) or {}
+        post = to_bytes(to_json({"runId": f"doctor-{uuid.uuid4().hex[:12]}"}))
+        sends = {"accept": "*/*", "content-type": "application/json"}
+        seen = await self.visit(self.triggers, url, 10, sends, post)
+        if seen.sent and not seen.status:
+            seen = await self.visit(self.triggers, url, 10, sends, post)
+        told = fields_of(seen.body) or {}
         with contextlib.suppress(ValueError):
             where = urlsplit(str(told.get("streamUrl") or told.get("streamPath")))
             path = where._replace(scheme="", netloc="", fragment="").geturl()
@@ -5576,472 +5370,309 @@ class Examination:
 
     async def look(self) -> None:
         """Ask for the stream, again where that may help, and come back to it."""
-        while len(self.visits) < 4 and self.main.status in (0, 429, 500, 502, 503, 504):
-            if self.visits:
-                later = re.fullmatch("[0-9]{1,9}", self.main.headers.get("retry-after", ""))
-                pause = min(float(later[0]), 10.0) if later else 1.0
-                if self.main.ended_at > 15 or trio.current_time() + pause > self.until:
-                    return
-                await trio.sleep(pause)
-            self.visits.append(Visit(self.url))
-            await self.visit(self.main, math.inf)
-            if "content-encoding" in self.main.headers and self.main.ending != "packed":
-                self.visits[-1] = Visit(self.url, coding="identity")  # no stream: to be read
-                await self.visit(self.main, math.inf)
-            if self.main.unreached:
-                return
-        if self.main.streams and self.main.ending not in ("limit", "full"):
-            await (self.resume_whole() if self.main.over and self.events else self.resume_broken())
-        if self.main.streams and self.main.ending not in ("quiet", "limit", "full"):  # else we left
-            self.journal = await asked_of_journal(self)
+        for _ in range(4):
+            seen = await self.visit(self.visits, self.url, math.inf, ZIPPED)
+            later = seen.headers.get("retry-after", "1")[:9]
+            pause = min(int(later), 10) if later.isdecimal() else 1
+            no_time = seen.ended_at > 15 or trio.current_time() + pause > self.until
+            if no_time or not seen.sent or seen.status not in (0, 429, 500, 502, 503, 504):
+                break
+            await trio.sleep(pause)
+        if seen.streams and seen.ending not in ("limit", "full"):
+            await self.come_back()
+            if seen.ending != "quiet":  # else it was we who left
+                await self.ask_journal()
 
-    def late(self, each: Visit, until: float) -> float:
-        """Seconds that this process was late itself, in so many of that visit."""
-        end = each.sent + until + TICK
-        return sum(late for at, late in self.hiccups if each.sent <= at <= end)
-
-    @property
-    def half(self) -> int:
-        """How many events a client has that comes back to a whole stream: all but five, or half."""
-        count = len(self.events)
-        return count if not self.main.over else max(count // 2, count - 5, 1)
-
-    async def resume_whole(self) -> None:
-        """Twice, if the run is not there: is it gone, or elsewhere every second time?"""
-        while not self.back or (self.back[-1].status == 404 and len(self.back) < 2):
-            self.back.append(await self.again(self.events[self.half - 1].id))
-
-    async def resume_broken(self) -> None:
+    async def come_back(self) -> None:
         """Until the end comes, or nothing new."""
         since = trio.current_time()
+        known = self.main.events[: self.half]
         while trio.current_time() - since < BACK and len(self.back) < 4:
-            known = [one.id for each in (self.main, *self.back) for one in each.events]
-            self.back.append(await self.again(known[-1] if known else ""))
-            if self.back[-1].over or not self.back[-1].events:
+            after = {"last-event-id": known[-1].id} if known and known[-1].id else {}
+            seen = await self.visit(self.back, self.url, BACK, {**ZIPPED, **after})
+            if seen.done or seen.terminal or not seen.events:
                 return
+            known += seen.events
             with trio.move_on_at(self.until):
                 await trio.sleep(1)
 
-    async def again(self, after: str) -> Visit:
-        return await self.visit(Visit(self.url, after.strip()), BACK)
+    async def ask_journal(self) -> None:
+        """What the server itself says of this visit, if it is one of ours and tells us."""
+        names = ("run-id", "attempt", "scenario")
+        ours = [self.main.headers.get(f"x-aura-{name}", "") for name in names]
+        if not all(ours):
+            return
+        where, run_id = urlsplit(self.url), quote(unquote(ours[0]), safe="")
+        path = f"/__aura/journal?kind=stream&runId={run_id}"
+        seen = await self.visit([], f"{where.scheme}://{where.netloc}{path}", 5, {})
+        told: Any = fields_of(seen.body)
+        with contextlib.suppress(LookupError, TypeError):
+            for one in told["entries"]:
+                if [str(one["attempt"]), one["scenario"]] == ours[1:]:
+                    self.journal = {**one["end"], "said": one["said"]}
 
-    @property
-    def cut_short(self) -> bool:
-        """We stopped before it could be seen what comes to a client that comes back."""
-        return any(one.ending == "full" or (one.ending == "limit" and one.ended_at < BACK - 1)
-                   for one in self.back)
-
-    @property
-    def returned(self) -> tuple[list[Heard], list[Heard], list[Heard]]:
-        """What came to a client that came back; what of it twice; what of the rest did not."""
-        seen, owed = self.events[: self.half], self.events[self.half :]
-        rest = [one for each in self.back for one in each.events]
-        had, got = ({one[1:] for one in some} for some in (seen, rest))
-        twice = [one for one in rest if one[1:] in had]
-        return rest, twice, [one for one in owed if one[1:] not in got]
-
-    @property
-    def ills(self) -> dict[str, str]:
-        """What is wrong, that which explains most first."""
-        notes = self.main.notes
-        found = ((code, notes.get(code) or ill.shows(self)) for code, ill in ILLS.items())
-        return {code: says for code, says in found if says}
+    def report(self) -> dict[str, Any]:
+        """The answers; the ills, that which explains most first; and the verdict."""
+        main = self.main
+        pairs = (question(self) for question in QUESTIONS[: None if main.streams else 1])
+        said = {name: str(says) for name, says in itertools.chain(*pairs) if says}
+        found = [code for code in ILLS if code in said]
+        ills = [{"ill": code, "says": said.pop(code), **self.blame(code)} for code in found]
+        far = f" so far, {main.how}" if main.ending in ("limit", "full") else ""
+        says = f"nothing is wrong{far}: {many(len(main.events), 'event')} in {main.ended_at:.1f} s"
+        if ills:
+            says = "{says} — {fault} is at fault: {change}".format(**ills[0])
+        verdict = ills[0]["ill"] if ills else "healthy"
+        return {"url": self.url, "verdict": verdict, "says": says, "ills": ills, "answers": said}
 
     def blame(self, code: str) -> dict[str, str]:
         """Whose fault it is, and what to change."""
-        fault, change, _ = ILLS[code]
+        fault, change = ILLS[code]
         if self.journal and fault is SOMEBODY and code in BREAKS:
-            fault = BY.get(self.journal["by"], THE_SERVER)
+            fault = BY.get(str(self.journal.get("by")), THE_SERVER)
             change = f"its journal says: {self.journal['said']}"
         return {"fault": fault, "change": change}
 
-    def report(self) -> dict[str, Any]:
-        ills = [{"ill": code, "says": says, **self.blame(code)} for code, says in self.ills.items()]
-        far = f" so far, {self.main.how}" if self.main.ending in ("limit", "full") else ""
-        count = many(len(self.events), "event")
-        says = f"nothing is wrong{far}: {count} in {self.main.ended_at:.1f} s"
-        if ills:
-            says = "{says} — {fault} is at fault: {change}".format(**ills[0])
-        asked = list(QUESTIONS)[: None if self.main.streams else 2]
-        answers = {name: QUESTIONS[name](self) for name in asked}
-        verdict = ills[0]["ill"] if ills else "healthy"
-        return {"url": self.url, "verdict": verdict, "says": says, "ills": ills, "answers": answers}
+
+# The questions, in the order of the guide: each yields (question, answer), then (ill, how it
+# shows). What is empty does not show.
+
+Said = Iterator[tuple[str, Any]]
 
 
-async def asked_of_journal(it: Examination) -> dict[str, str]:
-    """What the server itself says of this visit, if it is one of ours and tells us."""
-    which = [it.main.headers.get(f"x-aura-{name}", "")
-             for name in ("attempt", "scenario", "run-id")]
-    if not all(which):
-        return {}
-    run_id = quote(unquote(which.pop()), safe="")
-    asks = f"kind=stream&runId={run_id}"
-    where = urlsplit(it.main.url)._replace(path="/__aura/journal", query=asks)
-    said = await it.visit(Visit(where.geturl()), 5)
-    told = fields_of(said.body) or {}
-    with contextlib.suppress(LookupError, TypeError):
-        ours = [one for one in told["entries"] if [str(one["attempt"]), one["scenario"]] == which]
-        ended = ours[-1]["end"]
-        return {"by": str(ended["by"]), "how": str(ended["how"]), "said": str(ours[-1]["said"])}
-    return {}
+def about_answer(it: Examination) -> Said:
+    first, asked = it.first, it.visits or it.triggers
+    yield "reached", urlsplit(it.url).netloc
+    heads = [f"{one.status}, {one.kind}, after {one.head_at:.2f} s" for one in asked]
+    yield "answer", "; ".join(heads)
+    yield "unreachable", not first.sent and first.how
+    lost = next((one.how for one in (*it.triggers, *it.visits) if not one.status), "")
+    yield "no-answer", lost and f"no answer: {lost}"
+    code = STATUSES.get(first.status) or STATUSES.get(first.status // 100, "server-error")
+    if "runId not found" in first.text:
+        code = "not-found"
+    elif first.status == 200 and first.kind == "text/event-stream":
+        code = "compressed"
+    elif first.status // 100 == 2 and not it.visits:
+        code = "trigger-refused"
+    says = first.headers.get("content-encoding", first.text)
+    slow = any(one.head_at > 5 for one in it.triggers)
+    yield "slow-trigger", slow and "the trigger's answer took more than 5 s, for which BE waits"
+    yield code, first.status and not first.streams and f"{heads[0]}: {says}"
 
 
-# The questions, in the order of the guide, and their answers.
-
-
-def shown_answer(it: Examination) -> str:
-    first, tries = it.first, sum(one.status == it.first.status for one in it.visits)
-    plays, elsewhere = first.headers.get("x-aura-scenario"), first.headers.get("location")
-    told = f"{first.status}, {first.kind}, after {first.head_at:.2f} s" if first.status else "none"
-    told += f", elsewhere: {elsewhere}" if elsewhere else ""
-    told += f" (it plays the scenario {plays})" if plays else ""
-    told += f", {tries} times" if tries > 1 else ""
-    well = it.main is not first and it.main.streams
-    return told + (f"; at try {tries + 1} all was well" if well else "")
-
-
-def shown_headers(it: Examination) -> str:
-    wanted = {"x-accel-buffering": "no", "cache-control": "no-"}
-    missing = [name for name, text in wanted.items() if text not in it.main.headers.get(name, "")]
-    eaten = ", which nginx keeps to itself" if missing == ["x-accel-buffering"] else ""
-    return f"without {' and '.join(missing)}{eaten}" if missing else "they forbid to buffer"
-
-
-def shown_beginning(it: Examination) -> str:
-    if not (main := it.main).first:
-        return f"{main.size} bytes, no line"
-    expected = "" if main.first == ": connected" else ", not `: connected`"
-    return f"{shown(main.first)} after {main.first_at:.2f} s{expected}"
-
-
-def shown_events(it: Examination) -> str:
-    if not (events := it.events):
-        return "none"
-    ids = f"ids {events[0].id} to {events[-1].id}" if events[0].id else "no ids: nobody can resume"
-    return f"{len(events)}, {ids}; the last is {events[-1].name}"
-
-
-def shown_arrival(it: Examination) -> str:
-    times = sorted({one.at for one in it.events})
-    waits = [b - a for a, b in itertools.pairwise([it.main.head_at, *times])]
-    span = f" over {times[-1] - it.main.head_at:.2f} s" if times else ""
-    return f"{many(len(times), 'arrival')}{span}, the longest wait {max(waits, default=0):.2f} s"
-
-
-def shown_beats(it: Examination) -> str:
+def about_beginning(it: Examination) -> Said:
     main = it.main
-    return f"{main.beats}, the longest silence {max(main.longest, main.silence):.1f} s"
+    text = main.body[: main.body.rfind(b"\n") + 1].decode("utf-8", "replace")
+    line = shown(LINE_END.split(text)[0][:LONG])
+    yield "headers", str(main.headers)
+    yield "first bytes", f"{line} after {main.first_at:.2f} s"
+    took = min(one.head_at for one in (main, *it.back[:1]))  # once may be chance
+    yield "slow-headers", took > LATE and f"the head of the answer took {took:.1f} s"
+    empty = not main.size and main.ending == "end"
+    yield "empty", empty and "200 and an empty body, properly ended"
+    yield "line-ends", b"\r" in main.body and "lines end in CR"
+    yield "bom", text.startswith("\ufeff") and "it begins with a byte order mark"
+    foreign = "\ufffd" in text and b"\xef\xbf\xbd" not in main.body
+    yield "not-utf8", foreign and "it is not in UTF-8"
+    ends = [at for _, at in main.chunks if at <= len(main.body)]
+    torn = sum(main.body[at - 1] not in b"\r\n" for at in ends)
+    small = main.size < 24 * len(main.chunks)
+    yield "shredded", small and torn > 20 and f"{torn} small chunks end within a line"
 
 
-def shown_end(it: Examination) -> str:
-    main, said = it.main, it.journal.get("said")
-    told = how_ended(it)
-    if main.ending == "end" and not main.headers.keys() & {"transfer-encoding", "content-length"}:
-        told += "; it has no chunks, so a cut would look the same"
-    return told + (f"; its journal says: {said}" if said else "")
+def about_events(it: Examination) -> Said:
+    events = it.main.events
+    names = [one.name for one in events]
+    own = [one for one in events if one.own]
+    yield from it.main.notes.items()
+    if not events:
+        over = it.main.body and it.main.ending in ("end", "full")
+        yield "no-events", over and f"{it.main.size} bytes without an event, and {it.main.how}"
+        return
+    ids = f"ids {events[0].id} to {events[-1].id}" if own else "no ids: nobody can resume"
+    yield "events", f"{len(events)}, {ids}; the last is {names[-1]}"
+    yield "missing-started", names[0] in KNOWN_EVENTS[1:6] and f"the first event is {names[0]}"
+    twice = len(own) - len({one[1:] for one in own})
+    yield "duplicates", twice and f"{many(twice, 'event')} came once more, with the same id"
+    starts = names.count("started")
+    yield "duplicate-run", starts > 1 and not twice and f"{starts} times started, in one run"
+    numbers = places(events)
+    yield "out-of-order", numbers != sorted(numbers) and f"the order of its ids is {numbers[:20]}"
+    strange = {*names} - {*KNOWN_EVENTS, "gap", "message", "heartbeat"}
+    listed = ", ".join(sorted(strange)[:5])
+    yield "unknown-events", listed and f"events that nobody documented: {listed}"
 
 
-def how_ended(it: Examination) -> str:
+def places(events: Iterable[Heard]) -> list[int]:
+    """Their places in the log, if they begin it: others are no places."""
+    found = [resume_point(one.id, 10**18) for one in events if one.own]
+    return found if found[:1] == [1] else []
+
+
+def about_arrival(it: Examination) -> Said:
     main = it.main
-    quiet = f", the last {main.silence:.1f} s without a byte" if main.silence > 1 else ""
-    return f"{main.how} after {main.ended_at:.1f} s and {many(len(main.events), 'event')}{quiet}"
+    times = sorted({main.head_at, *(one.at for one in main.events)})
+    longest = max((b - a for a, b in itertools.pairwise(times)), default=0)
+    span = f"{many(len(times) - 1, 'arrival')} over {times[-1] - times[0]:.2f} s"
+    yield "arrival", f"{span}, the longest wait {longest:.2f} s"
+    yield "buffered", held_back(it)
+    silence = max(main.longest, main.silence)
+    beats = main.body.count(b": heartbeat")
+    yield "heartbeats", f"{beats}, the longest silence {silence:.1f} s"
+    yield "no-heartbeat", silence > BEARABLE and f"{silence:.1f} s passed without a byte"
 
 
-def shown_resume(it: Examination) -> str:
-    if not it.back or not it.back[0].after:
-        why = "it is still going on" if it.main.ending == "limit" else "no id to come back with"
-        return f"not tried: {why}"
-    rest, twice, missing = it.returned
-    refused = [str(one.status) for one in it.back if not one.streams]
-    count = f"{len(rest)} more, {len(twice)} of them twice, {len(missing)} missing"
-    then = f", answered {' and '.join(refused)}" if refused else ""
-    return f"after {it.back[0].after} came {count}{then}"
-
-
-QUESTIONS: dict[str, Callable[[Examination], str]] = {
-    "reached": lambda it: urlsplit(it.url).netloc,
-    "answer": shown_answer, "headers": shown_headers, "first bytes": shown_beginning,
-    "events": shown_events, "arrival": shown_arrival, "heartbeats": shown_beats,
-    "end": shown_end, "resume": shown_resume,
-}
-
-# The ills: how each one shows. What has no function of its own says it in its row.
-
-Shows = Callable[[Examination], Any]  # a sentence, or nothing
-
-
-def status(*ones: int) -> Shows:
-    return lambda it: it.first.status in ones and f"{shown_answer(it)}: {it.first.text}"
-
-
-def broken(code: str) -> Shows:
-    """What kind of break it is, by what came before."""
-
-    def shows(it: Examination) -> Any:
-        main, kind = it.main, it.main.ending
-        if not main.streams or kind in ("end", "limit", "full"):
-            return None
-        off = abs(main.ended_at - 30 * round(main.ended_at / 30))
-        near = off < min(0.01 * main.ended_at, 3)
-        silence = main.silence
-        longer = silence > max(2, 1.5 * main.longest)
-        set_so = longer and abs(silence - round(silence)) < 0.05  # whole seconds are a setting
-        if kind == "quiet":
-            kind = "unclosed" if main.done else "dead"
-        elif silence > 20 or set_so:
-            kind = "idle-cut"
-        elif main.ended_at > 25 and near:
-            kind = "time-limit"
-        return (kind if kind in BREAKS else "cut") == code and how_ended(it)
-
-    return shows
-
-
-def disorder(it: Examination) -> Any:
-    for before, after in itertools.pairwise(places(it.events)):
-        if after < before:
-            return f"event {after} came after event {before}"
-    return None
-
-
-def repeated(it: Examination) -> Any:
-    """An event that came before, with its id."""
-    seen = set[tuple[Any, ...]]()
-    for one in it.events:
-        if one.own and one[1:] in seen:
-            return f"event {one.id} ({one.name}) came twice"
-        seen.add(one[1:])
-    return None
-
-
-def pipelines(it: Examination) -> Any:
-    names = [one.name for one in it.events]
-    starts, ends = names.count("started"), sum(names.count(name) for name in TERMINAL)
-    more = starts > 1 or ends > 1
-    return more and not repeated(it) and f"{starts} times started, {ends} times ended, in one run"
-
-
-def holes(it: Examination) -> Any:
-    """Ids that never came, though nobody said that they are gone; or a rest that did not."""
-    rest, _, lost = it.returned
-    numbers = sorted(set(places((*it.events, *rest))))
-    count = numbers[-1] - len(numbers) if numbers else 0
-    if 0 < count < len(numbers) and not forgotten(it):  # more: these are other kinds of ids
-        first = next(at for at, number in enumerate(numbers, 1) if at != number)
-        return f"{many(count, 'event')} never came, the first of them {first}"
-    if lost and it.back and it.back[0].after and it.back[0].streams and not it.cut_short:
-        owed = len(it.events) - it.half
-        return f"whoever comes back after {it.back[0].after} misses {len(lost)} of {owed} events"
-    return None
-
-
-def forgotten(it: Examination) -> Any:
-    return next((one.notes["gap"] for one in (it.main, *it.back) if "gap" in one.notes), None)
-
-
-def replayed(it: Examination) -> Any:
-    twice = it.back and it.back[0].after and it.returned[1]
-    return twice and f"whoever comes back after {it.back[0].after} gets {len(twice)} events again"
-
-
-def turned_away(it: Examination) -> Any:
-    owed = len(it.events) - it.half
-    fine = [one.streams or (one.status == 204 and not owed) for one in it.back]
-    if not it.main.over or not fine:
-        return None
-    if all(fine) and (it.cut_short or it.back[-1].ending == "end"):
-        return None
-    wrong, then = it.back[fine.index(False) if False in fine else -1], ""
-    if len(it.back) > 1 and fine[-1]:
-        then = ", at the next try well: every second time?"
-    known = wrong.status and not wrong.streams
-    what = f"{wrong.status}, {wrong.kind}: {wrong.text}" if known else wrong.how
-    return f"whoever comes back: {what}{then}"
-
-
-def ended(it: Examination) -> str:
-    """Which parts of an end a properly ended stream lacks."""
-    main, done, last = it.main, it.main.done, it.main.terminal
-    if main.ending != "end" or not it.events or (done and last):
-        return ""
-    if not done and (main.rest or main.block or main.own):
-        return "blank line"
-    return "both" if not done and not last else "[DONE]" if not done else "terminal"
-
-
-def held(it: Examination) -> Any:
+def held_back(it: Examination) -> Any:
     """The first bytes came late, and events with them; but other answers, before and after, did
     not."""
-    if not (events := it.events) or slow_head(it):
-        return None
-    others = (each.first_at for each in (*it.triggers[-1:], *it.back[:1]))
-    came, usual = it.main.first_at, max(others, default=0.0)
+    others = [one.first_at for one in (*it.triggers[-1:], *it.back[:1])]
     if not it.triggers:  # it may have been over, and the server slow: only a late body tells
-        usual = max(usual, it.main.head_at)
+        others.append(it.main.head_at)
+    came, events = it.main.first_at, it.main.events
     together = sum(one.at < came + TICK for one in events)
-    arrivals = len({one.at // TICK for one in events})
-    late = came - usual - it.late(it.main, came) > HELD and 2 * arrivals < len(events)
-    some = "all" if together == len(events) else f"{together} of {len(events)}"
-    return together > 1 and late and f"nothing came for {came:.2f} s, then {some} events at once"
+    lumps = len({one.at // TICK for one in events})
+    late = came - max(others, default=0) > HELD and 2 * lumps < len(events)
+    says = f"nothing came for {came:.2f} s, then {together} events at once"
+    return late and together > 1 and says
 
 
-def slow_head(it: Examination) -> Any:
-    took = it.main.head_at - it.late(it.main, it.main.head_at)
-    slow = took > LATE and (not it.back or it.back[0].head_at > LATE)
-    return slow and f"the head of the answer took {took:.1f} s"
+def about_end(it: Examination) -> Said:
+    main, said = it.main, it.journal.get("said")
+    quiet = f", the last {main.silence:.1f} s without a byte" if main.silence > 1 else ""
+    how = f"{main.how} after {main.ended_at:.1f} s and {many(len(main.events), 'event')}{quiet}"
+    yield "end", how + (f"; its journal says: {said}" if said else "")
+    if main.ending != "end":
+        yield break_of(main), how
+    elif main.events:
+        last = f"it was properly ended after {main.events[-1].name}"
+        half = main.rest or main.block
+        yield "unterminated", half and not main.done and f"{last}, and half an event"
+        yield "ended-early", not it.over and last
+        yield "no-terminal", main.done and not main.terminal and f"{last} and [DONE]"
+        yield "no-done", main.terminal and not main.done and f"{last}, without [DONE]"
+    cut = main.ending == "end" and it.journal.get("how") in ("drop", "reset")
+    yield "hidden-cut", cut and f"{said}; what came here was properly ended"
 
 
-def slow_trigger(it: Examination) -> Any:
-    took = max((one.ended_at - it.late(one, one.ended_at) for one in it.triggers[-1:]), default=0.0)
-    return took > 5 and f"the trigger was answered after {took:.1f} s; BE waits for 5"
+def break_of(main: Examined) -> str:
+    """What kind of break it is, by what came before."""
+    if main.ending == "quiet":
+        return "unclosed" if main.done else "dead"
+    if main.ending in ("limit", "full"):
+        mute = main.ending == "limit" and not main.size and main.silence > LATE
+        return "dead" if mute else ""
+    if main.silence > 20:
+        return "idle-cut"
+    if main.ended_at > 25 and main.ended_at % 30 < 1:  # whole half minutes are a setting
+        return "time-limit"
+    return "reset" if main.ending == "reset" else "cut"
 
 
-def dawdling(it: Examination) -> Any:
-    """A run that has ended is in the log, and could come at once."""
-    back = it.back[0].events if it.back and it.main.over and it.back[0].size < 2**16 else []
-    took = back[-1].at - back[0].at if back else 0.0
-    return took > 1 and f"a run that has ended takes {took:.1f} s for its last {len(back)} events"
+def about_resume(it: Examination) -> Said:
+    main, back = it.main, it.back
+    after = back[0].sends.get("last-event-id") if back else ""
+    had, owed = main.events[: it.half], main.events[it.half :]
+    rest = [one for each in back for one in each.events]
+    came = {one[1:] for one in rest}
+    twice = len(came & {one[1:] for one in had})
+    lost = len({one[1:] for one in owed} - came)
+    who = f"whoever comes back after {after}"
+    count = f"after {after} came {len(rest)} more, {twice} of them twice, {lost} missing"
+    yield "resume", count if after else "not tried: no id to come back with"
+    yield "doubled", after and twice and f"{who} gets {many(twice, 'event')} again"
+    wrong = [one for one in back if not one.streams or one.ending in ("cut", "reset")]
+    bad = wrong[0] if wrong and it.over else None
+    yield "resume-refused", bad and f"{who}: {bad.status}, {bad.kind}: {bad.text}; {bad.how}"
+    gaps = [one.notes["gap"] for one in (main, *back) if "gap" in one.notes]
+    numbers = {*places([*main.events, *rest])}
+    missing = 0 if gaps or not numbers else max(numbers) - len(numbers)
+    if not after or back[-1].ending in ("limit", "full"):
+        lost = 0
+    if 0 < missing < len(numbers):  # more: these are other kinds of ids
+        lost = missing
+    yield "lost", lost and f"{who} misses {many(lost, 'event')}"
+    yield "gap", gaps and gaps[0]
+    took = back[0].last_at - back[0].first_at if it.over and back else 0.0
+    slow = took > 1 and back[0].size < 2**16
+    yield "slow-stream", slow and f"a run that has ended takes {took:.1f} s for its last events"
 
 
-def shredded(it: Examination) -> Any:
-    chunks, torn = it.main.chunks, it.main.torn
-    size = it.main.size / max(chunks, 1)
-    many = torn > 20 and torn * 2 > chunks and size < 24
-    return many and f"it comes in {chunks} pieces of {size:.0f} bytes, torn anywhere"
-
-
-def strangers(it: Examination) -> Any:
-    names = {one.name for one in it.events} - {*KNOWN_EVENTS, "gap", "message", "heartbeat"}
-    return names and f"events that nobody documented: {', '.join(sorted(names)[:5])}"
-
-
-class Ill(NamedTuple):
-    """What may be wrong: whose fault it is, what to change, how it shows."""
-
-    fault: str
-    change: str
-    shows: Shows = lambda it: None  # it is noted while one listens
-
-
+QUESTIONS = (
+    about_answer, about_beginning, about_events, about_arrival, about_end, about_resume,
+)
+ZIPPED = {"accept-encoding": "gzip"}  # as browsers do: does somebody compress the stream?
 THE_SERVER, THE_RUN, THE_CALLER = "the server", "the analysis", "the caller"
 BETWEEN, SOMEBODY = "a proxy on the way", "the server or a proxy on the way"
 BY = {"client": BETWEEN, "admin": "an operator", "shutdown": "who stopped the server"}
-BREAKS = ("idle-cut", "time-limit", "reset", "cut", "dead", "unclosed")
-ILLS = {  # what explains more stands before what explains less
-    "disabled": Ill(THE_SERVER, "unset DEMO_OFF", lambda it: (
-        not it.visits and b'"disabled"' in it.first.body and "the trigger says: disabled")),
-    "unreachable": Ill(SOMEBODY, "start it, or correct its address", lambda it: (
-        it.first.unreached and it.first.how)),
-    "no-answer": Ill(SOMEBODY, "look for a crash at that moment in its log", lambda it: (
-        not it.first.status and f"no answer: {it.first.how}")),
-    "gone": Ill(THE_SERVER, "send 204 to who has seen everything; an EventSource stops at it",
-                status(204)),
-    "unauthorized": Ill(THE_CALLER, "send a good token: -H 'Authorization: Bearer …'", status(401)),
-    "forbidden": Ill(THE_CALLER, "send the token and the tenant of who may see this", status(403)),
-    "wrong-path": Ill(THE_CALLER, "correct the URL", lambda it: (
-        it.first.status in (404, 405, 501) and "runId" not in it.first.text
-        and f"there is no stream at this path: {shown_answer(it)}: {it.first.text}")),
-    "refused": Ill(THE_CALLER, "its answer says what it wants",
-                   status(*{*range(300, 500)} - {401, 403, 404, 405, 429})),
-    "bad-gateway": Ill(BETWEEN, "start what it passes on to, or correct its address", status(502)),
-    "upstream-late": Ill(SOMEBODY, "send the head at once, or let the proxy wait longer",
-                         status(504)),
-    "trigger-refused": Ill(THE_SERVER, "its answer says what it wants", lambda it: (
-        not it.visits and it.first.status
-        and f"the trigger's answer names no stream: {it.first.status}, {it.first.text}")),
-    "not-found": Ill(THE_SERVER, "send all requests of a run to the instance that runs it, after"
-                     " its trigger", status(404)),
-    "too-many": Ill(THE_CALLER, "ask less often; Retry-After says when", status(429)),
-    "unavailable": Ill(THE_SERVER, "ask again after Retry-After: it is full or not up",
-                       status(503)),
-    "server-error": Ill(THE_SERVER, "look in its log for this request",
-                        status(*{*range(500, 1000)} - {501, 502, 503, 504})),
-    "unknown-run": Ill(THE_SERVER, "send all requests of a run to the instance that runs it; and"
-                       " this should be a 404", lambda it: (
-        it.first.status == 200 and not it.first.streams and "runId not found" in it.first.text
-        and f"{shown_answer(it)}: {it.first.text}")),
-    "not-a-stream": Ill(SOMEBODY, "find out who answers: a login page? a wrong path?", lambda it: (
-        it.visits and it.first.status in {*range(200, 300)} - {204} and not it.first.streams
-        and it.first.ending != "packed" and f"{shown_answer(it)}: {it.first.text}")),
-    "compressed": Ill(BETWEEN, "compress no text/event-stream", lambda it: (
-        it.main.ending == "packed"
-        and f"the stream is compressed: {it.main.headers['content-encoding']}")),
-    "empty": Ill(THE_SERVER, "look for what cancels its stream before the first byte: a middleware,"
-                 " a request's scope", lambda it: (
-        it.main.streams and not it.main.body and it.main.ending == "end"
-        and "200 and an empty body, properly ended")),
-    "nothing-came": Ill(SOMEBODY, "send `: connected` with the head, and let nothing hold it back",
-                        lambda it: (
-        it.main.streams and not it.main.body and it.main.ending in ("limit", "quiet")
-        and it.main.ended_at - it.main.head_at > LATE
-        and f"200, and then not a byte in {it.main.ended_at - it.main.head_at:.1f} s")),
-    "no-events": Ill(THE_SERVER, "look for what ends its stream early, or for another reader of the"
-                     " run's queue", lambda it: (
-        it.main.body and not it.events and it.main.streams and it.main.ending in ("end", "full")
-        and f"{it.main.size} bytes without an event, and {it.main.how}")),
-    "double-wrapped": Ill("the relaying back end", "write lines as they came, or events: not lines"
-                          " as data", lambda it: (
-        it.events and it.main.wrapped == len(it.events)
-        and "every line is wrapped once more, as data")),
-    "duplicate-run": Ill(THE_SERVER, "start one run per runId, whoever asks twice", pipelines),
-    "out-of-order": Ill(THE_SERVER, "write events in the order of their ids", disorder),
-    "duplicates": Ill(THE_SERVER, "write each event once", repeated),
-    "invented": Ill(THE_SERVER, "say `failed` and why, where the analysis did not end"),
-    "bad-json": Ill(THE_SERVER, "write data as one whole line of JSON"),
-    "unterminated": Ill(THE_SERVER, "end every event with a blank line: else no client sees it",
-                        lambda it: ended(it) == "blank line" and "the last event has no end"),
-    "after-done": Ill(THE_SERVER, "end the answer behind [DONE]", lambda it: (
-        it.main.after_done and "more came behind [DONE]")),
-    "gap": Ill(THE_SERVER, "keep more events of a run", forgotten),
-    "lost": Ill(THE_SERVER, "keep a log per run, and a place in it per viewer: readers of one queue"
-                " steal from each other", holes),
-    "doubled": Ill(SOMEBODY, "use ids that the server can resume from; nobody may replace them",
-                   replayed),
-    "resume-refused": Ill(THE_SERVER, "send all requests of a run to one instance, and keep what"
-                          " has ended", turned_away),
-    "idle-cut": Ill(BETWEEN, "beat more often than its idle time-out", broken("idle-cut")),
-    "time-limit": Ill(BETWEEN, "raise its limit on the time of a request; clients should resume",
-                      broken("time-limit")),
-    "reset": Ill(SOMEBODY, "look at that moment in the log of each hop", broken("reset")),
-    "cut": Ill(SOMEBODY, "look at that moment in the log of each hop", broken("cut")),
-    "dead": Ill(SOMEBODY, "send heartbeats; clients should leave after 45 s", broken("dead")),
-    "unclosed": Ill(SOMEBODY, "end the answer behind [DONE]", broken("unclosed")),
-    "hidden-cut": Ill(BETWEEN, "let it speak HTTP/1.1 to the server: in 1.0 a cut is an end",
-                      lambda it: it.main.ending == "end" and it.journal.get("how") in (
-        "drop", "reset") and f"{it.journal['said']}; what came here was properly ended"),
-    "ended-early": Ill(THE_SERVER, "end a stream behind its last event only", lambda it: (
-        ended(it) == "both" and f"it was properly ended after {it.events[-1].name}")),
-    "no-terminal": Ill(THE_RUN, "end every run with completed or failed", lambda it: (
-        ended(it) == "terminal" and f"[DONE] came after {it.events[-1].name}")),
-    "no-done": Ill(THE_SERVER, "write `data: [DONE]` last", lambda it: (
-        ended(it) == "[DONE]" and "no [DONE] came")),
-    "slow-headers": Ill(THE_SERVER, "send status and `: connected` before any work", slow_head),
-    "buffered": Ill(BETWEEN, "switch buffering off (nginx: proxy_buffering off, gzip off)", held),
-    "no-heartbeat": Ill(THE_SERVER, "send `: heartbeat` after 30 quiet seconds", lambda it: (
-        it.main.streams and (silence := max(it.main.longest, it.main.silence)) > BEARABLE
-        and f"{silence:.1f} s passed without a byte")),
-    "slow-stream": Ill(THE_SERVER, "write at once what is in the log", dawdling),
-    "line-ends": Ill(SOMEBODY, "end lines in LF: hand-written clients split there"),
-    "not-utf8": Ill(THE_SERVER, "encode everything in UTF-8"),
-    "bom": Ill(THE_SERVER, "write no byte order mark", lambda it: (
-        it.main.first.startswith("\ufeff") and "it begins with a byte order mark")),
-    "shredded": Ill(SOMEBODY, "write whole events: some clients decode piece by piece", shredded),
-    "failed": Ill(THE_RUN, "its last event says why; the stream did its work"),
-    "missing-started": Ill(THE_RUN, "begin every run with `started`", lambda it: (
-        it.events and it.events[0].name in KNOWN_EVENTS[1:6] + KNOWN_EVENTS[7:8]
-        and f"the first event is {it.events[0].name}")),
-    "progress-regress": Ill(THE_RUN, "let percent only grow"),
-    "unknown-events": Ill(THE_RUN, "tell the clients of these names", strangers),
-    "slow-trigger": Ill(THE_SERVER, "answer 202 first, analyse afterwards", slow_trigger),
-    "trigger-lost": Ill(SOMEBODY, "look in its log; the same runId saved it", lambda it: (
-        len(it.triggers) > 1 and f"the first trigger got no answer: {it.triggers[0].how}")),
+BREAKS = ("reset", "cut", "dead", "unclosed")
+STATUSES = {  # and their hundreds
+    2: "not-a-stream", 3: "refused", 4: "refused", 204: "gone", 401: "unauthorized",
+    403: "forbidden", 404: "wrong-path", 405: "wrong-path", 429: "too-many", 501: "wrong-path",
+    502: "bad-gateway", 503: "unavailable", 504: "upstream-late",
+}
+ONE_PLACE = "send all requests of a run to the instance that runs it, and keep what has ended"
+THAT_MOMENT = "look at that moment in the log of each hop"
+ILLS = {  # whose fault, and what to change; what explains more stands before what explains less
+    "unreachable": (SOMEBODY, "start it, or correct its address"),
+    "no-answer": (SOMEBODY, "look for a crash at that moment in its log"),
+    "unauthorized": (THE_CALLER, "send a good token: -H 'Authorization: Bearer …'"),
+    "forbidden": (THE_CALLER, "send the token and the tenant of who may see this"),
+    "wrong-path": (THE_CALLER, "correct the URL"),
+    "refused": (THE_CALLER, "its answer says what it wants"),
+    "too-many": (THE_CALLER, "ask less often; Retry-After says when"),
+    "bad-gateway": (BETWEEN, "start what it passes on to, or correct its address"),
+    "upstream-late": (SOMEBODY, "send the head at once, or let the proxy wait longer"),
+    "trigger-refused": (THE_SERVER, "its answer says why there is no stream: DEMO_OFF?"),
+    "not-found": (THE_SERVER, ONE_PLACE),
+    "unavailable": (THE_SERVER, "ask again after Retry-After: it is full or not up"),
+    "server-error": (THE_SERVER, "look in its log for this request"),
+    "gone": (THE_SERVER, "send 204 to who has seen everything; an EventSource stops at it"),
+    "not-a-stream": (SOMEBODY, "find out who answers: a login page? a wrong path?"),
+    "compressed": (BETWEEN, "compress no text/event-stream"),
+    "empty": (THE_SERVER, "look for what cancels it before its first byte: a middleware's scope"),
+    "no-events": (THE_SERVER, "look for what ends it early, or reads the run's queue as well"),
+    "double-wrapped": ("the relaying back end", "write lines as they came: not lines as data"),
+    "duplicate-run": (THE_SERVER, "start one run per runId, whoever asks twice"),
+    "out-of-order": (THE_SERVER, "write events in the order of their ids"),
+    "duplicates": (THE_SERVER, "write each event once"),
+    "invented": (THE_SERVER, "say `failed` and why, where the analysis did not end"),
+    "bad-json": (THE_SERVER, "write data as one whole line of JSON"),
+    "unterminated": (THE_SERVER, "end every event with a blank line: else no client sees it"),
+    "after-done": (THE_SERVER, "end the answer behind [DONE]"),
+    "gap": (THE_SERVER, "keep more events of a run"),
+    "resume-refused": (THE_SERVER, ONE_PLACE),
+    "lost": (THE_SERVER, "keep a log per run: viewers of one queue steal from each other"),
+    "doubled": (SOMEBODY, "use ids that the server can resume from; nobody may replace them"),
+    "idle-cut": (BETWEEN, "beat more often than its idle time-out"),
+    "time-limit": (BETWEEN, "raise its limit on a request's time; clients should resume"),
+    "reset": (SOMEBODY, THAT_MOMENT),
+    "cut": (SOMEBODY, THAT_MOMENT),
+    "dead": (SOMEBODY, "send `: connected` and heartbeats; clients should leave after 45 s"),
+    "unclosed": (SOMEBODY, "end the answer behind [DONE]"),
+    "hidden-cut": (BETWEEN, "let it speak HTTP/1.1 to the server: in 1.0 a cut is an end"),
+    "ended-early": (THE_SERVER, "end a stream behind its last event only"),
+    "no-terminal": (THE_RUN, "end every run with completed or failed"),
+    "no-done": (THE_SERVER, "write `data: [DONE]` last"),
+    "slow-headers": (THE_SERVER, "send status and `: connected` before any work"),
+    "buffered": (BETWEEN, "switch buffering off (nginx: proxy_buffering off, gzip off)"),
+    "no-heartbeat": (THE_SERVER, "send `: heartbeat` after 30 quiet seconds"),
+    "slow-stream": (THE_SERVER, "write at once what is in the log"),
+    "line-ends": (SOMEBODY, "end lines in LF: hand-written clients split there"),
+    "not-utf8": (THE_SERVER, "encode everything in UTF-8"),
+    "bom": (THE_SERVER, "write no byte order mark"),
+    "shredded": (SOMEBODY, "write whole events: some clients decode piece by piece"),
+    "failed": (THE_RUN, "its last event says why; the stream did its work"),
+    "missing-started": (THE_RUN, "begin every run with `started`"),
+    "progress-regress": (THE_RUN, "let percent only grow"),
+    "unknown-events": (THE_RUN, "tell the clients of these names"),
+    "slow-trigger": (THE_SERVER, "answer 202 first, analyse afterwards"),
 }
 
 
 async def diagnose(
     url: str, *, case: str | None = None, via: str | None = None,
     headers: Mapping[str, str] | None = None, limit: float = 600.0,
-    say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Ask the stream at `url`, or at this server the stream of a new run of `case`; and the same
     one via another URL. What was seen, and a verdict; an OSError if nobody could be asked."""
@@ -6049,66 +5680,46 @@ async def diagnose(
     began = trio.current_time()
     until = began + limit
     for _ in range(2 if case else 1):  # bytes that are late once may be chance: then another run
-        both = [Examination(one, headers, until) for one in (url, via) if one]
-        async with trio.open_nursery() as watching, ending(watching):
-            watching.start_soon(keep_watch, both, say)
-            await examine(both, case)
-        if not any(map(held, both)) or 2 * trio.current_time() - began > until:
+        triggers: list[Examined] = []
+        both = [Examination(one, headers, until, triggers) for one in (url, via) if one]
+        await examine(both, case)
+        if not any(map(held_back, both)) or 2 * trio.current_time() - began > until:
             break  # or there is no time for another
-    if both[0].first.unreached and not any(one.status for one in both[0].triggers):
-        raise OSError(both[0].first.ending)
-    report = both[0].report()
-    return report if len(both) == 1 else compared(report, both[1].report())
+    asked = (triggers or both[0].visits)[-1]
+    if not asked.sent:
+        raise OSError(asked.how)
+    report, *others = [one.report() for one in both]
+    return compared(report, *others) if others else report
 
 
 async def examine(both: list[Examination], case: str | None) -> None:
     """All of them at once, after the trigger, if there is one to be made."""
-    if case is not None:
-        path = await both[0].trigger(case)
-        if not path:
-            return
-        for one in both:
-            one.url, one.triggers = one.url.rstrip("/") + path, both[0].triggers
+    path = await both[0].trigger(case) if case else ""
     async with trio.open_nursery() as nursery:
         for one in both:
-            nursery.start_soon(one.look)
+            one.url = one.url.rstrip("/") + path if path else one.url
+            if path or not case:
+                nursery.start_soon(one.look)
 
 
 def compared(direct: dict[str, Any], via: dict[str, Any]) -> dict[str, Any]:
     """The verdict on two ways to one stream: which hop loses what."""
     known = [ill["ill"] for ill in direct["ills"]]
     added = [ill for ill in via["ills"] if ill["ill"] not in known]
-    own = any(ill["fault"] != THE_RUN for ill in direct["ills"])
-    found = {"verdict": direct["verdict"], "says": f"{direct['says']}; that way too"}
-    if added and own:
-        found["says"] = f"{direct['says']} (that way also: {added[0]['says']})"
-    elif added:
-        counts = f"events directly: {direct['answers']['events']}; that way: " + (
-            via["answers"].get("events", "none"))
-        hop = f"what stands between {direct['url']} and {via['url']}"
-        hop = THE_CALLER if added[0]["fault"] == THE_CALLER else hop
-        change = added[0]["change"]
-        says = f"{added[0]['says']} ({counts}) — {hop} is at fault: {change}"
-        found = {"verdict": added[0]["ill"], "says": says}
-    return {**direct, **found, "via": via}
+    both = {**direct, "via": via}
+    if not added:
+        return {**both, "says": f"{direct['says']}; that way too"}
+    ill, says, fault, change = added[0].values()
+    if any(one["fault"] != THE_RUN for one in direct["ills"]):
+        return {**both, "says": f"{direct['says']} (that way also: {says})"}
+    if fault != THE_CALLER:
+        fault = f"what stands between {direct['url']} and {via['url']}"
+    here, there = (one["answers"].get("events", "none") for one in (direct, via))
+    says = f"{says} (events directly: {here}; that way: {there}) — {fault} is at fault: {change}"
+    return {**both, "verdict": ill, "says": says}
 
 
-async def keep_watch(these: list[Examination], say: Callable[[str], None]) -> None:
-    """Say how it goes, every five seconds; and notice when it is we who are late."""
-    for tick in itertools.count(1):
-        began = trio.current_time()
-        await trio.sleep(TICK)
-        late = trio.current_time() - began - TICK
-        for one in these:
-            main, now = one.main, trio.current_time()
-            one.hiccups += [(now, late)] if late > 0.02 else []
-            if tick % 100 == 0:
-                age = now - main.sent
-                last = f", the last {age - main.last_at:.0f} s ago" if main.size else ""
-                say(f"… {main.url}: {age:.0f} s, {main.size} bytes{last}")
-
-
-# ═══ 17  Command line ═════════════════════════════════════════════════════════════════════════════
+# ═══ 18  Command line ═════════════════════════════════════════════════════════════════════════════
 # A flag for each setting, a sentence for each mistake, exit status 2 for what could not begin.
 
 ABOUT = "A local server that speaks Aura's analysis-stream contract, and can misbehave."
@@ -6364,7 +5975,7 @@ def diagnose_command(words: list[str]) -> int:
 
     asks = partial(diagnose, flags["url"], case=flags["case"], via=flags["via"], headers=named)
     try:
-        report = trio.run(partial(asks, limit=limit, say=complain))
+        report = trio.run(partial(asks, limit=limit))
     except* OSError as group:
         raise ValueError(f"nobody could be asked: {innermost(group)}") from None
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
