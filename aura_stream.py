@@ -5232,15 +5232,15 @@ class Visit(trio.abc.ReceiveChannel[Heard]):
 
 
 # ═══ 17  Diagnosis ════════════════════════════════════════════════════════════════════════════════
-# The debugging guide as a program. A careful client asks and comes back; then questions are put to
-# what it heard, and each yields its line and its ills. Nothing here knows the server but by its
-# contract: the stream may be anybody's, behind whatever proxy.
+# The debugging guide as a program. A careful client asks, and comes back once; then questions are
+# put to what it heard, and each yields its line and its ills. Nothing here knows the server but by
+# its contract: the stream may be anybody's, behind whatever proxy.
 
 BEARABLE = 45.0  # seconds of silence that the contract's clients bear
 LATE = 2.0  # seconds to the head, which goes out at once
 HELD = 0.4  # seconds that the first bytes came late, with events among them: they were held back
 TICK = 0.05  # seconds: what comes within them came together
-BACK = 30.0  # seconds spent on coming back to a stream that breaks
+BACK = 30.0  # seconds spent on coming back
 
 
 def fields_of(text: str | bytearray) -> dict[str, Any] | None:
@@ -5264,18 +5264,29 @@ class Examined(Visit):
     percent: float = -math.inf  # the last one
 
     @property
+    def over(self) -> bool:
+        """A client would not come back: it has seen the end."""
+        return self.done or self.terminal
+
+    @property
+    def half(self) -> int:
+        """How many events a client has that comes back: of a whole stream, not the last five."""
+        count = len(self.events)
+        return max(count // 2, count - 5) if self.over else count
+
+    @property
     def text(self) -> str:
-        """What the body says, in a line."""
+        """How the body begins, in a line."""
         return " ".join(self.body[:200].decode("utf-8", "replace").split()) or "an empty body"
 
     def hear(self, one: Heard) -> None:
-        said = one.name == "message" and one.data
+        said = one.name == "message" and not one.own and one.data
         if self.done:
             self.notes["after-done"] = "more came behind [DONE]"
-        elif said in ("[DONE]", "data: [DONE]") and not one.own:  # or wrapped once more
+        elif said in ("[DONE]", "data: [DONE]"):  # or wrapped once more
             self.done = True
             self.patience = 10
-        elif one.own or (one.name != "heartbeat" and said != ""):
+        elif one.own or (one.data and one.name != "heartbeat"):
             self.notes = {**dict(self.judged(one)), **self.notes}
             self.events.append(one._replace(data=str(hash(one.data))))
 
@@ -5287,10 +5298,8 @@ class Examined(Visit):
             yield "bad-json", f"the data of a {one.name} is no JSON: {shown(one.data[:60])}"
         if one.data.startswith(("id:", "event:", "data:")):
             yield "double-wrapped", "every line is wrapped once more, as data"
-        if one.name == "gap":
-            yield "gap", f"the server has forgotten events, and says so: {one.data[:LONG]}"
-        if one.name == "failed":
-            yield "failed", f"the analysis failed: {one.data[:LONG]}"
+        if one.name in ("gap", "failed"):
+            yield one.name, f"it says {one.name}: {one.data[:LONG]}"
         if one.name == "completed" and told.keys() & {"caseId", "score", "summary"} == {"caseId"}:
             yield "invented", "the completed has neither score nor summary: somebody made it up"
         self.terminal |= one.name in TERMINAL
@@ -5309,126 +5318,97 @@ class Examination:
     url: str
     headers: Mapping[str, str]
     until: float
-    triggers: list[Examined]
-    visits: list[Examined] = field(default_factory=list)  # until one streams, or it is hopeless
-    back: list[Examined] = field(default_factory=list)  # those that came back
+    triggers: list[Examined]  # one at most
+    visits: list[Examined] = field(default_factory=list)  # the stream, and who came back to it
     journal: dict[str, Any] = field(default_factory=dict)  # what the server says, if it is ours
     allowance: Allowance = field(default_factory=Allowance)
 
     @property
-    def first(self) -> Examined:
-        """What was answered first; where there is no stream to ask for, by the trigger."""
-        return (self.visits[:1] or self.triggers)[-1]
-
-    @property
     def main(self) -> Examined:
-        """The visit that is judged as a stream."""
-        return (self.visits or self.triggers)[-1]
-
-    @property
-    def over(self) -> bool:
-        """A client would not come back: it has seen the end."""
-        return self.main.done or self.main.terminal
-
-    @property
-    def half(self) -> int:
-        """How many events a client has that comes back: of a whole stream, not the last five."""
-        count = len(self.main.events)
-        return max(count // 2, count - 5) if self.over else count
+        """What is judged: the stream, or the trigger that leads to none."""
+        return (self.visits or self.triggers)[0]
 
     async def visit(
-        self, those: list[Examined], url: str, limit: float, sends: Mapping[str, str],
-        post: bytes = b"",
+        self, url: str, limit: float, sends: Mapping[str, str], post: bytes = b""
     ) -> Examined:
-        """One more of those visits, to its end or for so many seconds."""
+        """Ask, and hear the answer to its end, or for so many seconds."""
         until = min(self.until, trio.current_time() + limit)
         headers = {**sends, **self.headers}
         seen = Examined(url, headers, post, until, allowance=self.allowance)
-        those.append(seen)
         async with seen:
             with contextlib.suppress(trio.EndOfChannel):
                 while True:  # without a name that would hold a big one until the next
                     seen.hear(await seen.receive())
         return seen
 
-    async def trigger(self, case_id: str) -> str:
-        """Ask for a run as the back end does, once more with the same id if no answer comes; the
-        path of its stream, if it has one."""
+    async def trigger(self, case_id: str) -> None:
+        """Ask for a run as the back end does."""
         url = f"{self.url.rstrip('/')}/aura/cases/{encoded(case_id)}/analysis-runs"
         post = to_bytes(to_json({"runId": f"doctor-{uuid.uuid4().hex[:12]}"}))
         sends = {"accept": "*/*", "content-type": "application/json"}
-        seen = await self.visit(self.triggers, url, 10, sends, post)
-        if seen.sent and not seen.status:
-            seen = await self.visit(self.triggers, url, 10, sends, post)
-        told = fields_of(seen.body) or {}
+        seen = await self.visit(url, 10, sends, post)
+        seen.streams = False  # not this
+        self.triggers.append(seen)
+
+    def triggered(self) -> str:
+        """The path of the stream that the trigger has told; none if it was no path. To another host
+        nobody goes: it would get our token."""
+        told = fields_of(self.triggers[0].body) or {}
         with contextlib.suppress(ValueError):
             where = urlsplit(str(told.get("streamUrl") or told.get("streamPath")))
             path = where._replace(scheme="", netloc="", fragment="").geturl()
-            if path.startswith("/"):  # nor another host: it would get our token
-                return path
+            return path if path.startswith("/") else ""
         return ""
 
     async def look(self) -> None:
-        """Ask for the stream, again where that may help, and come back to it."""
-        for _ in range(4):
-            seen = await self.visit(self.visits, self.url, math.inf, ZIPPED)
-            later = seen.headers.get("retry-after", "1")[:9]
-            pause = min(int(later), 10) if later.isdecimal() else 1
-            no_time = seen.ended_at > 15 or trio.current_time() + pause > self.until
-            if no_time or not seen.sent or seen.status not in (0, 429, 500, 502, 503, 504):
-                break
-            await trio.sleep(pause)
-        if seen.streams and seen.ending not in ("limit", "full"):
-            await self.come_back()
-            if seen.ending != "quiet":  # else it was we who left
-                await self.ask_journal()
-
-    async def come_back(self) -> None:
-        """Until the end comes, or nothing new."""
-        since = trio.current_time()
-        known = self.main.events[: self.half]
-        while trio.current_time() - since < BACK and len(self.back) < 4:
-            after = {"last-event-id": known[-1].id} if known and known[-1].id else {}
-            seen = await self.visit(self.back, self.url, BACK, {**ZIPPED, **after})
-            if seen.done or seen.terminal or not seen.events:
+        """Ask for the stream, come back to it, and ask the server what it saw."""
+        if self.triggers:
+            path = self.triggered()
+            if not path:
                 return
-            known += seen.events
-            with trio.move_on_at(self.until):
-                await trio.sleep(1)
+            self.url = self.url.rstrip("/") + path
+        zipped = {"accept-encoding": "gzip"}  # as browsers do: does somebody compress the stream?
+        main = await self.visit(self.url, math.inf, zipped)
+        self.visits.append(main)
+        if main.streams and main.ending not in ("limit", "full"):
+            known = [one.id for one in main.events[: main.half]]
+            after = {"last-event-id": known[-1]} if any(known) else {}
+            self.visits.append(await self.visit(self.url, BACK, {**zipped, **after}))
+            if main.ending != "quiet":  # else it was we who left
+                await self.ask_journal()
 
     async def ask_journal(self) -> None:
         """What the server itself says of this visit, if it is one of ours and tells us."""
         names = ("run-id", "attempt", "scenario")
-        ours = [self.main.headers.get(f"x-aura-{name}", "") for name in names]
-        if not all(ours):
+        run_id, *which = (self.main.headers.get(f"x-aura-{name}", "") for name in names)
+        if not run_id:
             return
-        where, run_id = urlsplit(self.url), quote(unquote(ours[0]), safe="")
-        path = f"/__aura/journal?kind=stream&runId={run_id}"
-        seen = await self.visit([], f"{where.scheme}://{where.netloc}{path}", 5, {})
+        where = urlsplit(self.url)
+        path = f"/__aura/journal?kind=stream&runId={quote(unquote(run_id), safe='')}"
+        seen = await self.visit(f"{where.scheme}://{where.netloc}{path}", 5, {})
         told: Any = fields_of(seen.body)
         with contextlib.suppress(LookupError, TypeError):
             for one in told["entries"]:
-                if [str(one["attempt"]), one["scenario"]] == ours[1:]:
+                if [str(one["attempt"]), one["scenario"]] == which:
                     self.journal = {**one["end"], "said": one["said"]}
 
     def report(self) -> dict[str, Any]:
         """The answers; the ills, that which explains most first; and the verdict."""
-        main = self.main
-        pairs = (question(self) for question in QUESTIONS[: None if main.streams else 1])
+        asked = QUESTIONS if self.main.streams else QUESTIONS[:1]
+        pairs = (question(self) for question in asked)
         said = {name: str(says) for name, says in itertools.chain(*pairs) if says}
         found = [code for code in ILLS if code in said]
         ills = [{"ill": code, "says": said.pop(code), **self.blame(code)} for code in found]
-        far = f" so far, {main.how}" if main.ending in ("limit", "full") else ""
-        says = f"nothing is wrong{far}: {many(len(main.events), 'event')} in {main.ended_at:.1f} s"
+        verdict = found[0] if found else "healthy"
+        says = f"nothing is wrong: {said.get('end')}"
         if ills:
             says = "{says} — {fault} is at fault: {change}".format(**ills[0])
-        verdict = ills[0]["ill"] if ills else "healthy"
         return {"url": self.url, "verdict": verdict, "says": says, "ills": ills, "answers": said}
 
     def blame(self, code: str) -> dict[str, str]:
         """Whose fault it is, and what to change."""
         fault, change = ILLS[code]
-        if self.journal and fault is SOMEBODY and code in BREAKS:
+        if self.journal and code in ("cut", "dead"):
             fault = BY.get(str(self.journal.get("by")), THE_SERVER)
             change = f"its journal says: {self.journal['said']}"
         return {"fault": fault, "change": change}
@@ -5441,24 +5421,22 @@ Said = Iterator[tuple[str, Any]]
 
 
 def about_answer(it: Examination) -> Said:
-    first, asked = it.first, it.visits or it.triggers
+    main = it.main
+    line = f"{main.status}, {main.kind}, after {main.head_at:.2f} s"
     yield "reached", urlsplit(it.url).netloc
-    heads = [f"{one.status}, {one.kind}, after {one.head_at:.2f} s" for one in asked]
-    yield "answer", "; ".join(heads)
-    yield "unreachable", not first.sent and first.how
-    lost = next((one.how for one in (*it.triggers, *it.visits) if not one.status), "")
-    yield "no-answer", lost and f"no answer: {lost}"
-    code = STATUSES.get(first.status) or STATUSES.get(first.status // 100, "server-error")
-    if "runId not found" in first.text:
-        code = "not-found"
-    elif first.status == 200 and first.kind == "text/event-stream":
-        code = "compressed"
-    elif first.status // 100 == 2 and not it.visits:
+    yield "answer", line
+    yield "no-answer", not main.status and f"no answer: {main.how}"
+    slow = [one.head_at for one in it.triggers if one.head_at > 5]
+    yield "slow-trigger", slow and f"the trigger was answered after {slow[0]:.1f} s; BE waits for 5"
+    code = STATUSES.get(main.status) or STATUSES.get(main.status // 100, "server-error")
+    if main.post and main.status < 300:
         code = "trigger-refused"
-    says = first.headers.get("content-encoding", first.text)
-    slow = any(one.head_at > 5 for one in it.triggers)
-    yield "slow-trigger", slow and "the trigger's answer took more than 5 s, for which BE waits"
-    yield code, first.status and not first.streams and f"{heads[0]}: {says}"
+    elif main.status == 200 and main.kind == "text/event-stream":
+        code = "compressed"
+    elif "runId not found" in main.text:
+        code = "not-found"
+    says = main.headers.get("content-encoding", main.text)
+    yield code, main.status and not main.streams and f"{line}: {says}"
 
 
 def about_beginning(it: Examination) -> Said:
@@ -5467,7 +5445,7 @@ def about_beginning(it: Examination) -> Said:
     line = shown(LINE_END.split(text)[0][:LONG])
     yield "headers", str(main.headers)
     yield "first bytes", f"{line} after {main.first_at:.2f} s"
-    took = min(one.head_at for one in (main, *it.back[:1]))  # once may be chance
+    took = min(one.head_at for one in it.visits)  # once may be chance
     yield "slow-headers", took > LATE and f"the head of the answer took {took:.1f} s"
     empty = not main.size and main.ending == "end"
     yield "empty", empty and "200 and an empty body, properly ended"
@@ -5482,30 +5460,28 @@ def about_beginning(it: Examination) -> Said:
 
 
 def about_events(it: Examination) -> Said:
-    events = it.main.events
-    names = [one.name for one in events]
-    own = [one for one in events if one.own]
-    yield from it.main.notes.items()
+    events, names = it.main.events, [one.name for one in it.main.events]
+    for one in it.visits:
+        yield from one.notes.items()
     if not events:
         over = it.main.body and it.main.ending in ("end", "full")
         yield "no-events", over and f"{it.main.size} bytes without an event, and {it.main.how}"
         return
-    ids = f"ids {events[0].id} to {events[-1].id}" if own else "no ids: nobody can resume"
+    ids = f"ids {events[0].id} to {events[-1].id}"
+    ids = ids if events[0].id else "no ids: nobody can resume"
     yield "events", f"{len(events)}, {ids}; the last is {names[-1]}"
     yield "missing-started", names[0] in KNOWN_EVENTS[1:6] and f"the first event is {names[0]}"
-    twice = len(own) - len({one[1:] for one in own})
-    yield "duplicates", twice and f"{many(twice, 'event')} came once more, with the same id"
     starts = names.count("started")
-    yield "duplicate-run", starts > 1 and not twice and f"{starts} times started, in one run"
+    yield "duplicate-run", starts > 1 and f"{starts} times started, in one run"
     numbers = places(events)
-    yield "out-of-order", numbers != sorted(numbers) and f"the order of its ids is {numbers[:20]}"
-    strange = {*names} - {*KNOWN_EVENTS, "gap", "message", "heartbeat"}
-    listed = ", ".join(sorted(strange)[:5])
-    yield "unknown-events", listed and f"events that nobody documented: {listed}"
+    wrong = numbers != sorted({*numbers})
+    yield "out-of-order", wrong and f"the ids come in the order {numbers[:20]}"
+    strange = ", ".join(sorted({*names} - {*KNOWN_EVENTS, "gap", "message", "heartbeat"})[:5])
+    yield "unknown-events", strange and f"events that nobody documented: {strange}"
 
 
 def places(events: Iterable[Heard]) -> list[int]:
-    """Their places in the log, if they begin it: others are no places."""
+    """Their places in the log, if they begin it: other ids are no places."""
     found = [resume_point(one.id, 10**18) for one in events if one.own]
     return found if found[:1] == [1] else []
 
@@ -5526,105 +5502,85 @@ def about_arrival(it: Examination) -> Said:
 def held_back(it: Examination) -> Any:
     """The first bytes came late, and events with them; but other answers, before and after, did
     not."""
-    others = [one.first_at for one in (*it.triggers[-1:], *it.back[:1])]
+    came, events = it.main.first_at, it.main.events
+    others = [one.first_at for one in (*it.triggers, *it.visits[1:])]
     if not it.triggers:  # it may have been over, and the server slow: only a late body tells
         others.append(it.main.head_at)
-    came, events = it.main.first_at, it.main.events
-    together = sum(one.at < came + TICK for one in events)
     lumps = len({one.at // TICK for one in events})
-    late = came - max(others, default=0) > HELD and 2 * lumps < len(events)
-    says = f"nothing came for {came:.2f} s, then {together} events at once"
-    return late and together > 1 and says
+    late = came - max(others) > HELD and 2 * lumps < len(events)
+    says = f"nothing came for {came:.2f} s, then {len(events)} events in {many(lumps, 'lump')}"
+    return late and says
 
 
 def about_end(it: Examination) -> Said:
     main, said = it.main, it.journal.get("said")
     quiet = f", the last {main.silence:.1f} s without a byte" if main.silence > 1 else ""
     how = f"{main.how} after {main.ended_at:.1f} s and {many(len(main.events), 'event')}{quiet}"
-    yield "end", how + (f"; its journal says: {said}" if said else "")
-    if main.ending != "end":
-        yield break_of(main), how
-    elif main.events:
-        last = f"it was properly ended after {main.events[-1].name}"
+    yield "end", how
+    yield "journal", said
+    mute = main.ending == "limit" and not main.size and main.silence > LATE
+    yield "dead", (mute or main.ending == "quiet") and how
+    if main.ending not in ("end", "quiet", "limit", "full"):
+        whole_minutes = main.ended_at > 25 and main.ended_at % 30 < 1  # or half ones: a setting
+        code = "time-limit" if whole_minutes else "cut"
+        yield "idle-cut" if main.silence > 20 else code, how
+    elif main.ending == "end":
+        cut = it.journal.get("how") in ("drop", "reset")
+        yield "hidden-cut", cut and f"{said}; what came here was properly ended"
+        last = main.events and f"it was properly ended after {main.events[-1].name}"
         half = main.rest or main.block
-        yield "unterminated", half and not main.done and f"{last}, and half an event"
-        yield "ended-early", not it.over and last
-        yield "no-terminal", main.done and not main.terminal and f"{last} and [DONE]"
-        yield "no-done", main.terminal and not main.done and f"{last}, without [DONE]"
-    cut = main.ending == "end" and it.journal.get("how") in ("drop", "reset")
-    yield "hidden-cut", cut and f"{said}; what came here was properly ended"
-
-
-def break_of(main: Examined) -> str:
-    """What kind of break it is, by what came before."""
-    if main.ending == "quiet":
-        return "unclosed" if main.done else "dead"
-    if main.ending in ("limit", "full"):
-        mute = main.ending == "limit" and not main.size and main.silence > LATE
-        return "dead" if mute else ""
-    if main.silence > 20:
-        return "idle-cut"
-    if main.ended_at > 25 and main.ended_at % 30 < 1:  # whole half minutes are a setting
-        return "time-limit"
-    return "reset" if main.ending == "reset" else "cut"
+        yield "unterminated", last and half and not main.done and f"{last}, and half an event"
+        yield "no-done", last and not main.done and f"{last}, without [DONE]"
+        yield "no-terminal", last and not main.terminal and f"{last} and [DONE]"
 
 
 def about_resume(it: Examination) -> Said:
-    main, back = it.main, it.back
-    after = back[0].sends.get("last-event-id") if back else ""
-    had, owed = main.events[: it.half], main.events[it.half :]
-    rest = [one for each in back for one in each.events]
-    came = {one[1:] for one in rest}
-    twice = len(came & {one[1:] for one in had})
-    lost = len({one[1:] for one in owed} - came)
-    who = f"whoever comes back after {after}"
-    count = f"after {after} came {len(rest)} more, {twice} of them twice, {lost} missing"
-    yield "resume", count if after else "not tried: no id to come back with"
-    yield "doubled", after and twice and f"{who} gets {many(twice, 'event')} again"
-    wrong = [one for one in back if not one.streams or one.ending in ("cut", "reset")]
-    bad = wrong[0] if wrong and it.over else None
-    yield "resume-refused", bad and f"{who}: {bad.status}, {bad.kind}: {bad.text}; {bad.how}"
-    gaps = [one.notes["gap"] for one in (main, *back) if "gap" in one.notes]
-    numbers = {*places([*main.events, *rest])}
-    missing = 0 if gaps or not numbers else max(numbers) - len(numbers)
-    if not after or back[-1].ending in ("limit", "full"):
-        lost = 0
-    if 0 < missing < len(numbers):  # more: these are other kinds of ids
-        lost = missing
-    yield "lost", lost and f"{who} misses {many(lost, 'event')}"
-    yield "gap", gaps and gaps[0]
-    took = back[0].last_at - back[0].first_at if it.over and back else 0.0
-    slow = took > 1 and back[0].size < 2**16
-    yield "slow-stream", slow and f"a run that has ended takes {took:.1f} s for its last events"
+    main = it.main
+    for back in it.visits[1:]:
+        after = back.sends.get("last-event-id")
+        who = f"whoever comes back after {after}"
+        had, owed, came = (
+            {one[1:] for one in some}
+            for some in (main.events[: main.half], main.events[main.half :], back.events))
+        twice, lost = len(had & came), len(owed - came)
+        line = f"after {after} came {len(came)}, {twice} of them again; {lost} are missing"
+        yield "resume", line if after else "not tried: no id to come back with"
+        yield "doubled", after and twice and f"{who} gets {many(twice, 'event')} again"
+        refused = main.over and (not back.streams or back.ending in ("cut", "reset"))
+        says = f"{who}: {back.status}, {back.kind}: {back.text}; {back.how}"
+        yield "resume-refused", refused and says
+        if not after or back.ending in ("limit", "full"):
+            lost = 0  # for all we know
+        numbers = {*places([*main.events, *back.events])}
+        holes = max(numbers, default=0) - len(numbers)
+        lost = holes if 0 < holes < len(numbers) else lost  # more: these are other kinds of ids
+        yield "lost", lost and f"{who} misses {many(lost, 'event')}"
+        took = back.last_at - back.first_at
+        slow = main.over and took > 1 and back.size < 2**16
+        yield "slow-stream", slow and f"a run that has ended takes {took:.1f} s for its last events"
 
 
 QUESTIONS = (
     about_answer, about_beginning, about_events, about_arrival, about_end, about_resume,
 )
-ZIPPED = {"accept-encoding": "gzip"}  # as browsers do: does somebody compress the stream?
 THE_SERVER, THE_RUN, THE_CALLER = "the server", "the analysis", "the caller"
 BETWEEN, SOMEBODY = "a proxy on the way", "the server or a proxy on the way"
 BY = {"client": BETWEEN, "admin": "an operator", "shutdown": "who stopped the server"}
-BREAKS = ("reset", "cut", "dead", "unclosed")
 STATUSES = {  # and their hundreds
     2: "not-a-stream", 3: "refused", 4: "refused", 204: "gone", 401: "unauthorized",
-    403: "forbidden", 404: "wrong-path", 405: "wrong-path", 429: "too-many", 501: "wrong-path",
-    502: "bad-gateway", 503: "unavailable", 504: "upstream-late",
+    403: "forbidden", 404: "wrong-path", 429: "too-many", 502: "bad-gateway",
+    503: "unavailable", 504: "bad-gateway",
 }
-ONE_PLACE = "send all requests of a run to the instance that runs it, and keep what has ended"
-THAT_MOMENT = "look at that moment in the log of each hop"
 ILLS = {  # whose fault, and what to change; what explains more stands before what explains less
-    "unreachable": (SOMEBODY, "start it, or correct its address"),
-    "no-answer": (SOMEBODY, "look for a crash at that moment in its log"),
+    "no-answer": (SOMEBODY, "start it, correct its address, or look for a crash in its log"),
     "unauthorized": (THE_CALLER, "send a good token: -H 'Authorization: Bearer …'"),
     "forbidden": (THE_CALLER, "send the token and the tenant of who may see this"),
+    "not-found": (THE_SERVER, "send all requests of a run to the instance that runs it"),
     "wrong-path": (THE_CALLER, "correct the URL"),
     "refused": (THE_CALLER, "its answer says what it wants"),
     "too-many": (THE_CALLER, "ask less often; Retry-After says when"),
-    "bad-gateway": (BETWEEN, "start what it passes on to, or correct its address"),
-    "upstream-late": (SOMEBODY, "send the head at once, or let the proxy wait longer"),
+    "bad-gateway": (BETWEEN, "start what it passes on to, correct its address, or wait longer"),
     "trigger-refused": (THE_SERVER, "its answer says why there is no stream: DEMO_OFF?"),
-    "not-found": (THE_SERVER, ONE_PLACE),
     "unavailable": (THE_SERVER, "ask again after Retry-After: it is full or not up"),
     "server-error": (THE_SERVER, "look in its log for this request"),
     "gone": (THE_SERVER, "send 204 to who has seen everything; an EventSource stops at it"),
@@ -5633,27 +5589,23 @@ ILLS = {  # whose fault, and what to change; what explains more stands before wh
     "empty": (THE_SERVER, "look for what cancels it before its first byte: a middleware's scope"),
     "no-events": (THE_SERVER, "look for what ends it early, or reads the run's queue as well"),
     "double-wrapped": ("the relaying back end", "write lines as they came: not lines as data"),
+    "out-of-order": (THE_SERVER, "write each event once, in the order of their ids"),
     "duplicate-run": (THE_SERVER, "start one run per runId, whoever asks twice"),
-    "out-of-order": (THE_SERVER, "write events in the order of their ids"),
-    "duplicates": (THE_SERVER, "write each event once"),
     "invented": (THE_SERVER, "say `failed` and why, where the analysis did not end"),
     "bad-json": (THE_SERVER, "write data as one whole line of JSON"),
     "unterminated": (THE_SERVER, "end every event with a blank line: else no client sees it"),
     "after-done": (THE_SERVER, "end the answer behind [DONE]"),
     "gap": (THE_SERVER, "keep more events of a run"),
-    "resume-refused": (THE_SERVER, ONE_PLACE),
+    "resume-refused": (THE_SERVER, "keep what has ended, and send all requests to that instance"),
     "lost": (THE_SERVER, "keep a log per run: viewers of one queue steal from each other"),
     "doubled": (SOMEBODY, "use ids that the server can resume from; nobody may replace them"),
     "idle-cut": (BETWEEN, "beat more often than its idle time-out"),
     "time-limit": (BETWEEN, "raise its limit on a request's time; clients should resume"),
-    "reset": (SOMEBODY, THAT_MOMENT),
-    "cut": (SOMEBODY, THAT_MOMENT),
-    "dead": (SOMEBODY, "send `: connected` and heartbeats; clients should leave after 45 s"),
-    "unclosed": (SOMEBODY, "end the answer behind [DONE]"),
+    "cut": (SOMEBODY, "look at that moment in the log of each hop"),
+    "dead": (SOMEBODY, "send `: connected` and heartbeats, and end the answer behind [DONE]"),
     "hidden-cut": (BETWEEN, "let it speak HTTP/1.1 to the server: in 1.0 a cut is an end"),
-    "ended-early": (THE_SERVER, "end a stream behind its last event only"),
+    "no-done": (THE_SERVER, "write `data: [DONE]` last, behind completed or failed"),
     "no-terminal": (THE_RUN, "end every run with completed or failed"),
-    "no-done": (THE_SERVER, "write `data: [DONE]` last"),
     "slow-headers": (THE_SERVER, "send status and `: connected` before any work"),
     "buffered": (BETWEEN, "switch buffering off (nginx: proxy_buffering off, gzip off)"),
     "no-heartbeat": (THE_SERVER, "send `: heartbeat` after 30 quiet seconds"),
@@ -5682,24 +5634,18 @@ async def diagnose(
     for _ in range(2 if case else 1):  # bytes that are late once may be chance: then another run
         triggers: list[Examined] = []
         both = [Examination(one, headers, until, triggers) for one in (url, via) if one]
-        await examine(both, case)
+        if case:
+            await both[0].trigger(case)
+        async with trio.open_nursery() as nursery:
+            for one in both:
+                nursery.start_soon(one.look)
         if not any(map(held_back, both)) or 2 * trio.current_time() - began > until:
             break  # or there is no time for another
-    asked = (triggers or both[0].visits)[-1]
+    asked = (triggers or both[0].visits)[0]
     if not asked.sent:
         raise OSError(asked.how)
     report, *others = [one.report() for one in both]
     return compared(report, *others) if others else report
-
-
-async def examine(both: list[Examination], case: str | None) -> None:
-    """All of them at once, after the trigger, if there is one to be made."""
-    path = await both[0].trigger(case) if case else ""
-    async with trio.open_nursery() as nursery:
-        for one in both:
-            one.url = one.url.rstrip("/") + path if path else one.url
-            if path or not case:
-                nursery.start_soon(one.look)
 
 
 def compared(direct: dict[str, Any], via: dict[str, Any]) -> dict[str, Any]:
@@ -5714,9 +5660,7 @@ def compared(direct: dict[str, Any], via: dict[str, Any]) -> dict[str, Any]:
         return {**both, "says": f"{direct['says']} (that way also: {says})"}
     if fault != THE_CALLER:
         fault = f"what stands between {direct['url']} and {via['url']}"
-    here, there = (one["answers"].get("events", "none") for one in (direct, via))
-    says = f"{says} (events directly: {here}; that way: {there}) — {fault} is at fault: {change}"
-    return {**both, "verdict": ill, "says": says}
+    return {**both, "verdict": ill, "says": f"{says} — {fault} is at fault: {change}"}
 
 
 # ═══ 18  Command line ═════════════════════════════════════════════════════════════════════════════
