@@ -5283,7 +5283,7 @@ class Examined(Visit):
         said = one.name == "message" and not one.own and one.data
         if self.done:
             self.notes["after-done"] = "more came behind [DONE]"
-        elif said in ("[DONE]", "data: [DONE]"):  # or wrapped once more
+        elif said == "[DONE]":
             self.done = True
             self.patience = 10
         elif one.own or (one.data and one.name != "heartbeat"):
@@ -5423,7 +5423,6 @@ Said = Iterator[tuple[str, Any]]
 def about_answer(it: Examination) -> Said:
     main = it.main
     line = f"{main.status}, {main.kind}, after {main.head_at:.2f} s"
-    yield "reached", urlsplit(it.url).netloc
     yield "answer", line
     yield "no-answer", not main.status and f"no answer: {main.how}"
     slow = [one.head_at for one in it.triggers if one.head_at > 5]
@@ -5447,8 +5446,6 @@ def about_beginning(it: Examination) -> Said:
     yield "first bytes", f"{line} after {main.first_at:.2f} s"
     took = min(one.head_at for one in it.visits)  # once may be chance
     yield "slow-headers", took > LATE and f"the head of the answer took {took:.1f} s"
-    empty = not main.size and main.ending == "end"
-    yield "empty", empty and "200 and an empty body, properly ended"
     yield "line-ends", b"\r" in main.body and "lines end in CR"
     yield "bom", text.startswith("\ufeff") and "it begins with a byte order mark"
     foreign = "\ufffd" in text and b"\xef\xbf\xbd" not in main.body
@@ -5464,11 +5461,12 @@ def about_events(it: Examination) -> Said:
     for one in it.visits:
         yield from one.notes.items()
     if not events:
-        over = it.main.body and it.main.ending in ("end", "full")
-        yield "no-events", over and f"{it.main.size} bytes without an event, and {it.main.how}"
+        code = "no-events" if it.main.size else "empty"
+        over = it.main.ending in ("end", "full")
+        yield code, over and f"200, then {it.main.size} bytes without an event, and {it.main.how}"
         return
-    ids = f"ids {events[0].id} to {events[-1].id}"
-    ids = ids if events[0].id else "no ids: nobody can resume"
+    first, last = events[0].id, events[-1].id
+    ids = f"ids {first} to {last}" if first else "no ids: nobody can resume"
     yield "events", f"{len(events)}, {ids}; the last is {names[-1]}"
     yield "missing-started", names[0] in KNOWN_EVENTS[1:6] and f"the first event is {names[0]}"
     starts = names.count("started")

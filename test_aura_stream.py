@@ -6886,7 +6886,7 @@ def test_diagnose_tells_a_person_or_a_program_and_its_status_says_it_too(capsys)
         said = capsys.readouterr().out.splitlines()
         assert re.fullmatch(rf"{aura.url}/aura/analysis-runs/doctor-\w+/stream", said[0])
         assert [line.split("  ")[1].strip() for line in said[1:-1]] == [
-            "reached", "answer", "headers", "first bytes", "events", "arrival", "heartbeats", "end", "journal", "resume"]
+            "answer", "headers", "first bytes", "events", "arrival", "heartbeats", "end", "journal", "resume"]
         assert said[-1].startswith("healthy: nothing is wrong: it was properly ended after ") and said[-1].endswith(" s and 11 events")
         assert main(["diagnose", aura.url, "--case", "1~empty", "--json"]) == 1
         found = json.loads(capsys.readouterr().out)
