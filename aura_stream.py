@@ -59,19 +59,6 @@ The journey of one event:
     8  a viewer that comes late, or comes back, starts at 6: the log is still there
 """
 
-# /// script
-# requires-python = ">=3.11"
-# dependencies = [
-#   "trio>=0.31",
-#   "quart-trio>=0.12,<0.14",
-#   "quart-trio>=0.13; python_version >= '3.13'",
-#   "quart>=0.22,<0.24",
-#   "hypercorn==0.18.*",
-#   "h11==0.16.*",
-#   "msgspec>=0.20",
-# ]
-# ///
-
 from __future__ import annotations
 
 import argparse
@@ -3812,26 +3799,16 @@ def task_tree() -> str:
 
 def _draw(task: trio.lowlevel.Task, depth: int, lines: list[str]) -> None:
     ours = [frame for frame in frames_of(task) if frame.f_code.co_filename == __file__]
-    name = task.name.removeprefix(f"{__name__}.")
-    if ours or re.match(r"[a-z]+\b(?!\.)", name):  # a name of ours has no dots
-        place = ours[-1].f_code.co_qualname.replace(".<locals>", "") if ours else name
-        lines.append(f"{'   ' * depth}{name}" + (f"  <- {place}" if place != name else ""))
+    if ours or re.match(r"[a-z]+\b(?!\.)", task.name):  # a name of ours has no dots
+        place = ours[-1].f_code.co_qualname.replace(".<locals>", "") if ours else ""
+        lines.append(f"{'   ' * depth}{task.name}{'  <- ' * bool(place)}{place}")
         depth += 1
     for nursery in task.child_nurseries:
-        if opened := name_of(nursery, ours):
-            lines.append(f"{'   ' * depth}nursery {opened}")
-            depth += 1  # whatever the task opens behind it is inside it
+        names = [k for frame in ours for k, value in frame.f_locals.items() if value is nursery]
+        lines += [f"{'   ' * depth}nursery {name}" for name in names[:1]]
+        depth += len(names[:1])  # whatever the task opens behind it is inside it
         for child in sorted(nursery.child_tasks, key=lambda one: one.name):
             _draw(child, depth, lines)
-
-
-def name_of(nursery: trio.Nursery, frames: Iterable[types.FrameType]) -> str:
-    """The variable that holds it; where that says only "nursery", the function that opened it."""
-    for frame in frames:
-        for name, value in frame.f_locals.items():
-            if value is nursery:
-                return f"of {frame.f_code.co_name}" if name == "nursery" else name
-    return ""
 
 
 def frames_of(task: trio.lowlevel.Task) -> Iterator[types.FrameType]:
@@ -4372,371 +4349,625 @@ PAGE = r"""<!doctype html>
 <link rel="icon" href="data:,">
 <title>Aura stream</title>
 <style>
-  :root { color-scheme: light dark; font: 1rem/1.5 system-ui, sans-serif; word-break: keep-all; }
-  body { margin: auto; max-width: 78rem; padding: 1rem; overflow-wrap: anywhere; }
-  h1, h2 { font-size: 1.25rem; margin: 0; }
-  p { margin: .25rem 0 .75rem; max-width: 72ch; }
-  main { display: grid; gap: 1.5rem; }
-  main { grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); }
-  form:not([hidden]) { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: baseline; }
-  form p { flex-basis: 100%; margin: 0 0 .75rem; }
-  input, select, button { font: inherit; padding: .3rem .6rem; max-width: 100%; }
-  progress, svg { display: block; width: 100%; }
-  svg { height: 3rem; border-block: 1px solid GrayText; }
-  path { stroke: LinkText; stroke-width: 2px; vector-effect: non-scaling-stroke; }
-  ul, ol { padding: 0 0 0 2ch; margin: 0; overflow: auto; max-height: 24rem; }
-  pre { overflow: auto; margin: 0 0 1.5rem; font-size: .85rem; }
+:root { color-scheme: light dark; --back: #fff; --card: #f4f5f7; --text: #1b1d21; --quiet: #565c66;
+  --line: #c4c8cf; --blue: #0b57d0; --on-blue: #fff; --red: #b3261e; --green: #14692f; }
+@media (prefers-color-scheme: dark) { :root { --back: #15171b; --card: #1f2228; --text: #e6e8ec;
+  --quiet: #a9afba; --line: #454b55; --blue: #8ab4f8; --on-blue: #10203a; --red: #f2a59f;
+  --green: #86d39a; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 78rem; padding: 1rem; background: var(--back); color: var(--text);
+  font: 1rem/1.5 system-ui, "Noto Sans KR", "Malgun Gothic", sans-serif; word-break: keep-all;
+  overflow-wrap: anywhere; }
+h1 { font-size: 1.4rem; margin: 0; } h2 { font-size: 1.05rem; margin: 0 0 .5rem; }
+p { margin: .25rem 0 .75rem; max-width: 68ch; } small, .quiet { color: var(--quiet); }
+main { display: grid; gap: 1rem; grid-template-columns: minmax(0, 3fr) minmax(0, 2fr); }
+@media (max-width: 56rem) { main { grid-template-columns: minmax(0, 1fr); } }
+section { background: var(--card); border-radius: .5rem; padding: 1rem; }
+.wide { grid-column: 1 / -1; }
+form { display: flex; flex-wrap: wrap; gap: .75rem; align-items: end; }
+label { display: grid; gap: .15rem; font-weight: 600; max-width: 100%; }
+input, select, button { font: inherit; font-weight: 400; padding: .35rem .6rem; color: inherit;
+  min-height: 2.5rem; max-width: 100%; border: 1px solid var(--quiet); border-radius: .35rem;
+  background: var(--back); }
+button { cursor: pointer; } button:disabled { cursor: default; opacity: .55; }
+button.first { background: var(--blue); border-color: var(--blue); color: var(--on-blue); }
+:focus-visible { outline: 3px solid var(--blue); outline-offset: 2px; }
+[hidden] { display: none !important; }
+#doc { flex-basis: 100%; margin: 0; }
+#state { font-weight: 600; min-height: 1.5em; }
+#state.bad { color: var(--red); } #state.good { color: var(--green); }
+progress { width: 100%; height: .7rem; accent-color: var(--blue); }
+dl { display: flex; flex-wrap: wrap; gap: .25rem 1.5rem; margin: .5rem 0; }
+dl div { display: flex; gap: .4rem; } dt { color: var(--quiet); white-space: nowrap; }
+dd { margin: 0; } a { color: var(--blue); } section + section { margin-top: 1rem; }
+main > section { margin: 0; }
+svg { display: block; width: 100%; height: 3rem; background: var(--back);
+  border: 1px solid var(--line); border-radius: .35rem; }
+svg path { stroke-width: 2px; vector-effect: non-scaling-stroke; fill: none; }
+#bars { stroke: var(--blue); } #beats { stroke: var(--green); } #breaks { stroke: var(--red); }
+.axis { display: flex; justify-content: space-between; gap: 1rem; font-size: .85rem; }
+.axis :not(#spread) { white-space: nowrap; }
+.scroll { overflow: auto; max-height: 24rem; margin-top: .75rem; }
+table { border-collapse: collapse; width: 100%; font-size: .9rem; }
+table:not(:has(td)) { display: none; }
+caption { text-align: left; color: var(--quiet); }
+th, td { text-align: left; padding: .2rem .5rem .2rem 0; vertical-align: top; }
+th { position: sticky; top: 0; background: var(--card); white-space: nowrap; }
+td { border-top: 1px solid var(--line); } td:nth-child(2) { min-width: 6.5rem; }
+td:first-child { min-width: 2.2rem; white-space: nowrap; }
+.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+@media (max-width: 40rem) { thead { display: none; } tbody, caption { display: block; }
+  tr { display: grid; grid-template-columns: auto 1fr auto auto; column-gap: .5rem; }
+  tbody td:last-child { grid-column: 1 / -1; border: 0; padding-bottom: .4rem; } }
+pre { margin: 0; overflow: auto; font: .85rem/1.45 ui-monospace, monospace; white-space: pre; }
+.gone { color: var(--red); text-decoration: line-through; }
+.gone i { position: absolute; clip-path: inset(50%); } .new { color: var(--green); }
+ol { margin: 0; padding-left: 1.4rem; }
 </style>
-
+<header>
 <h1>Aura stream</h1>
 <p>A stream is one answer that stays open: the server writes an event whenever it has one. A
 <b>run</b> writes a log; a <b>delivery</b> plays that log to one viewer, well or badly. Press Start,
 then choose a scenario and see it go wrong.</p>
-
+</header>
+<main>
+<section class="wide" aria-label="What to run">
 <form id="ask">
-  <label>Scenario <select id="scenario"><option value="">ordinary</option></select></label>
-  <label>Phase <select id="phase"><option>phase2<option>phase3<option>job</select></label>
-  <label>Case <input id="case" value="85116" size="10" maxlength="200" required></label>
-  <button id="start">Start</button>
-  <button type="button" id="cancel" disabled>Cancel the run</button>
-  <button type="button" id="leave" disabled>Leave</button>
-  <button type="button" id="again" hidden></button>
-  <p id="doc">the ordinary run and the ordinary stream, or what --scenario says</p>
+<label>Scenario <select id="scenario"><option value="">ordinary</option></select></label>
+<label>Phase <select id="phase"><option value="phase2">Phase2</option>
+<option value="phase3">Phase3</option><option value="job">generation job</option></select></label>
+<label>Case <input id="case" value="85116" size="10" maxlength="200" required></label>
+<button class="first" id="start">Start</button>
+<button type="button" id="cancel" disabled>Cancel the run</button>
+<button type="button" id="leave" disabled>Leave</button>
+<button type="button" id="again" hidden>Try again</button>
+<p id="doc" class="quiet">the ordinary run and the ordinary stream, or what --scenario says</p>
 </form>
 <form id="lock" hidden>
-  <label>ADMIN_TOKEN of this server <input id="token" type="password" autocomplete="off"></label>
-  <button>Use it</button>
+<label>ADMIN_TOKEN of this server <input id="token" type="password" autocomplete="off"></label>
+<button>Use it</button>
+<p id="why" class="quiet" role="alert"></p>
 </form>
-<p id="why" role="alert"></p>
-
-<main>
-  <section aria-label="The stream">
-    <h2>The stream</h2>
-    <p role="status"><b id="state">Nothing runs yet.</b></p>
-    <progress id="progress" max="100" value="0" aria-label="percent of the analysis"></progress>
-    <p id="facts"></p>
-    <svg id="line" preserveAspectRatio="none" aria-hidden="true"><path id="bars"/></svg>
-    <p>A bar is an event, where it came in time. The last 300 are listed.</p>
-    <ul id="events" tabindex="0" aria-label="events"></ul>
-  </section>
-  <section aria-label="The server">
-    <h2>Who is inside whom</h2>
-    <p>The server's tasks. Leave: one delivery ends, the run goes on. Cancel: the run's branch
-    ends, and its deliveries finish by themselves.</p>
-    <pre id="tree" tabindex="0" role="region" aria-label="tasks"></pre>
-    <h2>Who closed first, as the journal says</h2>
-    <ol id="said"></ol>
-  </section>
+</section>
+<section aria-labelledby="h-stream">
+<h2 id="h-stream">The stream</h2>
+<p id="state" role="status">Nothing runs yet.</p>
+<progress id="progress" max="100" value="0" aria-label="percent of the analysis"></progress>
+<dl id="facts"></dl>
+<svg id="line" role="img" viewBox="0 0 1000 10" preserveAspectRatio="none" aria-label="no events">
+<path id="bars"/><path id="beats"/><path id="breaks"/></svg>
+<div class="axis quiet"><span>0 s</span><span id="spread"></span><span id="until"></span></div>
+<small>A blue bar is an event, where it came in time; green is a comment, red a break.</small>
+<div class="scroll" tabindex="0" role="region" aria-label="events"><table id="events">
+<caption id="kept"></caption>
+<thead><tr><th scope="col">id<th scope="col">event<th scope="col" class="number">at
+<th scope="col" class="number">after<th scope="col">data</thead><tbody></tbody></table></div>
+</section>
+<div>
+<section aria-labelledby="h-tree">
+<h2 id="h-tree">Who is inside whom</h2>
+<p class="quiet">The server's tasks. Leave: one delivery ends, the run goes on. Cancel: the run's
+branch ends, and its deliveries finish by themselves.
+<a id="second" target="_blank" rel="noopener" hidden>Watch this run in a second tab</a></p>
+<pre id="tree" tabindex="0" role="region" aria-labelledby="h-tree"></pre>
+</section>
+<section aria-labelledby="h-said">
+<h2 id="h-said">Who closed first</h2>
+<p class="quiet">What the server's journal says of each attempt, when it is over.</p>
+<ol id="said"></ol>
+</section>
+</div>
 </main>
-
 <script>
+"use strict";
 const $ = (id) => document.getElementById(id);
+const given = new URLSearchParams(location.hash.slice(1));
+const SHORTER = Math.min(1, Math.abs(given.get("waits")) || 1);  // #waits=0.01, for the impatient
+const BACK_OFF = [1, 2, 5, 15], LEAST = 0.5, MOST = 60, OFFER = 60, SILENCE = 45, KEPT = 300;
 const TRIES = Number(document.documentElement.dataset.tries);  // SSE_MAX_RETRIES
-const BACK_OFF = [1, 2, 5, 15];
-const SILENCE = 45;  // seconds, as the contract has it
-const SHORTER = location.hash === "#waits=0.01" ? 0.01 : 1;  // for tests
-const KEPT = 300;  // rows, and characters of a row
-const MOST = 20000;  // ids and bars: no stream fills the memory
-const BEARER = { Authorization: "Bearer page" };
-const path = encodeURIComponent;
 const now = () => performance.now() / 1000;
+const seconds = (s) => `${s.toFixed(s < 10 ? 2 : 1)} s`;
+const sleep = (s, signal) => new Promise((soon) => {
+  const timer = setTimeout(soon, 1000 * s);
+  signal?.addEventListener("abort", () => { clearTimeout(timer); soon(); });
+});
+const BEARER = { Authorization: "Bearer page" };
+const path = (text) => encodeURIComponent(text);
+const inHeader = (text) => String.fromCharCode(...new TextEncoder().encode(text));  // in UTF-8
 const many = (n, word) => `${n} ${word}${n === 1 ? "" : "s"}`;
-const inHeader = (text) => String.fromCharCode(...new TextEncoder().encode(text));  // UTF-8
-const pauseOf = (usual) => Math.max(0.5, Math.min(usual, 60) * (0.9 + 0.2 * Math.random()));
 
-// What this viewer knows of the run it watches.
+const PHASES = {
+  phase2: { trigger: (it) => `/aura/cases/${path(it)}/analysis-runs`,
+    run: (r) => `/aura/cases/${path(r.case)}/analysis-runs/${path(r.id)}`,
+    stream: (r) => `/aura/cases/${path(r.case)}/analysis/stream?runId=${path(r.id)}` },
+  job: { trigger: () => "/api/v1/generations", run: (r) => `/api/v1/generations/${path(r.id)}`,
+    stream: (r) => `/api/v1/generations/${path(r.id)}/events` },
+};
+PHASES.phase3 = { ...PHASES.phase2,
+  trigger: (it) => `/aura/internal/cases/${path(it)}/analysis-runs` };
+
+// The bytes of a stream, as the WHATWG reads them: lines, and what a blank line completes.
+class Parser {
+  #line = ""; #cr = false; #name = ""; #data = []; #id;
+  constructor(lastId) { this.#id = lastId; }
+  *feed(text) {
+    if (this.#cr && text.startsWith("\n")) text = text.slice(1);
+    this.#cr = text.endsWith("\r");
+    const lines = text.split(/\r\n|\r|\n/);
+    lines[0] = this.#line + lines[0];
+    this.#line = lines.pop();
+    for (const line of lines) yield* this.#take(line);
+  }
+  *#take(line) {
+    const [, key, value] = /^([^:]*)(?:: ?([^]*))?$/.exec(line);
+    if (line.startsWith(":")) yield { beat: line };
+    else if (key === "data") this.#data.push(value ?? "");
+    else if (key === "event") this.#name = value ?? "";
+    else if (key === "id" && !value?.includes("\0")) this.#id = value ?? "";
+    else if (key === "retry" && /^\d+$/.test(value)) yield { retry: value / 1000 };
+    else if (line === "") {
+      const event = { id: this.#id, name: this.#name || "message", data: this.#data.join("\n") };
+      if (this.#data.length) yield event;
+      this.#name = ""; this.#data = [];
+    }
+  }
+}
+
+// What the viewer knows of its run, and what of it is on the page.
 let run = null;
-let frame = 0;
-let busy = now();
+let token = "";
 
-function newRun() {
+function fresh(phase, caseId, id) {
   run?.stop.abort();
-  $("events").replaceChildren();
+  run = { phase, case: caseId, id, stop: new AbortController(), began: now(), lastId: "", tries: 0,
+    attempt: 0, count: 0, here: 0, farthest: 0, arrivals: 0, previous: 0, longest: 0, missed: 0,
+    percent: 0, retry: null, over: "", latency: null, heard: now(), open: false, finished: false,
+    rows: [], marks: [], bars: new Set(), seen: new Set() };
+  $("events").tBodies[0].replaceChildren();
   $("said").replaceChildren();
-  run = {
-    id: "", at: {}, lastId: "", seen: new Set(), bars: new Set(), over: "", cancelled: false,
-    attempt: 0, tries: 0, retry: null, count: 0, arrivals: 0, percent: 0,
-    began: now(), heard: now(), latency: Infinity, previous: 0,
-    stop: new AbortController(), quiet: new AbortController(), finished: false, offer: "",
-  };
+  $("again").hidden = true;
   return run;
 }
 
-function addresses(phase, caseId, id) {
-  const jobs = "/api/v1/generations";
-  if (phase === "job") return { start: jobs, run: `${jobs}/${id}`, stream: `${jobs}/${id}/events` };
-  const runs = `/aura/cases/${caseId}/analysis-runs`;
-  const stream = `/aura/cases/${caseId}/analysis/stream?runId=${id}`;
-  const start = phase === "phase3" ? runs.replace("/aura", "/aura/internal") : runs;
-  return { start, run: `${runs}/${id}`, stream };
+function say(text, mood = "") {
+  $("state").textContent = text;
+  $("state").className = mood;
 }
 
-// Reads a stream as the HTML standard says: lines, and a blank one completes an event.
-function parser(id) {
-  let begun = "";
-  let event = { name: "message", data: [] };
-  return function* read(text) {
-    const lines = (begun + text).split(/\r\n|\n|\r(?!$)/);
-    begun = lines.pop();
-    for (const line of lines) {
-      const [, key, value] = /^([^:]*):? ?([^]*)$/.exec(line);
-      if (key === "data") event.data.push(value);
-      if (key === "event") event.name = value || "message";
-      if (key === "id" && !value.includes("\0")) id = value;
-      if (key === "retry" && /^\d+$/.test(value)) yield { retry: value / 1000 };
-      if (line !== "") continue;
-      if (event.data.length) yield { id, name: event.name, data: event.data.join("\n") };
-      event = { name: "message", data: [] };
-    }
-  };
-}
-
-// Asks for the stream once. Returns nothing when all is over, else why, and whether to ask again.
+// One attempt: "done", or "final" (asking again will not help), or "again"; why, and after when.
 async function attempt(mine) {
-  const headers = { Accept: "text/event-stream", ...BEARER };
-  if (mine.lastId && mine.lastId.length < 4000) headers["Last-Event-ID"] = inHeader(mine.lastId);
-  const asked = now();
-  const quiet = new AbortController();
-  const signal = AbortSignal.any([mine.stop.signal, quiet.signal]);
-  Object.assign(mine, { attempt: mine.attempt + 1, latency: Infinity, heard: asked, quiet });
-  let why = "No answer came";
+  const quiet = new AbortController(), stopped = AbortSignal.any([mine.stop.signal, quiet.signal]);
+  let patience, asked = now(), first = true;
+  const heard = () => {
+    clearTimeout(patience);
+    patience = setTimeout(() => quiet.abort(), 1000 * SILENCE);
+    mine.heard = now();
+    if (first) { mine.latency = 1000 * (mine.heard - asked); first = false; }
+  };
+  heard();
+  first = true;
+  mine.latency = null;
+  mine.here = 0;
+  mine.attempt += 1;
   say("Waiting for the answer …");
   try {
-    const answer = await fetch(mine.at.stream, { headers, signal, cache: "no-store" });
-    const type = answer.headers.get("content-type") ?? "without a type";
-    if (answer.status === 204) return null;
-    if (answer.status !== 200 || !type.startsWith("text/event-stream")) {
-      const text = (await answer.text()).slice(0, KEPT);
-      const after = Number(answer.headers.get("retry-after")) || null;
-      why = `This is no stream but ${answer.status}, ${type}: ${text}`;
-      return { why, after, again: answer.status === 429 || answer.status >= 500 };
-    }
-    why = "The connection broke";
-    say(`Connected, attempt ${mine.attempt}.`);
-    const read = parser(mine.lastId);
-    const body = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+    const headers = { Accept: "text/event-stream", ...BEARER };
+    if (mine.lastId && mine.lastId.length < 4000) headers["Last-Event-ID"] = inHeader(mine.lastId);
+    const url = PHASES[mine.phase].stream(mine);
+    const answer = await fetch(url, { headers, signal: stopped, cache: "no-store" });
+    const refusal = await refused(mine, answer);
+    if (refusal) return refusal;
+    mine.open = true;
+    say(mine.attempt > 1 ? `Connected again, attempt ${mine.attempt}.` : "Connected.");
+    const parser = new Parser(mine.lastId), decoder = new TextDecoder();
+    const body = answer.body.getReader();
     for (let piece; !(piece = await body.read()).done;) {
-      mine.heard = now();
-      mine.latency = Math.min(mine.latency, 1000 * (mine.heard - asked));
-      arrived(mine, read(piece.value));
+      heard();
+      arrived(mine, parser.feed(decoder.decode(piece.value, { stream: true })));
     }
-    why = "The answer ended properly, but without a last event";
-  } catch {
-    if (quiet.signal.aborted) why = `Nothing came for ${SILENCE} s`;
+    return mine.over ? ["done"] : ["again", "The answer ended properly, but without a last event"];
+  } catch (error) {
+    if (mine.over) return ["done"];
+    if (quiet.signal.aborted) return ["again", `Nothing came for ${SILENCE} s`];
+    return ["again", mine.open ? "The connection broke" : `No answer came (${error.message})`];
+  } finally {
+    clearTimeout(patience);
+    mine.open = false;
   }
-  return mine.over ? null : { why, again: true };
+}
+
+async function refused(mine, answer) {
+  const { status, headers } = answer, type = headers.get("content-type") ?? "";
+  if (status === 204) return ["done"];
+  if (status === 200 && type.startsWith("text/event-stream")) return null;
+  const about = `This is no stream but ${status}, ${type || "without a type"}`;
+  const text = sentence(await answer.text().catch(() => ""));
+  if (status !== 429 && status < 500) return ["final", `${about}: ${text}`];
+  return ["again", about, Number(headers.get("retry-after")) || null];
 }
 
 function arrived(mine, parts) {
   const at = now() - mine.began;
+  let came = false;
   for (const part of parts) {
-    if (part.retry !== undefined) mine.retry = part.retry;
+    if (part.beat) mark(mine, "beats", at);
+    else if ("retry" in part) mine.retry = part.retry;
+    else if (part.name === "heartbeat") mark(mine, "beats", at);
     else if (part.name === "message" && part.data === "[DONE]") mine.over ||= "[DONE]";
-    else if (part.name !== "heartbeat") happened(mine, part, at);
+    else { happened(mine, part, at); came = true; }
   }
-  frame ||= requestAnimationFrame(draw);
+  mine.arrivals += came;
+  later(draw);
+}
+
+function mark(mine, kind, at) {
+  mine.marks.push([kind, at]);
+  if (mine.marks.length > KEPT) mine.marks.shift();
 }
 
 function happened(mine, { id, name, data }, at) {
-  const own = id && id !== mine.lastId;
-  const known = own && mine.seen.has(id);
-  if (own && !known) mine.tries = 0;  // it is news
-  if (own && mine.seen.size < MOST) mine.seen.add(id);
-  if (mine.bars.size < MOST) mine.bars.add(`M${at.toFixed(2)} 0V10`);
+  mine.count += 1;
+  mine.here += 1;
+  const own = id && id !== mine.lastId, before = own && mine.seen.has(id);
+  if (own ? !before : mine.here > mine.farthest) mine.tries = mine.missed = 0;  // it is news
+  mine.farthest = Math.max(mine.farthest, mine.here);
+  if (own && mine.seen.size < 20000) mine.seen.add(id);
+  mine.lastId = id;
+  const since = at - mine.previous;
+  mine.longest = Math.max(mine.longest, since);
+  const times = [at.toFixed(2), `+${since.toFixed(2)}`];
+  mine.rows.push([id, before ? `${name} (again)` : name, ...times, data.slice(0, 300)]);
+  if (mine.rows.length > KEPT) mine.rows.shift();
+  mine.previous = at;
+  mine.bars.add(at.toFixed(3));
+  if (mine.bars.size > 5000) mine.bars = new Set([...mine.bars].filter((_, nth) => nth % 2));
   if (["completed", "failed"].includes(name)) mine.over = name;
   try {
-    const { percent, value } = JSON.parse(data);
-    mine.percent = [percent, value, mine.percent].find(Number.isFinite);
+    const told = JSON.parse(data), percent = told.percent ?? told.value;
+    if (Number.isFinite(percent)) mine.percent = percent;
   } catch { /* it is only text */ }
-
-  const since = at - mine.previous;
-  if (since) mine.arrivals += 1;
-  Object.assign(mine, { lastId: id, previous: at, count: mine.count + 1 });
-  const row = document.createElement("li");
-  const title = name + (known ? " (again)" : "");
-  const words = [id, title, `${at.toFixed(2)} s`, `+${since.toFixed(2)} s`];
-  row.textContent = [...words, data].join(" · ").slice(0, KEPT);
-  $("events").prepend(row);
-  if (mine.count > KEPT) $("events").lastChild.remove();
+  if (mine.over === "completed") mine.percent = 100;
 }
 
-// Asks for the stream again, each time later, until it is over or the tries are.
+// Ask again after 1, 2, 5, 15 s, or when the server says, until it is over or the tries are.
 async function watch(mine) {
-  const leaves = () => mine.stop.signal.aborted && !mine.over;
-  while (mine === run && !leaves()) {
-    const problem = await attempt(mine);
-    if (mine !== run || leaves()) break;
-    if (!problem) return finish(mine, ending(mine), "");
-    const { why, after, again } = problem;
-    if (!again) return finish(mine, why, "Try again");
-    const all = `${why}, and all ${TRIES} tries are used up. Try again in a minute.`;
-    if (mine.tries >= TRIES) return finish(mine, all, "Try again", 60);
-    const pause = pauseOf(after ?? mine.retry ?? BACK_OFF[Math.min(mine.tries, 3)]);
+  buttons();
+  look();
+  for (;;) {
+    const [outcome, why, after] = await attempt(mine);
+    if (mine !== run) return;
+    if (mine.stop.signal.aborted && !mine.over) return leftIt(mine);
+    later(draw);
+    tell(mine);
+    const bad = mine.over === "failed" && !mine.cancelled;
+    if (outcome === "done") say(ending(mine), bad ? "bad" : "good");
+    if (outcome === "final") say(why, "bad");
+    if (outcome !== "again") return finish(mine, outcome === "final");
+    mine.missed += 1;
+    mark(mine, "breaks", now() - mine.began);
+    if (mine.tries >= TRIES) return exhausted(mine, why);
+    const usual = after ?? mine.retry ?? BACK_OFF[Math.min(mine.tries, BACK_OFF.length - 1)];
+    const pause = pauseOf(usual);
     mine.tries += 1;
-    say(`${why}. Try ${mine.tries} of ${TRIES} in ${pause.toFixed(1)} s.`);
-    await sleep(pause, mine.stop.signal);
+    say(`${why}. Try ${mine.tries} of ${TRIES} in ${seconds(pause)}.`, "bad");
+    await sleep(pause * SHORTER, mine.stop.signal);
+    if (mine !== run) return;
+    if (mine.stop.signal.aborted) return leftIt(mine);
   }
-  if (mine === run) await left(mine);
 }
 
-function sleep(seconds, signal) {
-  return new Promise((wake) => {
-    setTimeout(wake, 1000 * seconds * SHORTER);
-    signal?.addEventListener("abort", wake);
-  });
+const ENDS = {
+  completed: (count) => `Completed, after ${count}.`,
+  failed: (count) => `The analysis failed, after ${count}; the last one says why.`,
+  "[DONE]": (count) => `Done, after ${count}, though neither completed nor failed came.`,
+};
+
+const pauseOf = (usual) => Math.max(LEAST, Math.min(usual, MOST) * (0.9 + 0.2 * Math.random()));
+
+// What an answer that is no stream says: the sentence in its JSON, or its first words.
+function sentence(text) {
+  try {
+    const { error, detail, hint, didYouMean } = JSON.parse(text);
+    const parts = [error ?? detail ?? text, hint, didYouMean?.[0] && `perhaps ${didYouMean[0]}?`];
+    return parts.filter(Boolean).map((part) => part.message ?? part).join("; ").slice(0, 300);
+  } catch { return text.slice(0, 300); }
 }
 
 function ending(mine) {
+  if (mine.cancelled && mine.over === "failed")
+    return "You cancelled the run; its stream ended by itself.";
   const held = mine.count > 2 && mine.arrivals === 1 && mine.previous > 0.5;
-  const ended = `Ended with ${mine.over || "204, all seen,"} after ${many(mine.count, "event")}`;
-  if (mine.cancelled) return `${ended}; you asked to cancel the run.`;
-  return ended + (held ? ". All came at once, at the end: somebody held them back." : ".");
+  const said = ENDS[mine.over]?.(many(mine.count, "event")) ?? "Finished: everything was seen.";
+  return said + (held ? " All came at once, at the end: somebody held them back." : "");
 }
 
-async function left(mine) {
-  const count = `You left after ${many(mine.count, "event")}`;
-  await finish(mine, count, "Come back");
+async function exhausted(mine, why) {
+  say(`${why}, and all ${TRIES} tries are used up.`, "bad");
+  finish(mine, true);
+  $("again").disabled = true;  // else all clients of a broken server would be back at once
+  for (let left = OFFER; left > 0 && mine === run; left -= 1) {
+    $("again").textContent = `Try again (in ${left} s)`;
+    await sleep(SHORTER);
+  }
+  if (mine === run) offer(mine);
+}
+
+async function leftIt(mine) {
+  const left = `You left after ${many(mine.count, "event")}`;
+  say(`${left}.`);
+  finish(mine, true);
   $("again").focus();
-  const { told, text } = await ask(mine.at.run, { headers: BEARER });
-  if (run.offer) say(`${count}; the run is ${told.status ?? text}. Come back for the rest.`);
+  const status = await fetch(PHASES[mine.phase].run(mine), { headers: BEARER })
+    .then((answer) => answer.json()).then((state) => state.status, () => "not to be asked");
+  const goes = ["running", "queued", "streaming"].includes(status) ? "goes on" : `is ${status}`;
+  if (mine === run && mine.finished)
+    say(`${left}; the run ${goes}. Come back, and the rest comes.`);
 }
 
-async function finish(mine, text, offer, pause = 0) {
+function offer(mine) {
+  $("again").textContent = mine.stop.signal.aborted ? "Come back" : "Try again";
+  $("again").disabled = false;
+}
+
+function finish(mine, mayReturn) {
   mine.finished = true;
-  say(text);
+  $("again").hidden = !mayReturn;
+  offer(mine);
+  buttons();
   tell(mine);
-  if (pause) await sleep(pause);  // else all clients of a broken server would be back at once
-  mine.offer = offer;
-  draw();
 }
 
-function comeBack() {
-  Object.assign(run, { stop: new AbortController(), finished: false, offer: "", tries: 0 });
-  draw();
-  $("leave").focus();
-  watch(run);
+function buttons() {
+  $("cancel").disabled = !run?.id || Boolean(run.over);
+  $("leave").disabled = !run || run.finished;
+  $("second").hidden = !run?.id;
+  const { phase, case: caseId, id } = run ?? {};
+  if (run?.id) $("second").href = `#${new URLSearchParams({ phase, case: caseId, run: id })}`;
 }
 
-// What the server answers to anything but a stream; the status is 0 where no answer comes.
-async function ask(url, options) {
-  const answer = { status: 0, text: "no answer came", told: {} };
-  try {
-    const reply = await fetch(url, options);
-    answer.text = await reply.text();
-    answer.status = reply.status;
-    answer.told = JSON.parse(answer.text) ?? {};
-  } catch { /* it is no JSON, or nothing came */ }
-  return answer;
-}
-
-// Starts a run as the back end does: asks once more, with the same id, if no answer comes.
+// Trigger as the back end does: once more with the same id if no answer comes.
 async function start(event) {
-  event.preventDefault();
-  const [phase, caseId, scenario] = ["phase", "case", "scenario"].map((id) => $(id).value);
-  const mine = newRun();
-  const runId = `page-${Math.random().toString(36).slice(2, 12)}`;
-  const body = JSON.stringify({ runId, projectId: caseId, scenario: scenario || undefined });
+  event?.preventDefault();
+  const phase = $("phase").value, caseId = $("case").value, scenario = $("scenario").value;
+  const mine = fresh(phase, caseId, ""), runId = `page-${Math.random().toString(36).slice(2, 12)}`;
   const headers = { "Content-Type": "application/json", ...BEARER };
-  const asked = [addresses(phase, path(caseId)).start, { method: "POST", headers, body }];
+  if (scenario) headers["X-Aura-Scenario"] = scenario;
+  const body = JSON.stringify(phase === "job" ? { projectId: caseId } : { runId });
+  const { signal } = mine.stop, asked = { method: "POST", headers, body, signal };
+  const ask = () => fetch(PHASES[phase].trigger(caseId), asked);
   say("Asking for a run …");
-  let answer = await ask(...asked);
-  if (!answer.status) answer = await ask(...asked);
-  if (mine !== run) return;
-  mine.id = (answer.status < 300 && (answer.told.runId ?? answer.told.jobId)) || "";
-  mine.at = addresses(phase, path(caseId), path(mine.id));
-  if (mine.id) return watch(mine);
-  mine.finished = true;
-  say(`The trigger was not accepted: ${answer.status}, ${answer.text.slice(0, KEPT)}`);
+  buttons();
+  later(draw);
+  try {
+    const answer = await ask().catch(ask), text = await answer.text();
+    if (mine !== run) return;
+    const told = answer.ok && JSON.parse(text);
+    mine.id = told && (told.runId ?? told.jobId);
+    if (!mine.id) throw new Error(`${answer.status}, ${sentence(text)}`);
+  } catch (error) {
+    if (mine !== run) return;
+    const left = signal.aborted && "You left before the run was accepted.";
+    say(left || `The trigger was not accepted: ${error.message}`, "bad");
+    mine.finished = true;
+    return buttons();
+  }
+  await watch(mine);
 }
 
-async function cancel() {
-  run.cancelled = true;
-  busy = now();
-  $("start").focus();
-  const { status, text } = await ask(run.at.run, { method: "DELETE", headers: BEARER });
-  if (status !== 202 && status !== 204) say(`The run was not cancelled: ${text}`);
-}
-
-function say(text) {
-  $("state").textContent = text;
-  draw();
+// The picture: drawn once a frame at most, however many events come.
+let drawn = new Set();
+function later(task) {
+  if (!drawn.size) requestAnimationFrame(() => {
+    const due = drawn;
+    drawn = new Set();
+    due.forEach((one) => one());
+  });
+  drawn.add(task);
 }
 
 function draw() {
-  frame = 0;
-  const span = Math.max(0.1, run.finished ? run.previous : now() - run.began);
-  $("line").setAttribute("viewBox", `${-0.01 * span} 0 ${1.02 * span} 10`);
-  $("bars").setAttribute("d", [...run.bars].join(""));
-  const told = [run.id || "no run yet", `attempt ${run.attempt}`, `tries ${run.tries} of ${TRIES}`];
-  if (run.latency < Infinity) told.push(`first byte after ${Math.ceil(run.latency)} ms`);
-  if (run.latency < Infinity && !run.finished) told.push(`connection ${quality()}`);
-  told.push(`${many(run.count, "event")} in ${many(run.arrivals, "arrival")}`);
-  $("facts").textContent = `${told.join(", ")} and ${span.toFixed(2)} s`;
-  $("progress").value = run.over === "completed" ? 100 : run.percent;
-  $("cancel").disabled = !run.id || run.over !== "";
-  $("leave").disabled = !run.id || run.finished;
-  $("again").hidden = !run.offer;
-  $("again").textContent = run.offer;
+  if (!run) return;
+  const running = !run.finished && run.id;
+  const latest = running ? now() - run.began : run.previous;
+  const span = Math.max(0.1, latest, ...run.marks.map((mark) => mark[1]));
+  const strokes = (times, low, high) => {
+    const places = new Set(times.map((time) => Math.round(996 * time / span) + 2));
+    return [...places].map((x) => `M${x} ${low}V${high}`).join("");
+  };
+  const marks = (kind) => run.marks.filter((mark) => mark[0] === kind).map((mark) => mark[1]);
+  $("bars").setAttribute("d", strokes([...run.bars].map(Number), 1, 9));
+  $("beats").setAttribute("d", strokes(marks("beats"), 7, 9));
+  $("breaks").setAttribute("d", strokes(marks("breaks"), 0, 10));
+  const spread = `${many(run.count, "event")} in ${many(run.arrivals, "arrival")}`;
+  $("spread").textContent = run.count ? `${spread}, longest wait ${seconds(run.longest)}` : "";
+  $("line").setAttribute("aria-label", $("spread").textContent || "no events yet");
+  $("until").textContent = seconds(span);
+  $("progress").value = run.percent;
+  rows();
+  facts();
+}
+
+function rows() {
+  const body = $("events").tBodies[0], skipped = run.count - run.rows.length;
+  const have = body.rows.length ? Number(body.rows[body.rows.length - 1].dataset.n) : 0;
+  const fresh = run.rows.slice(Math.max(0, have - skipped)).map((cells, index) => {
+    const row = document.createElement("tr");
+    row.dataset.n = Math.max(have, skipped) + index + 1;
+    cells.forEach((text, at) => {
+      const cell = row.insertCell();
+      cell.textContent = at === 0 && text.length > 12 ? `…${text.slice(-8)}` : text;
+      if (at === 0) cell.title = text;
+      if (at === 2 || at === 3) cell.className = "number";
+    });
+    return row;
+  });
+  body.append(...fresh);
+  while (body.rows.length > KEPT) body.rows[0].remove();
+  $("kept").textContent = skipped > 0 ? `the last ${KEPT} of ${run.count}` : "";
+  if (fresh.length) $("events").parentElement.scrollTop = 1e9;
 }
 
 // Contract: latency, seconds since the last byte, what was missed since the last event.
 const QUALITY = [["excellent", 100, 35, 0], ["good", 500, 40, 1], ["poor", 1000, 60, 2]];
 function quality() {
-  const silent = now() - run.heard;
-  const missed = run.tries + Math.floor(silent / 35);
-  const fits = ([, slow, long, most]) => run.latency < slow && silent < long && missed <= most;
+  const silent = now() - run.heard, missed = run.missed + Math.floor(silent / 35);
+  const fits = ([, latency, most, miss]) =>
+    run.latency < latency && silent < most && missed <= miss;
   return (QUALITY.find(fits) ?? ["critical"])[0];
 }
 
+function facts() {
+  const tries = `${run.tries} of ${TRIES}`;
+  const told = { run: run.id || "none", attempt: run.attempt, "tries used": tries };
+  if (run.latency === null && run.attempt) told["first byte"] = "none yet";
+  if (run.latency !== null) {
+    if (!run.finished) told["connection"] = quality();
+    told["first byte after"] = seconds(run.latency / 1000);
+    if (run.open) told["last byte"] = `${Math.floor(now() - run.heard)} s ago`;
+  }
+  $("facts").replaceChildren(...Object.entries(told).map(([name, value]) => {
+    const pair = document.createElement("div");
+    for (const [tag, text] of [["dt", name], ["dd", value]])
+      pair.appendChild(document.createElement(tag)).textContent = text;
+    return pair;
+  }));
+}
+
 // The server's own view: its scenarios, its tasks, its journal. With ADMIN_TOKEN set it asks.
-async function control(where) {
-  const token = inHeader($("token").value);
-  const headers = token ? { Authorization: `Bearer ${token}` } : {};
-  const { status, text, told } = await ask(`/__aura/${where}`, { headers });
-  $("lock").hidden = status !== 401;
-  $("why").textContent = [200, 408].includes(status) ? "" : text;  // 408: not all is over yet
-  return { text, told };
+async function control(where, form = "json") {
+  const headers = token ? { Authorization: `Bearer ${inHeader(token)}` } : {};
+  const answer = await fetch(`/__aura/${where}`, { headers });
+  if (answer.ok) return answer[form]();
+  const said = await answer.json().catch(() => ({}));
+  $("lock").hidden = answer.status !== 401;
+  if (answer.status === 401 && token) throw new Error("That is not the token.");
+  throw new Error(said.error ?? said.detail ?? answer.status);
 }
 
 async function scenarios() {
-  const { told } = await control("scenarios");
-  for (const { name, doc } of told.scenarios ?? [])
-    $("scenario").appendChild(new Option(name)).title = doc.replaceAll("`", "");
-  look();
-}
-
-async function tell(mine) {
-  const asked = `journal?kind=stream&runId=${path(mine.id)}&count=${mine.attempt}&within=3`;
-  const { told } = await control(asked);
-  if (mine !== run) return;
-  $("said").replaceChildren();
-  for (const { said } of told.entries ?? [])
-    $("said").appendChild(document.createElement("li")).textContent = said;
-}
-
-// Looks at the tasks each second while something happens here, and five seconds longer.
-async function look() {
-  if (run && !run.finished) busy = now();
-  if (run && now() - run.heard > SILENCE) run.quiet.abort();
-  if (document.hidden || !$("lock").hidden || now() - busy > 5) return;
-  if (run) draw();
-  $("tree").textContent = (await control("tasks")).text;
+  const { scenarios: known } = await control("scenarios");
+  $("lock").hidden = true;
+  const options = known.map(({ name, doc }) => Object.assign(new Option(name), { title: doc }));
+  $("scenario").replaceChildren($("scenario").options[0], ...options);
+  $("scenario").value = given.get("scenario") ?? "";
+  if ($("scenario").selectedIndex < 0) $("scenario").selectedIndex = 0;
+  explain();
 }
 
 const ORDINARY = $("doc").textContent;
-$("scenario").addEventListener("change", () => {
-  $("doc").textContent = $("scenario").selectedOptions[0].title || ORDINARY;
-});
+function explain() {
+  $("doc").textContent = ($("scenario").selectedOptions[0].title || ORDINARY).replaceAll("`", "");
+}
+
+async function tell(mine) {
+  for (let look = 0; look < 20 && mine === run; look += 1) {
+    let entries;
+    try { ({ entries } = await control(`journal?kind=stream&runId=${path(mine.id)}`)); }
+    catch (error) { entries = [{ end: true, said: `the journal does not say: ${error.message}` }]; }
+    if (mine !== run) return;
+    $("said").replaceChildren(...entries.slice(-KEPT).map((entry) => {
+      const line = document.createElement("li");
+      line.textContent = entry.said;
+      return line;
+    }));
+    if (entries.length && entries.every((entry) => entry.end)) return;
+    await sleep(0.1 + look / 20);
+  }
+}
+
+let before = [];
+function branches(text) {
+  const lines = text.trimEnd().split("\n").map((line) => {
+    const [, indent, name, place] = /^( *)(.*?)(?:  <- (.*))?$/.exec(line);
+    return { depth: indent.length / 3, name, place: place ?? "" };
+  });
+  const above = [];
+  for (const [at, line] of lines.entries()) {  // known by place, or by what it carries
+    let end = at + 1;
+    while (end < lines.length && lines[end].depth > line.depth) end += 1;
+    const inside = lines.slice(at, end).find((one) => one.name.startsWith("delivery"))?.name;
+    const plumbing = /^(connection|request)$/.test(line.name);
+    above.splice(line.depth, Infinity, plumbing ? `${line.name} ${inside}` : line.name);
+    line.key = plumbing && !inside ? "" : above.join("/");
+  }
+  return lines.filter((line) => line.key);
+}
+
+function grow(text) {
+  const lines = branches(text), keys = new Set(lines.map((line) => line.key)), time = now();
+  const known = new Map(before.map((line) => [line.key, line]));
+  for (const line of lines)
+    line.since = known.get(line.key)?.since ?? (before.length ? time : 0);
+  before.forEach((line, at) => {  // what has ended stays a while, struck out, where it was
+    if (keys.has(line.key) || time - (line.ended ??= time) > 5) return;
+    const above = before.slice(0, at).map((one) => one.key);
+    lines.splice(lines.findLastIndex((one) => above.includes(one.key)) + 1, 0, line);
+  });
+  before = lines;
+  $("tree").replaceChildren(...lines.flatMap(({ depth, name, place, since, ended }) => {
+    const one = document.createElement("span"), where = document.createElement("small");
+    one.textContent = name;
+    one.className = ended ? "gone" : since && time - since < 2 ? "new" : "";
+    if (ended) one.append(Object.assign(document.createElement("i"), { textContent: " ended" }));
+    where.textContent = place && !ended ? `  ${place}` : "";
+    return ["  ".repeat(depth), one, where, "\n"];
+  }));
+}
+
+const unseen = (error) => `(not to be seen: ${error.message})`;
+
+// Look at the tasks each second while something happens here, and five seconds longer.
+let looking = 0;
+async function look() {
+  if (looking++) return;
+  try {
+    for (let calm = 0; calm < 6; calm = run && !run.finished && run.id ? 0 : calm + 1) {
+      if (!document.hidden && $("lock").hidden) grow(await control("tasks", "text").catch(unseen));
+      later(draw);
+      await sleep(1);
+    }
+  } finally { looking = 0; }
+}
+
 $("ask").addEventListener("submit", start);
-$("cancel").addEventListener("click", cancel);
+$("scenario").addEventListener("change", explain);
 $("leave").addEventListener("click", () => run.stop.abort());
-$("again").addEventListener("click", comeBack);
+$("cancel").addEventListener("click", async () => {
+  const mine = run;
+  $("cancel").disabled = true;
+  $("start").focus();
+  try {
+    const asked = { method: "DELETE", headers: BEARER };
+    const answer = await fetch(PHASES[mine.phase].run(mine), asked);
+    if (!answer.ok) throw new Error(sentence(await answer.text()));
+    mine.cancelled = answer.status !== 200;
+    if (!mine.cancelled) say("Nothing to cancel: the run was over already.");
+  } catch (error) {
+    say(`The run was not cancelled: ${error.message}`, "bad");
+    buttons();
+  }
+  look();
+});
+$("again").addEventListener("click", () => {
+  if (!run.finished) return;
+  Object.assign(run, { stop: new AbortController(), tries: 0, missed: 0, finished: false });
+  $("again").hidden = true;
+  $("leave").disabled = false;
+  $("leave").focus();
+  watch(run);
+});
 $("lock").addEventListener("submit", (event) => {
   event.preventDefault();
-  scenarios();
+  token = $("token").value;
+  scenarios().then(look, (error) => { $("why").textContent = error.message; });
 });
-setInterval(look, 1000);
-scenarios();
+
+scenarios().then(look, (error) => { $("why").textContent = $("doc").textContent = error.message; });
+if (given.get("run")) {
+  $("phase").value = given.get("phase");
+  $("phase").selectedIndex = Math.max(0, $("phase").selectedIndex);
+  watch(fresh($("phase").value, $("case").value = given.get("case") ?? "", given.get("run")));
+}
 </script>
 """
 
