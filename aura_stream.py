@@ -49,8 +49,9 @@ from above it. Ten minutes? Read part 1.
     19  Catalogue              the built-in scenarios, as data
     20  The page               a client with its eyes open: one run, live
     21  The double             all of it, served; `running()` for tests
-    22  Diagnosis              asks any stream what is wrong with it, and whose fault that is
-    23  Command line
+    22  The careful client     hears a stream of anybody's, whatever it sends
+    23  Diagnosis              asks any stream what is wrong with it, and whose fault that is
+    24  Command line
 
 Who is inside whom ends with whom. These are the scopes that end things:
 
@@ -165,9 +166,9 @@ logger = logging.getLogger("aura_stream")
 # own (a test cuts it off and runs it). Later parts replace what is marked as a door.
 
 
-def setting(default: Any, says: str, **more: Any) -> Any:
+def setting(default: Any, says: str, *, repr: bool = True, **more: Any) -> Any:
     """One setting: its default, and its sentence for --help and the README."""
-    return field(default=default, metadata={"says": says, **more})
+    return field(default=default, repr=repr, metadata={"says": says, **more})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -878,7 +879,7 @@ class Server:
 
     url: str
     port: int
-    stop: Callable[[], None] = field(repr=False)
+    stop: Callable[[], None]
 
 
 class Service:
@@ -1117,7 +1118,7 @@ async def serve_until_signalled(
 
 # ═══ Part 2  The double ═══════════════════════════════════════════════════════════════════════════
 # It goes wrong on purpose, at the exact byte, and says who closed first. (In operation, and for
-# people: chapters 15 to 23 are not in parts of their own yet.)
+# people: chapters 15 to 24 are not in parts of their own yet.)
 
 
 # ═══ 7  All settings ══════════════════════════════════════════════════════════════════════════════
@@ -1161,14 +1162,12 @@ SETTING = {int: number(int, 0, 10**12), float: number(float, 0, 10**7)}
 
 
 def knob(
-    default: Any, says: str, variable: str = "", choices: str = "", kind: Any = None,
-    repr: bool = True,
+    default: Any, says: str, variable: str = "", choices: str = "", kind: Any = None, **more: Any
 ) -> Any:
     """A setting: default, one sentence, environment variable if not AURA_<NAME>, allowed values, or
     what else it must be."""
     kind = like(choices) if choices else kind
-    metadata = {"says": says, "env": variable, "choices": choices, "kind": kind}
-    return field(default=default, repr=repr, metadata=metadata)
+    return setting(default, says, env=variable, choices=choices, kind=kind, **more)
 
 
 def list_of(part: str, example: str) -> Any:
@@ -3223,7 +3222,7 @@ def operate(headers: Mapping[bytes, bytes], client: str, settings: DoubleSetting
     if not LOCAL_PEER.fullmatch(client):
         why = "this is for callers on the server's own machine"
     elif headers.keys() & {b"forwarded", b"x-forwarded-for", b"via"}:
-        why = "this came through a proxy, and is for direct callers on the server's own machine"
+        why = "this came through a proxy, and is for direct callers on the server's machine"
     elif not LOCAL_PAGE.fullmatch(origin):
         why = "this is not for pages of another site"
     if why:
@@ -3236,7 +3235,7 @@ def identify(headers: Mapping[bytes, bytes], query: Any) -> None:
     if not given and query.get("access_token"):  # a native EventSource cannot send headers
         return
     if not given:
-        hint = "send the header 'Authorization: Bearer <any token>'; an EventSource, which cannot,"
+        hint = "send 'Authorization: Bearer <any token>'; an EventSource, which cannot,"
         hint += " adds ?access_token=<any token> to the URL"
         missing = "Missing authorization header"
         raise Refusal(401, headers=CHALLENGE, detail=missing, hint=hint)
@@ -4081,7 +4080,7 @@ def policy(page: str) -> str:
 
 
 METHODS = ("GET", "POST", "PUT", "DELETE", "PATCH", "HEAD", "OPTIONS")
-BOUNDS = (0.01, 0.1, 0.5, 1, 5, 30, 300, 3600)  # seconds, from a moment to an hour
+BOUNDS = (0.01, 0.1, 1, 10, 60, 600, 3600)  # seconds, from a moment to an hour
 
 
 class Metrics:
@@ -5517,40 +5516,251 @@ def running(
             failing.add_note(f"and the server had crashed: {crash!r}")
 
 
-# ═══ 22  Diagnosis ════════════════════════════════════════════════════════════════════════════════
-# The debugging guide as a program. A careful client asks, and notes what the wire shows; then it is
-# judged, by questions and by a table of ills. Nothing here knows the server but by its contract:
-# the stream may be anybody's, behind whatever proxy. It may also be meant to harm: so each event is
-# judged when it comes, and what is kept of it is small, counted and bounded. What is judged in the
-# end takes less than a second.
+# ═══ 22  The careful client ═══════════════════════════════════════════════════════════════════════
+# The one reader of other servers' streams. It knows HTTP and the wire format, and nothing of runs.
+# Who answers may mean to harm: what is kept of it is small, counted and bounded, and so is the
+# time that it gets.
 
 QUIET = 120.0  # seconds without a byte; then a stream is dead: real clients give up after 45
-BEARABLE = 45.0  # seconds of silence that the contract's clients bear
-LATE = 2.0  # seconds to the head, which goes out at once
-HELD = 0.4  # seconds that the first bytes came late, with events among them: they were held back
-TICK = 0.05  # seconds between looks at our own lateness
-BACK = 30.0  # seconds spent on coming back to a stream that breaks
-MOST_HEARD = 64 * 2**20  # bytes in all visits of an examination; a line costs 64 more, an event 600
+MOST_HEARD = 64 * 2**20  # bytes; a line costs 64 more, a chunk 128, an event 600
 LARGEST = 6 * 2**20  # bytes of one event; in memory they may be a dozen times as many
-MOST_KEPT = 2**18  # bytes of JSON, or of an answer that is no stream; likewise
+MOST_KEPT = 2**18  # bytes of a body; of one that is no stream, more is not even heard
 LONG = 500  # characters of a name, or of an id: nobody can resume from a longer one
+
+ENDINGS = {
+    "end": "it was properly ended", "cut": "the connection was closed without an end",
+    "reset": "the connection was reset", "quiet": "it is open, but nothing more came",
+    "limit": "it still went on when the time was over", "full": "it said more than one can hear",
+}
 
 
 class Heard(NamedTuple):
-    """An event as a client saw it, and when. What it said was judged at once, and let go."""
+    """An event, and when it had come."""
 
     at: float
     id: str
     name: str
-    data: int  # its hash: enough to know it again
+    data: str
     own: bool  # its id stood in it; else it is that of the event before
 
 
-def places(events: Iterable[Heard]) -> list[int]:
-    """Their places in the log, where all ids are of one kind, and as the contract has it."""
-    found = [(resume_point(one.id, 10**18), one.id) for one in events if one.own]
-    kinds = {text.rstrip("0123456789") for place, text in found if place}
-    return [place for place, _ in found if place and len(kinds) == 1]
+@dataclass
+class Allowance:
+    """What some visits may cost together, in bytes."""
+
+    left: float = MOST_HEARD
+
+
+def target_of(url: str) -> tuple[str, str, int, str]:
+    """Scheme, host, port and target of a URL; or a ValueError that says what is wrong with it."""
+    parts = urlsplit(url)
+    usual = {"http": 80, "https": 443}.get(parts.scheme)
+    if not usual or not parts.hostname or re.search("[ @]", parts.netloc):
+        raise ValueError(f"a URL is like http://localhost:9000/…, and {url!r} is not")
+    target = f"{parts.path or '/'}?{parts.query}".removesuffix("?")
+    target = quote(target, safe="/?&=%:~+,;@!$'()*-._", errors="replace")
+    return parts.scheme, parts.hostname, parts.port or usual, target
+
+
+# h11 takes half a second for a head or a trailer of 16 KiB of blanks, and two for 32 KiB.
+careful_parser = partial(h11.Connection, h11.CLIENT, max_incomplete_event_size=2**14)
+
+
+@dataclass
+class Visit(trio.abc.ReceiveChannel[Heard]):
+    """One request, and what the wire shows of its answer, as a channel of its events. Times are
+    seconds since it was sent.
+
+        async with Visit(url, {"authorization": "Bearer t"}, until=soon) as seen:
+            async for event in seen:
+                print(event.at, event.name, event.data)
+        print(seen.status, seen.ending)
+
+    It connects and asks when the first event is waited for. What goes wrong on the way raises
+    nothing: it is the `ending`, a key of ENDINGS or a sentence. An answer that is no stream has no
+    events, and its `body`. Leaving the block closes the connection, whatever it was doing.
+    """
+
+    url: str
+    sends: Mapping[str, str] = field(default_factory=dict)  # headers
+    post: bytes = b""  # a body makes it a POST
+    until: float = math.inf  # by Trio's clock
+    patience: float = QUIET  # seconds without a byte
+    keep: int = MOST_KEPT  # bytes of the body's beginning
+    allowance: Allowance = field(default_factory=Allowance)
+
+    sent: float = 0.0  # by Trio's clock; 0 if nobody could be reached
+    status: int = 0
+    headers: dict[str, str] = field(default_factory=dict)
+    kind: str = "no type"  # its content type
+    streams: bool = False
+    head_at: float = 0.0
+    first_at: float = 0.0  # of the body's bytes
+    last_at: float = 0.0
+    longest: float = 0.0  # silence between the head and that
+    ended_at: float = 0.0
+    ending: str = ""
+    size: int = 0
+    body: bytearray = field(default_factory=bytearray)
+    chunks: list[tuple[float, int]] = field(default_factory=list)  # when; where in the body it ends
+
+    wire: h11.Connection = field(default_factory=careful_parser)
+    stream: trio.abc.Stream | None = None
+    heard: list[Heard] = field(default_factory=list)
+    held: int = 0  # what the event to come has cost
+    rest: bytearray = field(default_factory=bytearray)  # behind the last whole line
+    lines: int = 0
+    after_cr: bool = False  # the last line ended in CR, so that an LF belongs to it
+    block: list[str] = field(default_factory=list)  # lines of the event to come
+    last_id: str = ""
+    own: bool = False  # it came with the event to come
+
+    @property
+    def how(self) -> str:
+        return ENDINGS.get(self.ending, self.ending)
+
+    @property
+    def silence(self) -> float:
+        """Seconds without a byte before the end."""
+        return self.ended_at - self.last_at
+
+    async def aclose(self) -> None:
+        if self.stream:
+            await trio.aclose_forcefully(self.stream)
+
+    async def receive(self) -> Heard:
+        while not self.heard and not self.ending:
+            patient = trio.current_time() + self.patience
+            with trio.move_on_at(min(self.until, patient)) as waiting:
+                await self.go_on()
+            self.ended_at = trio.current_time() - self.sent
+            if waiting.cancelled_caught:
+                self.ending = "limit" if self.until < patient else "quiet"
+        if not self.heard:
+            raise trio.EndOfChannel
+        return self.heard.pop(0)
+
+    async def go_on(self) -> None:
+        """Hear what comes next; but first, ask."""
+        if not self.stream:
+            return await self.ask()
+        try:
+            data = await self.stream.receive_some(2**12)
+        except trio.BrokenResourceError:
+            self.ending = "reset"
+        else:
+            self.take(bytes(data), trio.current_time() - self.sent)
+
+    async def ask(self) -> None:
+        scheme, host, port, target = target_of(self.url)
+        try:
+            with trio.fail_after(10):
+                if scheme == "http":
+                    self.stream = await trio.open_tcp_stream(host, port)
+                else:
+                    self.stream = await trio.open_ssl_over_tcp_stream(
+                        host, port, https_compatible=True)
+                await self.stream.send_all(self.request(target))
+                self.sent = trio.current_time()
+        except (OSError, trio.BrokenResourceError, trio.TooSlowError) as error:
+            cause = str(innermost(error.__cause__ or error))
+            why = re.sub(r".*[]:] ", "", cause) or "no answer within 10 s"
+            self.ending = f"cannot reach {host}:{port}: {why}; is it running, with {scheme}?"
+
+    def request(self, target: str) -> bytes:
+        named = {"host": urlsplit(self.url).netloc, "accept": "text/event-stream", **self.sends}
+        if self.post:
+            named["content-length"] = str(len(self.post))
+        pairs = [(name.encode(), to_bytes(text)) for name, text in named.items()]
+        method = "POST" if self.post else "GET"
+        asks = h11.Request(method=method, target=target, headers=pairs)
+        return (self.wire.send(asks) or b"") + self.post
+
+    def pay(self, cost: int) -> None:
+        self.held += cost
+        self.allowance.left -= cost
+        if self.held > LARGEST or self.allowance.left < 0:
+            self.ending = "full"
+
+    def take(self, data: bytes, at: float) -> None:
+        """What the answer says in these bytes; none are its end."""
+        self.pay(len(data))
+        try:
+            self.wire.receive_data(data)
+            while not self.ending:
+                match self.wire.next_event():
+                    case h11.Response() as head:
+                        self.begin(head, at)
+                    case h11.Data(data=piece, chunk_end=whole):
+                        self.listen(bytes(piece), at)
+                        if whole:
+                            self.chunks.append((at, self.size))
+                            self.allowance.left -= 128
+                    case h11.EndOfMessage():
+                        self.ending = "end"
+                    case h11.NEED_DATA | h11.PAUSED:
+                        return
+        except h11.RemoteProtocolError as error:
+            cut = not data and (self.status or not self.wire.trailing_data[0])
+            self.ending = "cut" if cut else f"it is no HTTP: {error}"
+
+    def begin(self, head: h11.Response, at: float) -> None:
+        self.status = head.status_code
+        self.headers = {name.decode(): text.decode("latin-1") for name, text in head.headers}
+        kind = self.headers.get("content-type", self.kind)
+        self.kind = kind.partition(";")[0].strip().lower()
+        readable = "content-encoding" not in self.headers
+        self.streams = self.status == 200 and self.kind == "text/event-stream" and readable
+        self.head_at = self.last_at = at
+
+    def listen(self, piece: bytes, at: float) -> None:
+        """What these bytes of the body say, line by line."""
+        self.longest = max(self.longest, at - self.last_at)
+        self.first_at = self.first_at or at
+        self.last_at = at
+        self.size += len(piece)
+        self.body += piece[: self.keep - len(self.body)]
+        if not self.streams:
+            self.ending = "full" if self.size > self.keep else ""
+            return
+        if self.after_cr:
+            piece = piece.removeprefix(b"\n")
+        self.after_cr = piece.endswith(b"\r")
+        begun, *others = re.split(rb"\r\n|\r|\n", piece)
+        self.rest += begun
+        for other in others:
+            self.read(self.rest.decode("utf-8" if self.lines else "utf-8-sig", "replace"), at)
+            self.rest = bytearray(other)
+
+    def read(self, line: str, at: float) -> None:
+        """Keep it, cut, for the event it belongs to; the blank one ends that."""
+        self.lines += 1
+        self.pay(64)
+        if not line:
+            for _, name, data in read_events([*self.block, ""]):
+                self.heard.append(Heard(at, self.last_id, name, data, self.own))
+                self.pay(600 + 8 * len(name))
+            self.block = []
+            self.own = False
+            self.held = 0
+        elif line.startswith("id:"):
+            text = line[3:].removeprefix(" ")
+            self.own = 0 < len(text) <= LONG and text.isprintable()
+            self.last_id = text if self.own else ""
+        elif not line.startswith(":"):
+            self.block.append(line if line.startswith("data") else line[:LONG])
+
+
+# ═══ 23  Diagnosis ════════════════════════════════════════════════════════════════════════════════
+# The debugging guide as a program. A careful client asks, and comes back once; then questions are
+# put to what it heard, and each yields its line and its ills. Nothing here knows the server but by
+# its contract: the stream may be anybody's, behind whatever proxy.
+
+BEARABLE = 45.0  # seconds of silence that the contract's clients bear
+LATE = 2.0  # seconds to the head, which goes out at once
+HELD = 0.4  # seconds that the first bytes came late, with events among them: they were held back
+TICK = 0.05  # seconds: what comes within them came together
+BACK = 30.0  # seconds spent on coming back
 
 
 def fields_of(text: str | bytearray) -> dict[str, Any] | None:
@@ -5564,51 +5774,14 @@ def fields_of(text: str | bytearray) -> dict[str, Any] | None:
 
 
 @dataclass
-class Visit:
-    """One request, and what the wire showed of its answer, judged as it came: however much that is,
-    little is kept. Times are seconds since it was sent."""
+class Examined(Visit):
+    """A visit whose events are judged as they come; of what they said, little is kept."""
 
-    url: str
-    after: str = ""  # its Last-Event-ID
-    coding: str = "gzip"  # that it accepts, as browsers do
-    weight: int = 0  # of all that has come, with the visits before this one
-    sent: float = 0.0  # Trio's clock
-    unreached: bool = False
-    status: int = 0
-    headers: dict[str, str] = field(default_factory=dict)
-    head_at: float = 0.0
-    streams: bool = False
-    ending: str = ""  # one of ENDINGS, or what else went wrong
-    ended_at: float = 0.0
-
-    size: int = 0  # of the body
-    body: bytearray = field(default_factory=bytearray)  # its beginning
-    first_at: float = 0.0
-    last_at: float = 0.0
-    longest: float = 0.0  # silence between the head and that
-    silence: float = 0.0  # between that and the end
-    chunks: int = 0
-    torn: int = 0  # chunks that ended within a line
-
-    rest: bytearray = field(default_factory=bytearray)  # behind the last whole line
-    after_cr: bool = False  # the last line ended in CR, so that an LF belongs to it
-    first: str = ""  # line
-    beats: int = 0
-    block: list[str] = field(default_factory=list)  # lines of the event to come
-    before: int = 0  # the weight of what came before that
-    id_line: str = ""  # the last one
-    own: bool = False  # it came with the event to come
-    events: list[Heard] = field(default_factory=list)  # without beats and [DONE]
-    wrapped: int = 0  # events that are lines of events
-    terminal: bool = False
+    events: list[Heard] = field(default_factory=list)  # no beats, no [DONE]; data is its hash
+    notes: dict[str, str] = field(default_factory=dict)  # ills that show in one event
     done: bool = False
-    after_done: bool = False
+    terminal: bool = False
     percent: float = -math.inf  # the last one
-    notes: dict[str, str] = field(default_factory=dict)  # ills that show in one place
-
-    @property
-    def kind(self) -> str:
-        return self.headers.get("content-type", "no type").partition(";")[0].strip().lower()
 
     @property
     def over(self) -> bool:
@@ -5616,723 +5789,360 @@ class Visit:
         return self.done or self.terminal
 
     @property
-    def text(self) -> str:
-        return " ".join(self.body[:200].decode("utf-8", "replace").split()) or "an empty body"
+    def half(self) -> int:
+        """How many events a client has that comes back: of a whole stream, not the last five."""
+        count = len(self.events)
+        return max(count // 2, count - 5) if self.over else count
 
     @property
-    def how(self) -> str:
-        return ENDINGS.get(self.ending, self.ending)
+    def text(self) -> str:
+        """How the body begins, in a line."""
+        return " ".join(self.body[:200].decode("utf-8", "replace").split()) or "an empty body"
 
-    def take(self, wire: h11.Connection, data: bytes, at: float) -> None:
-        """What the answer says in these bytes."""
-        self.weight += len(data)
-        most = self.before + (LARGEST if self.streams else MOST_KEPT)
-        self.ending = "full" if self.weight > min(most, MOST_HEARD) else ""
-        try:
-            wire.receive_data(data)
-            while not self.ending:
-                match wire.next_event():
-                    case h11.Response() as head:
-                        self.headers = {k.decode(): v.decode("latin-1") for k, v in head.headers}
-                        self.status, self.head_at, self.last_at = head.status_code, at, at
-                        stream = self.status == 200 and self.kind == "text/event-stream"
-                        packed = self.headers.get("content-encoding", "identity") != "identity"
-                        self.streams = stream and not packed
-                        self.ending = "packed" if stream and packed else ""
-                    case h11.Data(data=piece, chunk_end=whole):
-                        self.chunks += whole
-                        self.torn += whole and not piece.endswith((b"\n", b"\r"))
-                        self.listen(bytes(piece), at)
-                    case h11.EndOfMessage():
-                        self.ending = "end"
-                    case h11.NEED_DATA | h11.PAUSED:
-                        return
-        except h11.RemoteProtocolError as error:
-            cut = not data and (self.status or not wire.trailing_data[0])
-            self.ending = "cut" if cut else f"it is no HTTP: {error}"
-
-    def listen(self, piece: bytes, at: float) -> None:
-        """What these bytes of the body say, line by line."""
-        self.longest = max(self.longest, at - self.last_at)
-        self.first_at, self.last_at = self.first_at or at, at
-        self.size += len(piece)
-        self.body += piece[: MOST_KEPT - len(self.body)]
-        if not self.streams:
-            return
-        if b"\r" in piece:
-            self.notes["line-ends"] = "lines end in CR"
-        if self.after_cr:
-            piece = piece.removeprefix(b"\n")
-        self.after_cr = piece.endswith(b"\r")
-        begun, *others = re.split(rb"\r\n|\r|\n", piece)
-        self.rest += begun
-        self.weight += 64 * len(others)
-        for other in others:
-            line = self.rest.decode("utf-8", "replace")
-            if "\ufffd" in line and b"\xef\xbf\xbd" not in self.rest:
-                self.notes["not-utf8"] = f"it is not in UTF-8: {shown(line[:60])}"
-            self.read(line, at)
-            self.rest = bytearray(other)
-
-    def read(self, line: str, at: float) -> None:
-        """Keep it, cut, for the event it belongs to; the blank one ends that."""
-        if not self.first:
-            self.first = line[:LONG]
-            line = line.removeprefix("\ufeff")
-        self.after_done |= self.done and line != ""
-        self.beats += line in (": heartbeat", "event: heartbeat")
-        if not line:
-            for id_, name, data in read_events([self.id_line, *self.block, ""]):
-                self.hear(Heard(at, id_, name, hash(data), self.own), data)
-            self.block, self.before, self.own = [], self.weight, False
-        elif line.startswith("id:") and "\0" not in line:
-            self.own = 3 < len(line) <= LONG and line.isprintable()
-            self.id_line = line if self.own else "id:"
-        elif not line.startswith(":"):
-            self.block.append(line if line.startswith("data") else line[:LONG])
-
-    def hear(self, one: Heard, data: str) -> None:
-        """A new event; what is wrong with it is noted."""
-        said = one.name == "message" and data
-        beat = one.name == "heartbeat" or said == ""
-        if said in ("[DONE]", "data: [DONE]") and not one.own:  # or wrapped once more
+    def hear(self, one: Heard) -> None:
+        said = one.name == "message" and not one.own and one.data
+        if self.done:
+            self.notes["after-done"] = "more came behind [DONE]"
+        elif said == "[DONE]":
             self.done = True
-        elif one.own or not beat:
-            for ill, says in self.judge(one, data):
-                self.notes.setdefault(ill, says)
-            self.weight += 600 + 8 * (len(one.id) + len(one.name))
-            self.wrapped += data.startswith(("id:", "event:", "data:"))
-            self.terminal |= one.name in TERMINAL
-            self.events.append(one)
+            self.patience = 10
+        elif one.own or (one.data and one.name != "heartbeat"):
+            self.notes = {**dict(self.judged(one)), **self.notes}
+            self.events.append(one._replace(data=str(hash(one.data))))
 
-    def judge(self, one: Heard, data: str) -> Iterator[tuple[str, str]]:
+    def judged(self, one: Heard) -> Iterator[tuple[str, str]]:
         """What is wrong with an event by itself, or behind those before it."""
-        expected = one.name in KNOWN_EVENTS or data.startswith("{")
-        fields = fields_of(data) if expected else {}
+        fields = fields_of(one.data) if one.name in KNOWN_EVENTS else {}
         told = fields or {}
         if fields is None:
-            yield "bad-json", f"the data of a {one.name} is no JSON: {shown(data[:60])}"
-        if one.name == "gap":
-            yield "gap", f"the server has forgotten events, and says so: {data[:LONG]}"
-        if one.name == "failed":
-            error = told.get("error")
-            why = error if isinstance(error, dict) else {**told, "message": error}
-            stage, message = why.get("stage", "unknown"), why.get("message")
-            yield "failed", f"the analysis failed (stage {stage}): {message}"[:LONG]
-        if one.name == "completed" and told:
-            if self.events and self.events[-1].own > one.own:
-                yield "invented", "the completed has no id of its own: it is not from the log"
-            if "caseId" in told and not told.keys() & {"score", "summary"}:
-                yield "invented", "the completed has neither score nor summary: somebody made it up"
-        self.done |= one.name in TERMINAL and "jobId" in told  # a job says no [DONE]
-        percent: Any = told.get("value" if one.name == "progress" else "percent")
-        if one.name in KNOWN_EVENTS and type(percent) in (int, float) and abs(percent) < 1e9:
+            yield "bad-json", f"the data of a {one.name} is no JSON: {shown(one.data[:60])}"
+        if one.data.startswith(("id:", "event:", "data:")):
+            yield "double-wrapped", "every line is wrapped once more, as data"
+        if one.name in ("gap", "failed"):
+            yield one.name, f"it says {one.name}: {one.data[:LONG]}"
+        if one.name == "completed" and told.keys() & {"caseId", "score", "summary"} == {"caseId"}:
+            yield "invented", "the completed has neither score nor summary: somebody made it up"
+        self.terminal |= one.name in TERMINAL
+        self.done = one.name in TERMINAL and "jobId" in told  # a job says no [DONE]
+        percent: Any = told.get("percent", told.get("value"))
+        if type(percent) in (int, float):
             if percent < self.percent:
-                yield "progress-regress", f"progress goes from {self.percent:g} back to {percent:g}"
+                yield "progress-regress", f"progress went back to {percent}"[:LONG]
             self.percent = percent
 
 
-ENDINGS = {
-    "end": "it was properly ended", "cut": "the connection was closed without an end",
-    "reset": "the connection was reset", "quiet": "it is open, but nothing more came",
-    "limit": "it still went on when the time was over", "full": "it said more than one can hear",
-}
-
-
-def target_of(url: str) -> tuple[str, str, int, str]:
-    """Scheme, host, port and target of a URL; or a ValueError that says what is wrong with it."""
-    parts = urlsplit(url)
-    odd = parts.scheme not in ("http", "https") or re.search("[ @]", parts.netloc)
-    if odd or not parts.hostname:
-        raise ValueError(f"a URL is like http://localhost:9000/…, and {url!r} is not")
-    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    port = (443 if parts.scheme == "https" else 80) if parts.port is None else parts.port
-    target = quote(target, safe="/?&=%:~+,;@!$'()*-._", errors="replace")
-    return parts.scheme, parts.hostname, port, target
-
-
-async def reach(url: str) -> trio.abc.Stream:
-    """A connection to the URL's host, or an OSError that says why not."""
-    scheme, host, port, _ = target_of(url)
-    try:
-        with trio.fail_after(10):
-            if scheme == "http":
-                return await trio.open_tcp_stream(host, port)
-            secure = await trio.open_ssl_over_tcp_stream(host, port, https_compatible=True)
-            try:
-                await secure.do_handshake()
-            except BaseException:
-                await trio.aclose_forcefully(secure)
-                raise
-            return secure
-    except trio.TooSlowError:
-        why = "no answer within 10 s"
-    except trio.BrokenResourceError as error:
-        why = f"no TLS there, perhaps http:// will do: {error.__cause__}"
-    except OSError as error:
-        cause = innermost(error.__cause__ or error)
-        code = getattr(cause, "errno", None) or 0  # below 0 it is about names
-        why = f"{os.strerror(code) if code > 0 else cause.args[-1]}; is it running?"
-    raise OSError(f"cannot reach {host}:{port}: {why}")
-
-
-async def listen_to(stream: trio.abc.Stream, wire: h11.Connection, seen: Visit) -> None:
-    patience = QUIET
-    while not seen.ending:
-        data = b""
-        with trio.move_on_after(patience) as silence:
-            data = bytes(await stream.receive_some(2**12))
-        if silence.cancelled_caught:
-            seen.ending = "quiet"
-        else:
-            seen.take(wire, data, trio.current_time() - seen.sent)
-            patience = 10 if seen.done else QUIET
-
-
+@dataclass
 class Examination:
     """What visits to one stream have shown."""
 
-    def __init__(self, url: str, headers: Mapping[str, str], until: float) -> None:
-        self.url, self.headers, self.until = url, headers, until
-        self.triggers: list[Visit] = []
-        self.visits: list[Visit] = []  # until one is a stream, or it is hopeless
-        self.back: list[Visit] = []  # those that came back with a Last-Event-ID
-        self.journal: dict[str, str] = {}  # what the server says of it, if it is ours
-        self.hiccups: list[tuple[float, float]] = []  # when this process was late, and how much
+    url: str
+    headers: Mapping[str, str]
+    until: float
+    triggers: list[Examined]  # one at most
+    visits: list[Examined] = field(default_factory=list)  # the stream, and who came back to it
+    journal: dict[str, Any] = field(default_factory=dict)  # what the server says, if it is ours
+    allowance: Allowance = field(default_factory=Allowance)
 
     @property
-    def first(self) -> Visit:
-        """What was answered first; where there is no stream to ask for, by the trigger."""
-        return [*self.visits[:1], *self.triggers[-1:], Visit(self.url)][0]
+    def main(self) -> Examined:
+        """What is judged: the stream, or the trigger that leads to none."""
+        return (self.visits or self.triggers)[0]
 
-    @property
-    def main(self) -> Visit:
-        """The visit that is judged as a stream."""
-        return self.visits[-1] if self.visits else Visit(self.url)
-
-    @property
-    def events(self) -> list[Heard]:
-        return self.main.events
-
-    async def visit(self, seen: Visit, limit: float, post: bytes = b"") -> Visit:
-        """Ask, and listen to the answer's end; or until nothing has come for long, or for `limit`,
-        or until all have said too much."""
-        others = (*self.triggers, *self.visits, *self.back)
-        seen.weight = seen.before = max((one.weight for one in others), default=0)
-        target, host = target_of(seen.url)[3], urlsplit(seen.url).netloc
-        accept = {"accept": "text/event-stream", "accept-encoding": seen.coding}
-        named = {"host": host, **accept, **self.headers}
-        named |= {"last-event-id": seen.after} if seen.after else {}
-        if post:
-            named |= {"content-length": str(len(post)), "content-type": "application/json"}
-            named["accept"] = "*/*"
-        # h11 takes half a second for a head or a trailer of 16 KiB of blanks, and two for 32 KiB
-        wire = h11.Connection(h11.CLIENT, max_incomplete_event_size=2**14)
-        pairs = [(name.encode(), to_bytes(text)) for name, text in named.items()]
-        method = "POST" if post else "GET"
-        asks = h11.Request(method=method, target=target, headers=pairs)
-        parts = [asks, h11.Data(data=post), h11.EndOfMessage()]
-        request = b"".join(wire.send(part) or b"" for part in parts)
-        seen.sent = trio.current_time()
-        with trio.move_on_at(min(seen.sent + limit, self.until)):
-            try:
-                async with await reach(seen.url) as stream:
-                    seen.sent = trio.current_time()
-                    await stream.send_all(request)
-                    await listen_to(stream, wire, seen)
-            except trio.BrokenResourceError:
-                seen.ending = "reset"
-            except OSError as error:
-                seen.ending, seen.unreached = str(error), True
-        seen.ending, seen.ended_at = seen.ending or "limit", trio.current_time() - seen.sent
-        seen.silence = seen.ended_at - seen.last_at
+    async def visit(
+        self, url: str, limit: float, sends: Mapping[str, str], post: bytes = b""
+    ) -> Examined:
+        """Ask, and hear the answer to its end, or for so many seconds."""
+        until = min(self.until, trio.current_time() + limit)
+        headers = {**sends, **self.headers}
+        seen = Examined(url, headers, post, until, allowance=self.allowance)
+        async with seen:
+            with contextlib.suppress(trio.EndOfChannel):
+                while True:  # without a name that would hold a big one until the next
+                    seen.hear(await seen.receive())
         return seen
 
-    async def trigger(self, case_id: str) -> str:
-        """Ask for a run as the back end does, once more with the same id if no answer comes; the
-        path of its stream, if it has one."""
+    async def trigger(self, case_id: str) -> None:
+        """Ask for a run as the back end does."""
         url = f"{self.url.rstrip('/')}/aura/cases/{encoded(case_id)}/analysis-runs"
-        body = to_bytes(to_json({"runId": f"doctor-{uuid.uuid4().hex[:12]}"}))
-        for _ in range(2):
-            self.triggers.append(await self.visit(Visit(url, coding="identity"), 10, body))
-            if self.first.status or self.first.unreached:
-                break
-        told = fields_of(self.triggers[-1].body) or {}
+        post = to_bytes(to_json({"runId": f"doctor-{uuid.uuid4().hex[:12]}"}))
+        sends = {"accept": "*/*", "content-type": "application/json"}
+        seen = await self.visit(url, 10, sends, post)
+        seen.streams = False  # not this
+        self.triggers.append(seen)
+
+    def triggered(self) -> str:
+        """The path of the stream that the trigger has told; none if it was no path. To another host
+        nobody goes: it would get our token."""
+        told = fields_of(self.triggers[0].body) or {}
         with contextlib.suppress(ValueError):
             where = urlsplit(str(told.get("streamUrl") or told.get("streamPath")))
             path = where._replace(scheme="", netloc="", fragment="").geturl()
-            if path.startswith("/"):  # nor another host: it would get our token
-                return path
+            return path if path.startswith("/") else ""
         return ""
 
     async def look(self) -> None:
-        """Ask for the stream, again where that may help, and come back to it."""
-        while len(self.visits) < 4 and self.main.status in (0, 429, 500, 502, 503, 504):
-            if self.visits:
-                later = re.fullmatch("[0-9]{1,9}", self.main.headers.get("retry-after", ""))
-                pause = min(float(later[0]), 10.0) if later else 1.0
-                if self.main.ended_at > 15 or trio.current_time() + pause > self.until:
-                    return
-                await trio.sleep(pause)
-            self.visits.append(Visit(self.url))
-            await self.visit(self.main, math.inf)
-            if "content-encoding" in self.main.headers and self.main.ending != "packed":
-                self.visits[-1] = Visit(self.url, coding="identity")  # no stream: to be read
-                await self.visit(self.main, math.inf)
-            if self.main.unreached:
+        """Ask for the stream, come back to it, and ask the server what it saw."""
+        if self.triggers:
+            path = self.triggered()
+            if not path:
                 return
-        if self.main.streams and self.main.ending not in ("limit", "full"):
-            await (self.resume_whole() if self.main.over and self.events else self.resume_broken())
-        if self.main.streams and self.main.ending not in ("quiet", "limit", "full"):  # else we left
-            self.journal = await asked_of_journal(self)
+            self.url = self.url.rstrip("/") + path
+        zipped = {"accept-encoding": "gzip"}  # as browsers do: does somebody compress the stream?
+        main = await self.visit(self.url, math.inf, zipped)
+        self.visits.append(main)
+        if main.streams and main.ending not in ("limit", "full"):
+            known = [one.id for one in main.events[: main.half]]
+            after = {"last-event-id": known[-1]} if any(known) else {}
+            self.visits.append(await self.visit(self.url, BACK, {**zipped, **after}))
+            if main.ending != "quiet":  # else it was we who left
+                await self.ask_journal()
 
-    def late(self, each: Visit, until: float) -> float:
-        """Seconds that this process was late itself, in so many of that visit."""
-        end = each.sent + until + TICK
-        return sum(late for at, late in self.hiccups if each.sent <= at <= end)
+    async def ask_journal(self) -> None:
+        """What the server itself says of this visit, if it is one of ours and tells us."""
+        names = ("run-id", "attempt", "scenario")
+        run_id, *which = (self.main.headers.get(f"x-aura-{name}", "") for name in names)
+        if not run_id:
+            return
+        where = urlsplit(self.url)
+        path = f"/__aura/journal?kind=stream&runId={quote(unquote(run_id), safe='')}"
+        seen = await self.visit(f"{where.scheme}://{where.netloc}{path}", 5, {})
+        told: Any = fields_of(seen.body)
+        with contextlib.suppress(LookupError, TypeError):
+            for one in told["entries"]:
+                if [str(one["attempt"]), one["scenario"]] == which:
+                    self.journal = {**one["end"], "said": one["said"]}
 
-    @property
-    def half(self) -> int:
-        """How many events a client has that comes back to a whole stream: all but five, or half."""
-        count = len(self.events)
-        return count if not self.main.over else max(count // 2, count - 5, 1)
-
-    async def resume_whole(self) -> None:
-        """Twice, if the run is not there: is it gone, or elsewhere every second time?"""
-        while not self.back or (self.back[-1].status == 404 and len(self.back) < 2):
-            self.back.append(await self.again(self.events[self.half - 1].id))
-
-    async def resume_broken(self) -> None:
-        """Until the end comes, or nothing new."""
-        since = trio.current_time()
-        while trio.current_time() - since < BACK and len(self.back) < 4:
-            known = [one.id for each in (self.main, *self.back) for one in each.events]
-            self.back.append(await self.again(known[-1] if known else ""))
-            if self.back[-1].over or not self.back[-1].events:
-                return
-            with trio.move_on_at(self.until):
-                await trio.sleep(1)
-
-    async def again(self, after: str) -> Visit:
-        return await self.visit(Visit(self.url, after.strip()), BACK)
-
-    @property
-    def cut_short(self) -> bool:
-        """We stopped before it could be seen what comes to a client that comes back."""
-        return any(one.ending == "full" or (one.ending == "limit" and one.ended_at < BACK - 1)
-                   for one in self.back)
-
-    @property
-    def returned(self) -> tuple[list[Heard], list[Heard], list[Heard]]:
-        """What came to a client that came back; what of it twice; what of the rest did not."""
-        seen, owed = self.events[: self.half], self.events[self.half :]
-        rest = [one for each in self.back for one in each.events]
-        had, got = ({one[1:] for one in some} for some in (seen, rest))
-        twice = [one for one in rest if one[1:] in had]
-        return rest, twice, [one for one in owed if one[1:] not in got]
-
-    @property
-    def ills(self) -> dict[str, str]:
-        """What is wrong, that which explains most first."""
-        notes = self.main.notes
-        found = ((code, notes.get(code) or ill.shows(self)) for code, ill in ILLS.items())
-        return {code: says for code, says in found if says}
+    def report(self) -> dict[str, Any]:
+        """The answers; the ills, that which explains most first; and the verdict."""
+        asked = QUESTIONS if self.main.streams else QUESTIONS[:1]
+        pairs = (question(self) for question in asked)
+        said = {name: str(says) for name, says in itertools.chain(*pairs) if says}
+        found = [code for code in ILLS if code in said]
+        ills = [{"ill": code, "says": said.pop(code), **self.blame(code)} for code in found]
+        verdict = found[0] if found else "healthy"
+        says = f"nothing is wrong: {said.get('end')}"
+        if ills:
+            says = "{says} — {fault} is at fault: {change}".format(**ills[0])
+        return {"url": self.url, "verdict": verdict, "says": says, "ills": ills, "answers": said}
 
     def blame(self, code: str) -> dict[str, str]:
         """Whose fault it is, and what to change."""
-        fault, change, _ = ILLS[code]
-        if self.journal and fault is SOMEBODY and code in BREAKS:
-            fault = BY.get(self.journal["by"], THE_SERVER)
+        fault, change = ILLS[code]
+        if self.journal and code in ("cut", "dead"):
+            fault = BY.get(str(self.journal.get("by")), THE_SERVER)
             change = f"its journal says: {self.journal['said']}"
         return {"fault": fault, "change": change}
 
-    def report(self) -> dict[str, Any]:
-        ills = [{"ill": code, "says": says, **self.blame(code)} for code, says in self.ills.items()]
-        far = f" so far, {self.main.how}" if self.main.ending in ("limit", "full") else ""
-        count = many(len(self.events), "event")
-        says = f"nothing is wrong{far}: {count} in {self.main.ended_at:.1f} s"
-        if ills:
-            says = "{says} — {fault} is at fault: {change}".format(**ills[0])
-        asked = list(QUESTIONS)[: None if self.main.streams else 2]
-        answers = {name: QUESTIONS[name](self) for name in asked}
-        verdict = ills[0]["ill"] if ills else "healthy"
-        return {"url": self.url, "verdict": verdict, "says": says, "ills": ills, "answers": answers}
+
+# The questions, in the order of the guide: each yields (question, answer), then (ill, how it
+# shows). What is empty does not show.
+
+Said = Iterator[tuple[str, Any]]
 
 
-async def asked_of_journal(it: Examination) -> dict[str, str]:
-    """What the server itself says of this visit, if it is one of ours and tells us."""
-    which = [it.main.headers.get(f"x-aura-{name}", "")
-             for name in ("attempt", "scenario", "run-id")]
-    if not all(which):
-        return {}
-    run_id = quote(unquote(which.pop()), safe="")
-    asks = f"kind=stream&runId={run_id}"
-    where = urlsplit(it.main.url)._replace(path="/__aura/journal", query=asks)
-    said = await it.visit(Visit(where.geturl()), 5)
-    told = fields_of(said.body) or {}
-    with contextlib.suppress(LookupError, TypeError):
-        ours = [one for one in told["entries"] if [str(one["attempt"]), one["scenario"]] == which]
-        ended = ours[-1]["end"]
-        return {"by": str(ended["by"]), "how": str(ended["how"]), "said": str(ours[-1]["said"])}
-    return {}
-
-
-# The questions, in the order of the guide, and their answers.
-
-
-def shown_answer(it: Examination) -> str:
-    first, tries = it.first, sum(one.status == it.first.status for one in it.visits)
-    plays, elsewhere = first.headers.get("x-aura-scenario"), first.headers.get("location")
-    told = f"{first.status}, {first.kind}, after {first.head_at:.2f} s" if first.status else "none"
-    told += f", elsewhere: {elsewhere}" if elsewhere else ""
-    told += f" (it plays the scenario {plays})" if plays else ""
-    told += f", {tries} times" if tries > 1 else ""
-    well = it.main is not first and it.main.streams
-    return told + (f"; at try {tries + 1} all was well" if well else "")
-
-
-def shown_headers(it: Examination) -> str:
-    wanted = {"x-accel-buffering": "no", "cache-control": "no-"}
-    missing = [name for name, text in wanted.items() if text not in it.main.headers.get(name, "")]
-    eaten = ", which nginx keeps to itself" if missing == ["x-accel-buffering"] else ""
-    return f"without {' and '.join(missing)}{eaten}" if missing else "they forbid to buffer"
-
-
-def shown_beginning(it: Examination) -> str:
-    if not (main := it.main).first:
-        return f"{main.size} bytes, no line"
-    expected = "" if main.first == ": connected" else ", not `: connected`"
-    return f"{shown(main.first)} after {main.first_at:.2f} s{expected}"
-
-
-def shown_events(it: Examination) -> str:
-    if not (events := it.events):
-        return "none"
-    ids = f"ids {events[0].id} to {events[-1].id}" if events[0].id else "no ids: nobody can resume"
-    return f"{len(events)}, {ids}; the last is {events[-1].name}"
-
-
-def shown_arrival(it: Examination) -> str:
-    times = sorted({one.at for one in it.events})
-    waits = [b - a for a, b in itertools.pairwise([it.main.head_at, *times])]
-    span = f" over {times[-1] - it.main.head_at:.2f} s" if times else ""
-    return f"{many(len(times), 'arrival')}{span}, the longest wait {max(waits, default=0):.2f} s"
-
-
-def shown_beats(it: Examination) -> str:
+def about_answer(it: Examination) -> Said:
     main = it.main
-    return f"{main.beats}, the longest silence {max(main.longest, main.silence):.1f} s"
+    line = f"{main.status}, {main.kind}, after {main.head_at:.2f} s"
+    yield "answer", line
+    yield "no-answer", not main.status and f"no answer: {main.how}"
+    slow = [one.head_at for one in it.triggers if one.head_at > 5]
+    yield "slow-trigger", slow and f"the trigger was answered after {slow[0]:.1f} s; BE waits for 5"
+    code = STATUSES.get(main.status) or STATUSES.get(main.status // 100, "server-error")
+    if main.post and main.status < 300:
+        code = "trigger-refused"
+    elif main.status == 200 and main.kind == "text/event-stream":
+        code = "compressed"
+    elif "runId not found" in main.text:
+        code = "not-found"
+    says = main.headers.get("content-encoding", main.text)
+    yield code, main.status and not main.streams and f"{line}: {says}"
 
 
-def shown_end(it: Examination) -> str:
-    main, said = it.main, it.journal.get("said")
-    told = how_ended(it)
-    if main.ending == "end" and not main.headers.keys() & {"transfer-encoding", "content-length"}:
-        told += "; it has no chunks, so a cut would look the same"
-    return told + (f"; its journal says: {said}" if said else "")
-
-
-def how_ended(it: Examination) -> str:
+def about_beginning(it: Examination) -> Said:
     main = it.main
-    quiet = f", the last {main.silence:.1f} s without a byte" if main.silence > 1 else ""
-    return f"{main.how} after {main.ended_at:.1f} s and {many(len(main.events), 'event')}{quiet}"
+    text = main.body[: main.body.rfind(b"\n") + 1].decode("utf-8", "replace")
+    line = shown(LINE_END.split(text)[0][:LONG])
+    yield "headers", str(main.headers)
+    yield "first bytes", f"{line} after {main.first_at:.2f} s"
+    took = min(one.head_at for one in it.visits)  # once may be chance
+    yield "slow-headers", took > LATE and f"the head of the answer took {took:.1f} s"
+    yield "line-ends", b"\r" in main.body and "lines end in CR"
+    yield "bom", text.startswith("\ufeff") and "it begins with a byte order mark"
+    foreign = "\ufffd" in text and b"\xef\xbf\xbd" not in main.body
+    yield "not-utf8", foreign and "it is not in UTF-8"
+    ends = [at for _, at in main.chunks if at <= len(main.body)]
+    torn = sum(main.body[at - 1] not in b"\r\n" for at in ends)
+    small = main.size < 24 * len(main.chunks)
+    yield "shredded", small and torn > 20 and f"{torn} small chunks end within a line"
 
 
-def shown_resume(it: Examination) -> str:
-    if not it.back or not it.back[0].after:
-        why = "it is still going on" if it.main.ending == "limit" else "no id to come back with"
-        return f"not tried: {why}"
-    rest, twice, missing = it.returned
-    refused = [str(one.status) for one in it.back if not one.streams]
-    count = f"{len(rest)} more, {len(twice)} of them twice, {len(missing)} missing"
-    then = f", answered {' and '.join(refused)}" if refused else ""
-    return f"after {it.back[0].after} came {count}{then}"
+def about_events(it: Examination) -> Said:
+    events, names = it.main.events, [one.name for one in it.main.events]
+    for one in it.visits:
+        yield from one.notes.items()
+    if not events:
+        code = "no-events" if it.main.size else "empty"
+        over = it.main.ending in ("end", "full")
+        yield code, over and f"200, then {it.main.size} bytes without an event, and {it.main.how}"
+        return
+    first, last = events[0].id, events[-1].id
+    ids = f"ids {first} to {last}" if first else "no ids: nobody can resume"
+    yield "events", f"{len(events)}, {ids}; the last is {names[-1]}"
+    yield "missing-started", names[0] in KNOWN_EVENTS[1:6] and f"the first event is {names[0]}"
+    starts = names.count("started")
+    yield "duplicate-run", starts > 1 and f"{starts} times started, in one run"
+    numbers = places(events)
+    wrong = numbers != sorted({*numbers})
+    yield "out-of-order", wrong and f"the ids come in the order {numbers[:20]}"
+    strange = ", ".join(sorted({*names} - {*KNOWN_EVENTS, "gap", "message", "heartbeat"})[:5])
+    yield "unknown-events", strange and f"events that nobody documented: {strange}"
 
 
-QUESTIONS: dict[str, Callable[[Examination], str]] = {
-    "reached": lambda it: urlsplit(it.url).netloc,
-    "answer": shown_answer, "headers": shown_headers, "first bytes": shown_beginning,
-    "events": shown_events, "arrival": shown_arrival, "heartbeats": shown_beats,
-    "end": shown_end, "resume": shown_resume,
-}
-
-# The ills: how each one shows. What has no function of its own says it in its row.
-
-Shows = Callable[[Examination], Any]  # a sentence, or nothing
+def places(events: Iterable[Heard]) -> list[int]:
+    """Their places in the log, if they begin it: other ids are no places."""
+    found = [resume_point(one.id, 10**18) for one in events if one.own]
+    return found if found[:1] == [1] else []
 
 
-def status(*ones: int) -> Shows:
-    return lambda it: it.first.status in ones and f"{shown_answer(it)}: {it.first.text}"
+def about_arrival(it: Examination) -> Said:
+    main = it.main
+    times = sorted({main.head_at, *(one.at for one in main.events)})
+    longest = max((b - a for a, b in itertools.pairwise(times)), default=0)
+    span = f"{many(len(times) - 1, 'arrival')} over {times[-1] - times[0]:.2f} s"
+    yield "arrival", f"{span}, the longest wait {longest:.2f} s"
+    yield "buffered", held_back(it)
+    silence = max(main.longest, main.silence)
+    beats = main.body.count(b": heartbeat")
+    yield "heartbeats", f"{beats}, the longest silence {silence:.1f} s"
+    yield "no-heartbeat", silence > BEARABLE and f"{silence:.1f} s passed without a byte"
 
 
-def broken(code: str) -> Shows:
-    """What kind of break it is, by what came before."""
-
-    def shows(it: Examination) -> Any:
-        main, kind = it.main, it.main.ending
-        if not main.streams or kind in ("end", "limit", "full"):
-            return None
-        off = abs(main.ended_at - 30 * round(main.ended_at / 30))
-        near = off < min(0.01 * main.ended_at, 3)
-        silence = main.silence
-        longer = silence > max(2, 1.5 * main.longest)
-        set_so = longer and abs(silence - round(silence)) < 0.05  # whole seconds are a setting
-        if kind == "quiet":
-            kind = "unclosed" if main.done else "dead"
-        elif silence > 20 or set_so:
-            kind = "idle-cut"
-        elif main.ended_at > 25 and near:
-            kind = "time-limit"
-        return (kind if kind in BREAKS else "cut") == code and how_ended(it)
-
-    return shows
-
-
-def disorder(it: Examination) -> Any:
-    for before, after in itertools.pairwise(places(it.events)):
-        if after < before:
-            return f"event {after} came after event {before}"
-    return None
-
-
-def repeated(it: Examination) -> Any:
-    """An event that came before, with its id."""
-    seen = set[tuple[Any, ...]]()
-    for one in it.events:
-        if one.own and one[1:] in seen:
-            return f"event {one.id} ({one.name}) came twice"
-        seen.add(one[1:])
-    return None
-
-
-def pipelines(it: Examination) -> Any:
-    names = [one.name for one in it.events]
-    starts, ends = names.count("started"), sum(names.count(name) for name in TERMINAL)
-    more = starts > 1 or ends > 1
-    return more and not repeated(it) and f"{starts} times started, {ends} times ended, in one run"
-
-
-def holes(it: Examination) -> Any:
-    """Ids that never came, though nobody said that they are gone; or a rest that did not."""
-    rest, _, lost = it.returned
-    numbers = sorted(set(places((*it.events, *rest))))
-    count = numbers[-1] - len(numbers) if numbers else 0
-    if 0 < count < len(numbers) and not forgotten(it):  # more: these are other kinds of ids
-        first = next(at for at, number in enumerate(numbers, 1) if at != number)
-        return f"{many(count, 'event')} never came, the first of them {first}"
-    if lost and it.back and it.back[0].after and it.back[0].streams and not it.cut_short:
-        owed = len(it.events) - it.half
-        return f"whoever comes back after {it.back[0].after} misses {len(lost)} of {owed} events"
-    return None
-
-
-def forgotten(it: Examination) -> Any:
-    return next((one.notes["gap"] for one in (it.main, *it.back) if "gap" in one.notes), None)
-
-
-def replayed(it: Examination) -> Any:
-    twice = it.back and it.back[0].after and it.returned[1]
-    return twice and f"whoever comes back after {it.back[0].after} gets {len(twice)} events again"
-
-
-def turned_away(it: Examination) -> Any:
-    owed = len(it.events) - it.half
-    fine = [one.streams or (one.status == 204 and not owed) for one in it.back]
-    if not it.main.over or not fine:
-        return None
-    if all(fine) and (it.cut_short or it.back[-1].ending == "end"):
-        return None
-    wrong, then = it.back[fine.index(False) if False in fine else -1], ""
-    if len(it.back) > 1 and fine[-1]:
-        then = ", at the next try well: every second time?"
-    known = wrong.status and not wrong.streams
-    what = f"{wrong.status}, {wrong.kind}: {wrong.text}" if known else wrong.how
-    return f"whoever comes back: {what}{then}"
-
-
-def ended(it: Examination) -> str:
-    """Which parts of an end a properly ended stream lacks."""
-    main, done, last = it.main, it.main.done, it.main.terminal
-    if main.ending != "end" or not it.events or (done and last):
-        return ""
-    if not done and (main.rest or main.block or main.own):
-        return "blank line"
-    return "both" if not done and not last else "[DONE]" if not done else "terminal"
-
-
-def held(it: Examination) -> Any:
+def held_back(it: Examination) -> Any:
     """The first bytes came late, and events with them; but other answers, before and after, did
     not."""
-    if not (events := it.events) or slow_head(it):
-        return None
-    others = (each.first_at for each in (*it.triggers[-1:], *it.back[:1]))
-    came, usual = it.main.first_at, max(others, default=0.0)
+    came, events = it.main.first_at, it.main.events
+    others = [one.first_at for one in (*it.triggers, *it.visits[1:])]
     if not it.triggers:  # it may have been over, and the server slow: only a late body tells
-        usual = max(usual, it.main.head_at)
-    together = sum(one.at < came + TICK for one in events)
-    arrivals = len({one.at // TICK for one in events})
-    late = came - usual - it.late(it.main, came) > HELD and 2 * arrivals < len(events)
-    some = "all" if together == len(events) else f"{together} of {len(events)}"
-    return together > 1 and late and f"nothing came for {came:.2f} s, then {some} events at once"
+        others.append(it.main.head_at)
+    lumps = len({one.at // TICK for one in events})
+    late = came - max(others) > HELD and 2 * lumps < len(events)
+    says = f"nothing came for {came:.2f} s, then {len(events)} events in {many(lumps, 'lump')}"
+    return late and says
 
 
-def slow_head(it: Examination) -> Any:
-    took = it.main.head_at - it.late(it.main, it.main.head_at)
-    slow = took > LATE and (not it.back or it.back[0].head_at > LATE)
-    return slow and f"the head of the answer took {took:.1f} s"
+def about_end(it: Examination) -> Said:
+    main, said = it.main, it.journal.get("said")
+    quiet = f", the last {main.silence:.1f} s without a byte" if main.silence > 1 else ""
+    how = f"{main.how} after {main.ended_at:.1f} s and {many(len(main.events), 'event')}{quiet}"
+    yield "end", how
+    yield "journal", said
+    mute = main.ending == "limit" and not main.size and main.silence > LATE
+    yield "dead", (mute or main.ending == "quiet") and how
+    if main.ending not in ("end", "quiet", "limit", "full"):
+        whole_minutes = main.ended_at > 25 and main.ended_at % 30 < 1  # or half ones: a setting
+        code = "time-limit" if whole_minutes else "cut"
+        yield "idle-cut" if main.silence > 20 else code, how
+    elif main.ending == "end":
+        cut = it.journal.get("how") in ("drop", "reset")
+        yield "hidden-cut", cut and f"{said}; what came here was properly ended"
+        last = main.events and f"it was properly ended after {main.events[-1].name}"
+        half = main.rest or main.block
+        yield "unterminated", last and half and not main.done and f"{last}, and half an event"
+        yield "no-done", last and not main.done and f"{last}, without [DONE]"
+        yield "no-terminal", last and not main.terminal and f"{last} and [DONE]"
 
 
-def slow_trigger(it: Examination) -> Any:
-    took = max((one.ended_at - it.late(one, one.ended_at) for one in it.triggers[-1:]), default=0.0)
-    return took > 5 and f"the trigger was answered after {took:.1f} s; BE waits for 5"
+def about_resume(it: Examination) -> Said:
+    main = it.main
+    for back in it.visits[1:]:
+        after = back.sends.get("last-event-id")
+        who = f"whoever comes back after {after}"
+        had, owed, came = (
+            {one[1:] for one in some}
+            for some in (main.events[: main.half], main.events[main.half :], back.events))
+        twice, lost = len(had & came), len(owed - came)
+        line = f"after {after} came {len(came)}, {twice} of them again; {lost} are missing"
+        yield "resume", line if after else "not tried: no id to come back with"
+        yield "doubled", after and twice and f"{who} gets {many(twice, 'event')} again"
+        refused = main.over and (not back.streams or back.ending in ("cut", "reset"))
+        says = f"{who}: {back.status}, {back.kind}: {back.text}; {back.how}"
+        yield "resume-refused", refused and says
+        if not after or back.ending in ("limit", "full"):
+            lost = 0  # for all we know
+        numbers = {*places([*main.events, *back.events])}
+        holes = max(numbers, default=0) - len(numbers)
+        lost = holes if 0 < holes < len(numbers) else lost  # more: these are other kinds of ids
+        yield "lost", lost and f"{who} misses {many(lost, 'event')}"
+        took = back.last_at - back.first_at
+        slow = main.over and took > 1 and back.size < 2**16
+        yield "slow-stream", slow and f"a run that has ended takes {took:.1f} s for its last events"
 
 
-def dawdling(it: Examination) -> Any:
-    """A run that has ended is in the log, and could come at once."""
-    back = it.back[0].events if it.back and it.main.over and it.back[0].size < 2**16 else []
-    took = back[-1].at - back[0].at if back else 0.0
-    return took > 1 and f"a run that has ended takes {took:.1f} s for its last {len(back)} events"
-
-
-def shredded(it: Examination) -> Any:
-    chunks, torn = it.main.chunks, it.main.torn
-    size = it.main.size / max(chunks, 1)
-    many = torn > 20 and torn * 2 > chunks and size < 24
-    return many and f"it comes in {chunks} pieces of {size:.0f} bytes, torn anywhere"
-
-
-def strangers(it: Examination) -> Any:
-    names = {one.name for one in it.events} - {*KNOWN_EVENTS, "gap", "message", "heartbeat"}
-    return names and f"events that nobody documented: {', '.join(sorted(names)[:5])}"
-
-
-class Ill(NamedTuple):
-    """What may be wrong: whose fault it is, what to change, how it shows."""
-
-    fault: str
-    change: str
-    shows: Shows = lambda it: None  # it is noted while one listens
-
-
+QUESTIONS = (
+    about_answer, about_beginning, about_events, about_arrival, about_end, about_resume,
+)
 THE_SERVER, THE_RUN, THE_CALLER = "the server", "the analysis", "the caller"
 BETWEEN, SOMEBODY = "a proxy on the way", "the server or a proxy on the way"
 BY = {"client": BETWEEN, "admin": "an operator", "shutdown": "who stopped the server"}
-BREAKS = ("idle-cut", "time-limit", "reset", "cut", "dead", "unclosed")
-ILLS = {  # what explains more stands before what explains less
-    "disabled": Ill(THE_SERVER, "unset DEMO_OFF", lambda it: (
-        not it.visits and b'"disabled"' in it.first.body and "the trigger says: disabled")),
-    "unreachable": Ill(SOMEBODY, "start it, or correct its address", lambda it: (
-        it.first.unreached and it.first.how)),
-    "no-answer": Ill(SOMEBODY, "look for a crash at that moment in its log", lambda it: (
-        not it.first.status and f"no answer: {it.first.how}")),
-    "gone": Ill(THE_SERVER, "send 204 to who has seen everything; an EventSource stops at it",
-                status(204)),
-    "unauthorized": Ill(THE_CALLER, "send a good token: -H 'Authorization: Bearer …'", status(401)),
-    "forbidden": Ill(THE_CALLER, "send the token and the tenant of who may see this", status(403)),
-    "wrong-path": Ill(THE_CALLER, "correct the URL", lambda it: (
-        it.first.status in (404, 405, 501) and "runId" not in it.first.text
-        and f"there is no stream at this path: {shown_answer(it)}: {it.first.text}")),
-    "refused": Ill(THE_CALLER, "its answer says what it wants",
-                   status(*{*range(300, 500)} - {401, 403, 404, 405, 429})),
-    "bad-gateway": Ill(BETWEEN, "start what it passes on to, or correct its address", status(502)),
-    "upstream-late": Ill(SOMEBODY, "send the head at once, or let the proxy wait longer",
-                         status(504)),
-    "trigger-refused": Ill(THE_SERVER, "its answer says what it wants", lambda it: (
-        not it.visits and it.first.status
-        and f"the trigger's answer names no stream: {it.first.status}, {it.first.text}")),
-    "not-found": Ill(THE_SERVER, "send all requests of a run to the instance that runs it, after"
-                     " its trigger", status(404)),
-    "too-many": Ill(THE_CALLER, "ask less often; Retry-After says when", status(429)),
-    "unavailable": Ill(THE_SERVER, "ask again after Retry-After: it is full or not up",
-                       status(503)),
-    "server-error": Ill(THE_SERVER, "look in its log for this request",
-                        status(*{*range(500, 1000)} - {501, 502, 503, 504})),
-    "unknown-run": Ill(THE_SERVER, "send all requests of a run to the instance that runs it; and"
-                       " this should be a 404", lambda it: (
-        it.first.status == 200 and not it.first.streams and "runId not found" in it.first.text
-        and f"{shown_answer(it)}: {it.first.text}")),
-    "not-a-stream": Ill(SOMEBODY, "find out who answers: a login page? a wrong path?", lambda it: (
-        it.visits and it.first.status in {*range(200, 300)} - {204} and not it.first.streams
-        and it.first.ending != "packed" and f"{shown_answer(it)}: {it.first.text}")),
-    "compressed": Ill(BETWEEN, "compress no text/event-stream", lambda it: (
-        it.main.ending == "packed"
-        and f"the stream is compressed: {it.main.headers['content-encoding']}")),
-    "empty": Ill(THE_SERVER, "look for what cancels its stream before the first byte: a middleware,"
-                 " a request's scope", lambda it: (
-        it.main.streams and not it.main.body and it.main.ending == "end"
-        and "200 and an empty body, properly ended")),
-    "nothing-came": Ill(SOMEBODY, "send `: connected` with the head, and let nothing hold it back",
-                        lambda it: (
-        it.main.streams and not it.main.body and it.main.ending in ("limit", "quiet")
-        and it.main.ended_at - it.main.head_at > LATE
-        and f"200, and then not a byte in {it.main.ended_at - it.main.head_at:.1f} s")),
-    "no-events": Ill(THE_SERVER, "look for what ends its stream early, or for another reader of the"
-                     " run's queue", lambda it: (
-        it.main.body and not it.events and it.main.streams and it.main.ending in ("end", "full")
-        and f"{it.main.size} bytes without an event, and {it.main.how}")),
-    "double-wrapped": Ill("the relaying back end", "write lines as they came, or events: not lines"
-                          " as data", lambda it: (
-        it.events and it.main.wrapped == len(it.events)
-        and "every line is wrapped once more, as data")),
-    "duplicate-run": Ill(THE_SERVER, "start one run per runId, whoever asks twice", pipelines),
-    "out-of-order": Ill(THE_SERVER, "write events in the order of their ids", disorder),
-    "duplicates": Ill(THE_SERVER, "write each event once", repeated),
-    "invented": Ill(THE_SERVER, "say `failed` and why, where the analysis did not end"),
-    "bad-json": Ill(THE_SERVER, "write data as one whole line of JSON"),
-    "unterminated": Ill(THE_SERVER, "end every event with a blank line: else no client sees it",
-                        lambda it: ended(it) == "blank line" and "the last event has no end"),
-    "after-done": Ill(THE_SERVER, "end the answer behind [DONE]", lambda it: (
-        it.main.after_done and "more came behind [DONE]")),
-    "gap": Ill(THE_SERVER, "keep more events of a run", forgotten),
-    "lost": Ill(THE_SERVER, "keep a log per run, and a place in it per viewer: readers of one queue"
-                " steal from each other", holes),
-    "doubled": Ill(SOMEBODY, "use ids that the server can resume from; nobody may replace them",
-                   replayed),
-    "resume-refused": Ill(THE_SERVER, "send all requests of a run to one instance, and keep what"
-                          " has ended", turned_away),
-    "idle-cut": Ill(BETWEEN, "beat more often than its idle time-out", broken("idle-cut")),
-    "time-limit": Ill(BETWEEN, "raise its limit on the time of a request; clients should resume",
-                      broken("time-limit")),
-    "reset": Ill(SOMEBODY, "look at that moment in the log of each hop", broken("reset")),
-    "cut": Ill(SOMEBODY, "look at that moment in the log of each hop", broken("cut")),
-    "dead": Ill(SOMEBODY, "send heartbeats; clients should leave after 45 s", broken("dead")),
-    "unclosed": Ill(SOMEBODY, "end the answer behind [DONE]", broken("unclosed")),
-    "hidden-cut": Ill(BETWEEN, "let it speak HTTP/1.1 to the server: in 1.0 a cut is an end",
-                      lambda it: it.main.ending == "end" and it.journal.get("how") in (
-        "drop", "reset") and f"{it.journal['said']}; what came here was properly ended"),
-    "ended-early": Ill(THE_SERVER, "end a stream behind its last event only", lambda it: (
-        ended(it) == "both" and f"it was properly ended after {it.events[-1].name}")),
-    "no-terminal": Ill(THE_RUN, "end every run with completed or failed", lambda it: (
-        ended(it) == "terminal" and f"[DONE] came after {it.events[-1].name}")),
-    "no-done": Ill(THE_SERVER, "write `data: [DONE]` last", lambda it: (
-        ended(it) == "[DONE]" and "no [DONE] came")),
-    "slow-headers": Ill(THE_SERVER, "send status and `: connected` before any work", slow_head),
-    "buffered": Ill(BETWEEN, "switch buffering off (nginx: proxy_buffering off, gzip off)", held),
-    "no-heartbeat": Ill(THE_SERVER, "send `: heartbeat` after 30 quiet seconds", lambda it: (
-        it.main.streams and (silence := max(it.main.longest, it.main.silence)) > BEARABLE
-        and f"{silence:.1f} s passed without a byte")),
-    "slow-stream": Ill(THE_SERVER, "write at once what is in the log", dawdling),
-    "line-ends": Ill(SOMEBODY, "end lines in LF: hand-written clients split there"),
-    "not-utf8": Ill(THE_SERVER, "encode everything in UTF-8"),
-    "bom": Ill(THE_SERVER, "write no byte order mark", lambda it: (
-        it.main.first.startswith("\ufeff") and "it begins with a byte order mark")),
-    "shredded": Ill(SOMEBODY, "write whole events: some clients decode piece by piece", shredded),
-    "failed": Ill(THE_RUN, "its last event says why; the stream did its work"),
-    "missing-started": Ill(THE_RUN, "begin every run with `started`", lambda it: (
-        it.events and it.events[0].name in KNOWN_EVENTS[1:6] + KNOWN_EVENTS[7:8]
-        and f"the first event is {it.events[0].name}")),
-    "progress-regress": Ill(THE_RUN, "let percent only grow"),
-    "unknown-events": Ill(THE_RUN, "tell the clients of these names", strangers),
-    "slow-trigger": Ill(THE_SERVER, "answer 202 first, analyse afterwards", slow_trigger),
-    "trigger-lost": Ill(SOMEBODY, "look in its log; the same runId saved it", lambda it: (
-        len(it.triggers) > 1 and f"the first trigger got no answer: {it.triggers[0].how}")),
+STATUSES = {  # and their hundreds
+    2: "not-a-stream", 3: "refused", 4: "refused", 204: "gone", 401: "unauthorized",
+    403: "forbidden", 404: "wrong-path", 429: "too-many", 502: "bad-gateway",
+    503: "unavailable", 504: "bad-gateway",
+}
+ILLS = {  # whose fault, and what to change; what explains more stands before what explains less
+    "no-answer": (SOMEBODY, "start it, correct its address, or look for a crash in its log"),
+    "unauthorized": (THE_CALLER, "send a good token: -H 'Authorization: Bearer …'"),
+    "forbidden": (THE_CALLER, "send the token and the tenant of who may see this"),
+    "not-found": (THE_SERVER, "send all requests of a run to the instance that runs it"),
+    "wrong-path": (THE_CALLER, "correct the URL"),
+    "refused": (THE_CALLER, "its answer says what it wants"),
+    "too-many": (THE_CALLER, "ask less often; Retry-After says when"),
+    "bad-gateway": (BETWEEN, "start what it passes on to, correct its address, or wait longer"),
+    "trigger-refused": (THE_SERVER, "its answer says why there is no stream: DEMO_OFF?"),
+    "unavailable": (THE_SERVER, "ask again after Retry-After: it is full or not up"),
+    "server-error": (THE_SERVER, "look in its log for this request"),
+    "gone": (THE_SERVER, "send 204 to who has seen everything; an EventSource stops at it"),
+    "not-a-stream": (SOMEBODY, "find out who answers: a login page? a wrong path?"),
+    "compressed": (BETWEEN, "compress no text/event-stream"),
+    "empty": (THE_SERVER, "look for what cancels it before its first byte: a middleware's scope"),
+    "no-events": (THE_SERVER, "look for what ends it early, or reads the run's queue as well"),
+    "double-wrapped": ("the relaying back end", "write lines as they came: not lines as data"),
+    "out-of-order": (THE_SERVER, "write each event once, in the order of their ids"),
+    "duplicate-run": (THE_SERVER, "start one run per runId, whoever asks twice"),
+    "invented": (THE_SERVER, "say `failed` and why, where the analysis did not end"),
+    "bad-json": (THE_SERVER, "write data as one whole line of JSON"),
+    "unterminated": (THE_SERVER, "end every event with a blank line: else no client sees it"),
+    "after-done": (THE_SERVER, "end the answer behind [DONE]"),
+    "gap": (THE_SERVER, "keep more events of a run"),
+    "resume-refused": (THE_SERVER, "keep what has ended, and send all requests to that instance"),
+    "lost": (THE_SERVER, "keep a log per run: viewers of one queue steal from each other"),
+    "doubled": (SOMEBODY, "use ids that the server can resume from; nobody may replace them"),
+    "idle-cut": (BETWEEN, "beat more often than its idle time-out"),
+    "time-limit": (BETWEEN, "raise its limit on a request's time; clients should resume"),
+    "cut": (SOMEBODY, "look at that moment in the log of each hop"),
+    "dead": (SOMEBODY, "send `: connected` and heartbeats, and end the answer behind [DONE]"),
+    "hidden-cut": (BETWEEN, "let it speak HTTP/1.1 to the server: in 1.0 a cut is an end"),
+    "no-done": (THE_SERVER, "write `data: [DONE]` last, behind completed or failed"),
+    "no-terminal": (THE_RUN, "end every run with completed or failed"),
+    "slow-headers": (THE_SERVER, "send status and `: connected` before any work"),
+    "buffered": (BETWEEN, "switch buffering off (nginx: proxy_buffering off, gzip off)"),
+    "no-heartbeat": (THE_SERVER, "send `: heartbeat` after 30 quiet seconds"),
+    "slow-stream": (THE_SERVER, "write at once what is in the log"),
+    "line-ends": (SOMEBODY, "end lines in LF: hand-written clients split there"),
+    "not-utf8": (THE_SERVER, "encode everything in UTF-8"),
+    "bom": (THE_SERVER, "write no byte order mark"),
+    "shredded": (SOMEBODY, "write whole events: some clients decode piece by piece"),
+    "failed": (THE_RUN, "its last event says why; the stream did its work"),
+    "missing-started": (THE_RUN, "begin every run with `started`"),
+    "progress-regress": (THE_RUN, "let percent only grow"),
+    "unknown-events": (THE_RUN, "tell the clients of these names"),
+    "slow-trigger": (THE_SERVER, "answer 202 first, analyse afterwards"),
 }
 
 
 async def diagnose(
     url: str, *, case: str | None = None, via: str | None = None,
     headers: Mapping[str, str] | None = None, limit: float = 600.0,
-    say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Ask the stream at `url`, or at this server the stream of a new run of `case`; and the same
     one via another URL. What was seen, and a verdict; an OSError if nobody could be asked."""
@@ -6340,66 +6150,38 @@ async def diagnose(
     began = trio.current_time()
     until = began + limit
     for _ in range(2 if case else 1):  # bytes that are late once may be chance: then another run
-        both = [Examination(one, headers, until) for one in (url, via) if one]
-        async with trio.open_nursery() as watching, ending(watching):
-            watching.start_soon(keep_watch, both, say)
-            await examine(both, case)
-        if not any(map(held, both)) or 2 * trio.current_time() - began > until:
+        triggers: list[Examined] = []
+        both = [Examination(one, headers, until, triggers) for one in (url, via) if one]
+        if case:
+            await both[0].trigger(case)
+        async with trio.open_nursery() as nursery:
+            for one in both:
+                nursery.start_soon(one.look)
+        if not any(map(held_back, both)) or 2 * trio.current_time() - began > until:
             break  # or there is no time for another
-    if both[0].first.unreached and not any(one.status for one in both[0].triggers):
-        raise OSError(both[0].first.ending)
-    report = both[0].report()
-    return report if len(both) == 1 else compared(report, both[1].report())
-
-
-async def examine(both: list[Examination], case: str | None) -> None:
-    """All of them at once, after the trigger, if there is one to be made."""
-    if case is not None:
-        path = await both[0].trigger(case)
-        if not path:
-            return
-        for one in both:
-            one.url, one.triggers = one.url.rstrip("/") + path, both[0].triggers
-    async with trio.open_nursery() as nursery:
-        for one in both:
-            nursery.start_soon(one.look)
+    asked = (triggers or both[0].visits)[0]
+    if not asked.sent:
+        raise OSError(asked.how)
+    report, *others = [one.report() for one in both]
+    return compared(report, *others) if others else report
 
 
 def compared(direct: dict[str, Any], via: dict[str, Any]) -> dict[str, Any]:
     """The verdict on two ways to one stream: which hop loses what."""
     known = [ill["ill"] for ill in direct["ills"]]
     added = [ill for ill in via["ills"] if ill["ill"] not in known]
-    own = any(ill["fault"] != THE_RUN for ill in direct["ills"])
-    found = {"verdict": direct["verdict"], "says": f"{direct['says']}; that way too"}
-    if added and own:
-        found["says"] = f"{direct['says']} (that way also: {added[0]['says']})"
-    elif added:
-        counts = f"events directly: {direct['answers']['events']}; that way: " + (
-            via["answers"].get("events", "none"))
-        hop = f"what stands between {direct['url']} and {via['url']}"
-        hop = THE_CALLER if added[0]["fault"] == THE_CALLER else hop
-        change = added[0]["change"]
-        says = f"{added[0]['says']} ({counts}) — {hop} is at fault: {change}"
-        found = {"verdict": added[0]["ill"], "says": says}
-    return {**direct, **found, "via": via}
+    both = {**direct, "via": via}
+    if not added:
+        return {**both, "says": f"{direct['says']}; that way too"}
+    ill, says, fault, change = added[0].values()
+    if any(one["fault"] != THE_RUN for one in direct["ills"]):
+        return {**both, "says": f"{direct['says']} (that way also: {says})"}
+    if fault != THE_CALLER:
+        fault = f"what stands between {direct['url']} and {via['url']}"
+    return {**both, "verdict": ill, "says": f"{says} — {fault} is at fault: {change}"}
 
 
-async def keep_watch(these: list[Examination], say: Callable[[str], None]) -> None:
-    """Say how it goes, every five seconds; and notice when it is we who are late."""
-    for tick in itertools.count(1):
-        began = trio.current_time()
-        await trio.sleep(TICK)
-        late = trio.current_time() - began - TICK
-        for one in these:
-            main, now = one.main, trio.current_time()
-            one.hiccups += [(now, late)] if late > 0.02 else []
-            if tick % 100 == 0:
-                age = now - main.sent
-                last = f", the last {age - main.last_at:.0f} s ago" if main.size else ""
-                say(f"… {main.url}: {age:.0f} s, {main.size} bytes{last}")
-
-
-# ═══ 23  Command line ═════════════════════════════════════════════════════════════════════════════
+# ═══ 24  Command line ═════════════════════════════════════════════════════════════════════════════
 # A flag for each setting, a sentence for each mistake, exit status 2 for what could not begin.
 
 ABOUT = "A local server that speaks Aura's analysis-stream contract, and can misbehave."
@@ -6561,7 +6343,7 @@ def prepare_process() -> None:
 
 def greet(settings: DoubleSettings, aura: Aura, nursery: trio.Nursery) -> None:
     """Show a person the first steps, and heed standard input, if that is wished."""
-    if all(one is not None and one.isatty() for one in (sys.stdout, sys.stderr)):
+    if os.isatty(1) and os.isatty(2):
         print(AFTER_READY.format(url=aura.url, me=how_called()), file=sys.stderr)
     if settings.exit_with_stdin:
         nursery.start_soon(stop_with_stdin, aura)
@@ -6643,7 +6425,7 @@ def diagnose_command(words: list[str]) -> int:
 
     asks = partial(diagnose, flags["url"], case=flags["case"], via=flags["via"], headers=named)
     try:
-        report = trio.run(partial(asks, limit=limit, say=complain))
+        report = trio.run(partial(asks, limit=limit))
     except* OSError as group:
         raise ValueError(f"nobody could be asked: {innermost(group)}") from None
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error

@@ -5593,7 +5593,7 @@ def test_running_serves_on_a_free_port_and_leaves_nothing_behind():
         run_id = aura.trigger("85116", run_id="mine")
         assert run_id == "mine"
         assert len(parsed(stream(aura, run_id))) == 11
-    assert threading.active_count() == threads
+    assert threading.active_count() <= threads
     eventually(lambda: descriptors() <= before)
     with pytest.raises(ConnectionRefusedError):
         connect(aura)
@@ -6445,25 +6445,25 @@ def test_any_script_is_refused_with_a_pointer_or_played_to_an_end_the_journal_na
     eventually(lambda: descriptors() <= files)
 
 
-# ═══ 16  Diagnosis ══════════════════════════════════════════════════════════════════════════════
+# ═══ 17  Diagnosis ══════════════════════════════════════════════════════════════════════════════
 
 HEALTHY = "ok phase3 generation slow-first slow-run stepped flood big-event korean retry-field"
 DIAGNOSES = dict.fromkeys(HEALTHY.split(), "healthy") | {
     "failed": "failed", "crash": "failed", "silent": "failed", "no-terminal": "no-terminal", "progress-regress": "progress-regress",
     "missing-started": "missing-started", "unknown-events": "unknown-events", "empty": "empty", "empty-truncated": "cut",
     "no-response": "no-answer", "first-chunk-then-close": "no-events", "first-chunk-then-drop": "cut", "drop": "cut", "drop-mid-event": "cut",
-    "drop-resume": "cut", "always-drop": "cut", "reset": "reset", "no-done": "no-done", "done-only": "no-events",
+    "drop-resume": "cut", "always-drop": "cut", "reset": "cut", "no-done": "no-done", "done-only": "no-events",
     "unterminated-last-event": "unterminated", "after-done": "after-done", "fallback-completed": "invented", "slow-headers": "slow-headers",
     "slow-stream": "slow-stream", "idle-cut": "idle-cut", "no-heartbeat": "no-heartbeat", "heartbeat-then-silence": "dead",
     "gateway-timeout": "time-limit", "buffered": "buffered", "buffered-4k": "buffered", "coalesced": "buffered", "dribble": "shredded",
     "split-utf8": "shredded", "mid-line": "shredded", "crlf": "line-ends", "cr-only": "line-ends", "bom": "bom",
-    "double-wrapped": "double-wrapped", "gateway-ids": "doubled", "duplicate-events": "duplicates", "out-of-order": "out-of-order",
+    "double-wrapped": "double-wrapped", "gateway-ids": "doubled", "duplicate-events": "out-of-order", "out-of-order": "out-of-order",
     "bad-json": "bad-json", "unauthorized": "unauthorized", "forbidden": "forbidden", "rate-limited": "too-many",
     "unavailable": "unavailable", "refuse-3-then-ok": "unavailable", "gone-204": "gone", "html": "not-a-stream",
-    "json-instead": "not-a-stream", "sse-500": "server-error", "unknown-run": "unknown-run", "unknown-run-404": "not-found",
+    "json-instead": "not-a-stream", "sse-500": "server-error", "unknown-run": "not-found", "unknown-run-404": "not-found",
     "expired-run": "resume-refused", "other-worker": "resume-refused", "resume-unknown-id": "doubled", "resume-gap": "gap",
-    "two-subscribers": "lost", "slow-trigger": "slow-trigger", "trigger-503": "trigger-refused", "trigger-lost": "trigger-lost",
-    "trigger-disabled": "disabled", "duplicate-run": "duplicate-run",
+    "two-subscribers": "lost", "slow-trigger": "slow-trigger", "trigger-503": "unavailable", "trigger-lost": "no-answer",
+    "trigger-disabled": "trigger-refused", "duplicate-run": "duplicate-run",
 }  # fmt: skip
 TAKE_LONG = """generation slow-first slow-run silent fallback-completed slow-stream slow-headers idle-cut no-heartbeat heartbeat-then-silence
     gateway-timeout"""
@@ -6536,8 +6536,7 @@ FAULTS_OF = {  # where the journal of the server knows better than the wire
 
 
 def test_every_ill_is_shown_by_a_scenario_or_a_test_of_its_own():
-    own = {"compressed", "refused", "ended-early", "unclosed", "wrong-path", "bad-gateway", "hidden-cut", "unreachable", "upstream-late",
-           "nothing-came", "not-utf8"}  # fmt: skip
+    own = {"compressed", "refused", "wrong-path", "bad-gateway", "hidden-cut", "not-utf8"}
     assert set(aura_stream.ILLS) == {*DIAGNOSES.values(), *own} - {"healthy"}
 
 
@@ -6587,15 +6586,15 @@ ENDED_TOO = b'id: 2\nevent: completed\ndata: {"score": 1}\n\ndata: [DONE]\n\n'
 
 @pytest.mark.parametrize(("answers", "verdict", "said"), [
     ([an_answer(STARTED_ONLY + ENDED_TOO, f"Content-Length: {len(STARTED_ONLY + ENDED_TOO)}"), an_answer(ENDED_TOO)], "healthy", "2 events"),
-    ([an_answer(STARTED_ONLY, f"Content-Length: {len(STARTED_ONLY)}"), an_answer(ENDED_TOO)], "ended-early", "properly ended after started"),
+    ([an_answer(STARTED_ONLY, f"Content-Length: {len(STARTED_ONLY)}"), an_answer(ENDED_TOO)], "no-done", "properly ended after started"),
     ([an_answer(gzip.compress(STARTED_ONLY + ENDED_TOO), "Content-Encoding: gzip")], "compressed", "gzip"),
-    ([an_answer(b"", status="404 Not Found")], "wrong-path", "there is no stream at this path: 404"),
-    ([an_answer(b"", status="502 Bad Gateway")] * 4, "bad-gateway", " s, 4 times: an empty body"),
-    ([an_answer(STARTED_ONLY, "Content-Length: 500"), an_answer(b"id: 3" + ENDED_TOO[5:])], "lost", "1 event never came, the first of them 2"),
+    ([an_answer(b"", status="404 Not Found")], "wrong-path", "404, text/event-stream, after "),
+    ([an_answer(b"", status="502 Bad Gateway")], "bad-gateway", "502, text/event-stream, after "),
+    ([an_answer(STARTED_ONLY, "Content-Length: 500"), an_answer(b"id: 3" + ENDED_TOO[5:])], "lost", "whoever comes back after 1 misses 1 event"),
     ([an_answer(b'id: 7\n' + STARTED_ONLY[19:] + b"id: 8" + ENDED_TOO[5:]), an_answer(b"id: 8" + ENDED_TOO[5:])], "healthy", "2 events"),
     ([an_answer(b"id: 1\nevent: step\ndata: {\"percent\": NaN}\n\n" + ENDED_TOO), an_answer(ENDED_TOO)], "bad-json", "NaN"),
-    ([an_answer(b"id: 1\nevent: step\ndata: {\"percent\": 1" + b"0" * 400 + b"}\n\n" + STARTED_ONLY[19:]), an_answer(b"")], "ended-early", ""),
-    ([an_answer(STARTED_ONLY + ENDED_TOO), an_answer(b"", status="204 No Content")], "resume-refused", "whoever comes back: 204"),
+    ([an_answer(b"id: 1\nevent: step\ndata: {\"percent\": 1" + b"0" * 400 + b"}\n\n" + STARTED_ONLY[19:]), an_answer(b"")], "no-done", ""),
+    ([an_answer(STARTED_ONLY + ENDED_TOO), an_answer(b"", status="204 No Content")], "resume-refused", "whoever comes back after 1: 204"),
     ([an_answer(STARTED_ONLY + ENDED_TOO), b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\nlogin"], "resume-refused", "text/html: login"),
     ([an_answer(STARTED_ONLY + ENDED_TOO), an_answer(ENDED_TOO, "Content-Length: 999")], "resume-refused", "closed without an end"),
     ([an_answer(STARTED_ONLY + b"id: 2\ndata: waiting for [DONE]\n\nid: 3\ndata:\n\nid: 4" + ENDED_TOO[5:]), an_answer(b"id: 3\ndata:\n\nid: 4" + ENDED_TOO[5:])],
@@ -6608,19 +6607,18 @@ ENDED_TOO = b'id: 2\nevent: completed\ndata: {"score": 1}\n\ndata: [DONE]\n\n'
     ([an_answer(b"id: a\x0b1\nevent: started\ndata: {}\n\n", "Content-Length: 500"), an_answer(ENDED_TOO)], "cut", "1 event"),
     ([an_answer(b"id: started_2\n" + STARTED_ONLY[19:] + b"id: step_1\nevent: step\ndata: {}\n\nid: end_2" + ENDED_TOO[5:]), an_answer(b"id: step_1\nevent: step\ndata: {}\n\nid: end_2" + ENDED_TOO[5:])],
      "healthy", "3 events"),
-    ([an_answer(STARTED_ONLY + b"event: step\ndata: {}\n\nevent: step\ndata: {}\n\n" + ENDED_TOO), an_answer(ENDED_TOO)], "lost", "misses 1 of 2"),
+    ([an_answer(STARTED_ONLY + b"event: step\ndata: {}\n\nevent: step\ndata: {}\n\n" + ENDED_TOO), an_answer(ENDED_TOO)], "lost", "misses 1 event"),
     ([an_answer(STARTED_ONLY + b"id: 2\nevent: heartbeat\ndata: {}\n\nid: 3" + ENDED_TOO[5:]), an_answer(b"id: 2\nevent: heartbeat\ndata: {}\n\nid: 3" + ENDED_TOO[5:])],
      "healthy", "3 events"),
-    ([an_answer(b"", status="504 Late")] * 4, "upstream-late", "let the proxy wait longer"),
+    ([an_answer(b"", status="504 Late")], "bad-gateway", "or wait longer"),
     ([b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream-x\r\n\r\n"], "not-a-stream", "text/event-stream-x"),
-    ([an_answer(STARTED_ONLY + ENDED_TOO), b""], "resume-refused", "whoever comes back: the connection was closed without an end"),
+    ([an_answer(STARTED_ONLY + ENDED_TOO), b""], "resume-refused", "the connection was closed without an end"),
     ([an_answer(b"", status="999 Denied")], "server-error", "999"), ([an_answer(b"", status="307 Elsewhere")], "refused", "307"),
-    ([an_answer(b"", "Retry-After: \xb2".encode().decode(), status="503 Busy")] * 4, "unavailable", "4 times"),
     ([an_answer(b'id: 1700000000123\n' + STARTED_ONLY[19:] + b"id: 1700000000456" + ENDED_TOO[5:]), an_answer(b"id: 1700000000456" + ENDED_TOO[5:])],
      "healthy", "2 events"),
     ([an_answer(b"id: 1\nevent: step\ndata: " + b"[" * 100_000 + b"\n\n" + ENDED_TOO), an_answer(ENDED_TOO)], "bad-json", "the data of a step is no JSON"),
     ([an_answer(b"", status="418 I'm a teapot")], "refused", "418"),
-    ([b"SSH-2.0-OpenSSH_9\r\n"] * 4, "no-answer", "it is no HTTP"),
+    ([b"SSH-2.0-OpenSSH_9\r\n"], "no-answer", "it is no HTTP"),
     ([an_answer(STARTED_ONLY + ENDED_TOO[:40], "Content-Length: 500"), an_answer(ENDED_TOO)], "cut", "1 event"),
     ([an_answer(b"event: started\ndata: {}\n\nevent: completed\ndata: {\"score\": 1}\n\ndata: [DONE]\n\n"), an_answer(b"")], "healthy", "2 events"),
 ])  # fmt: skip
@@ -6658,12 +6656,12 @@ def test_a_stream_that_stays_open_behind_done_is_not_waited_for():
         script = [{"comment": "connected"}, {"relay": "all"}, {"raw": "data: [DONE]\n\n"}]
         aura.next({"name": "open", "stream": [[*script, "hang"], script]})
         found = trio.run(partial(aura_stream.diagnose, aura.url, case="1"), clock=trio.testing.MockClock(rate=50))
-    assert found["verdict"] == "unclosed"
+    assert found["verdict"] == "dead"
 
 
 def test_the_limit_bounds_the_whole_and_loses_nothing_that_was_seen():
     """Somebody accepts and never answers, or answers a head and nothing more; by a clock of its own."""
-    for answer, verdict in ((b"", "no-answer"), (an_answer(b""), "nothing-came"), (an_answer(b"", status="500 No")[:-2], "no-answer")):
+    for answer, verdict in ((b"", "no-answer"), (an_answer(b""), "dead"), (an_answer(b"", status="500 No")[:-2], "no-answer")):
         with socket.create_server(("127.0.0.1", 0)) as listener:
             wires = []
             thread = threading.Thread(target=lambda: (wires.append(listener.accept()[0]), wires[0].sendall(answer)), daemon=True)
@@ -6712,29 +6710,22 @@ def test_the_doctor_hears_the_same_wherever_a_stream_is_torn(ends):
         seen = aura_stream.Visit("http://h/s", streams=True)
         for start in range(0, len(whole), piece):
             seen.listen(whole[start : start + piece], 1.0)
-        assert [one[1:4] for one in seen.events] == [(id, name, hash(data)) for id, name, data in parsed(whole)]
-        assert [one.own for one in seen.events] == [True, False, False] and (seen.done, seen.after_done, seen.terminal) == (True, True, False)
-        assert list(seen.notes) == (["line-ends"] if "\r" in ends else []) + ["bad-json"] and seen.first == "\ufeff: connected"
+        heard = [one[1:4] for one in seen.heard]
+        assert heard == Parser().feed(whole).events and [one.own for one in seen.heard] == [True, False, False, False]
+        assert (seen.size, seen.body) == (len(whole), whole)
 
 
 def test_tens_of_megabytes_of_ordinary_text_are_heard_to_the_end():
     blocks = [b'id: %d\nevent: evidence\ndata: {"text": "%b"}\n\n' % (number, b"word " * 200_000) for number in range(2, 32)]
     end = b"id: 32" + ENDED_TOO[5:]
     found = examined([an_answer(b"".join([STARTED_ONLY, *blocks, end])), an_answer(b"".join([*blocks[-4:], end]))])
-    assert found["verdict"] == "healthy" and found["says"].startswith("nothing is wrong: 32 events"), found
+    assert found["verdict"] == "healthy" and " s and 32 events" in found["says"], found
 
 
 @pytest.mark.parametrize(("id", "why"), [(b"x" * 400, "after xxx"), (b"x" * 600, "not tried: no id"), (b"a\x0b1", "not tried: no id")])
 def test_an_id_that_no_client_can_give_back_is_none(id, why):
     found = examined([an_answer(b"id: %b\nevent: started\ndata: {}\n\n" % id, "Content-Length: 900"), an_answer(ENDED_TOO)])
     assert found["verdict"] == "cut" and found["answers"]["resume"].startswith(why), found
-
-
-def test_what_a_compressed_refusal_says_is_read_all_the_same():
-    """A proxy may compress what is no stream; and the run is unknown, the path is not."""
-    told = b'{"error": "runId not found or already completed"}'
-    answers = [an_answer(gzip.compress(told), "Content-Encoding: gzip", status="404 Not Found"), an_answer(told, status="404 Not Found")]
-    assert examined(answers)["verdict"] == "not-found"
 
 
 def test_a_stream_that_goes_on_behind_its_last_event_loses_nothing():
@@ -6767,7 +6758,7 @@ HOSTILE = {  # what each of its answers is, by their number; the arguments of th
     "names": (lambda n: [an_answer(b""), numbered(b"event: #%b\ndata: x\n\n" % ("😀" * 100).encode())], {"via": True}, "unknown-events"),
     "ESC in an id": (lambda n: [an_answer(b"id: "), b"\x1b" * 59 * 2**20, b"\ndata: x\n\n"], {}, "no-events"),
     "an id of many digits": (lambda n: [an_answer(b"id: " + b"1" * 200_000 + b"_1\ndata: {}\n\ndata: [DONE]\n\n")], {}, "no-terminal"),
-    "ids of many digits": (lambda n: [an_answer(b""), again(b"id: " + b"1" * 480 + b"_1\ndata: {}\n\n")], {}, "duplicates"),
+    "ids of many digits": (lambda n: [an_answer(b""), again(b"id: " + b"1" * 480 + b"_1\ndata: {}\n\n")], {}, "out-of-order"),
     "ids, two ways": (lambda n: [an_answer(b""), numbered(b"id: #\ndata: x\n\n")], {"via": True}, "healthy"),
     "a gzip bomb": (lambda n: [an_answer(gzip.compress(b"\r" * 2**24), "Content-Encoding: gzip")], {}, "compressed"),
     "JSON that unfolds": (lambda n: [an_answer(b""), again(b'event: step\ndata: {"a": [' + b'{"":0},' * 700_000 + b"0]}\n\n")], {}, "missing-started"),
@@ -6776,7 +6767,7 @@ HOSTILE = {  # what each of its answers is, by their number; the arguments of th
     "blanks in a head": (lambda n: [b"HTTP/1.1 200 OK\r\nx:" + b" " * 60_000 + b"\0\r\n\r\n"], {}, "no-answer"),
     "blanks in a trailer": (lambda n: [CHUNKED, b"0\r\nx:" + b" " * 60_000 + b"\0\r\n\r\n"], {}, "cut"),
     "some at each visit": (lambda n: [an_answer(b"id: %d\ndata: x\n\n" % n), b"".join(itertools.islice(numbered(b"id: %d_#\ndata: x\n\n" % n), 60))],
-                           {}, "ended-early healthy"),  # by whether the time is over first
+                           {}, "no-done healthy"),  # by whether the time is over first
     "a journal without end": (lambda n: [an_answer(STARTED_ONLY + ENDED_TOO if not n else ENDED_TOO, *OURS)] if n < 2 else [an_answer(b'{"entries": ['), again(b"[],")],
                               {}, "healthy"),
     "a trigger without end": (lambda n: [TRIGGERED, b"{", again(b'"":0,')], {"case": "1"}, "trigger-refused"),
@@ -6855,16 +6846,11 @@ def test_whatever_a_server_sends_the_doctor_keeps_his_time_and_his_memory():
     assert wrong == {}
 
 
-def test_the_doctor_comes_again_when_he_is_told_to():
-    told, began = [an_answer(b"", "Retry-After: 7", status="503 Busy"), an_answer(STARTED_ONLY + ENDED_TOO), an_answer(ENDED_TOO)], time.monotonic()
-    assert examined(told)["verdict"] == "unavailable" and time.monotonic() - began > 0.06, "seven seconds, of which a hundred are one"
-
-
 def test_a_port_where_nobody_listens_is_no_loss_of_what_the_other_way_said():
     with running(event_delay=0) as aura:
         found = trio.run(partial(aura_stream.diagnose, aura.url, case="1", via=f"http://127.0.0.1:{free_port()}"))
-        assert (found["verdict"], found["ills"], found["via"]["verdict"]) == ("unreachable", [], "unreachable")
-        assert "Connection refused; is it running?" in found["says"] and found["says"].endswith("start it, or correct its address")
+        assert (found["verdict"], found["ills"], found["via"]["verdict"]) == ("no-answer", [], "no-answer")
+        assert "Connection refused; is it running, with http?" in found["says"] and found["says"].endswith("start it, correct its address, or look for a crash in its log")
         found = trio.run(partial(aura_stream.diagnose, aura.url, case="1", via=f"{aura.url}/nowhere"))
     assert found["verdict"] == "wrong-path" and found["says"].endswith("the caller is at fault: correct the URL")
 
@@ -6873,7 +6859,7 @@ def test_a_stream_that_goes_on_is_healthy_so_far():
     with running() as aura:
         aura.next({"name": "long", "run": [{"event": {"event": "started", "data": {}}}, "hang"]})
         found = trio.run(partial(aura_stream.diagnose, aura.url, case="1", limit=0.3))
-    assert found["verdict"] == "healthy" and found["says"].startswith("nothing is wrong so far, it still went on when the time was over: 1 event in ")
+    assert found["verdict"] == "healthy" and found["says"].startswith("nothing is wrong: it still went on when the time was over after 0.3 s and 1 event")
 
 
 def test_without_ids_the_doctor_says_that_nobody_can_resume():
@@ -6886,13 +6872,13 @@ def test_where_nobody_can_be_asked_the_doctor_says_why():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     for url in (f"http://127.0.0.1:{port}/s", f"https://127.0.0.1:{port}/s"):
-        with pytest.raises(OSError, match=str(port)):
+        with pytest.raises(OSError, match=f"{port}: Connection refused"):
             trio.run(partial(aura_stream.diagnose, url))
-    with running() as aura, pytest.raises(OSError, match="cannot reach 127.0.0.1:.*no TLS there, perhaps http://"):
+    with running() as aura, pytest.raises(OSError, match="cannot reach 127.0.0.1:.*; is it running, with https?"):
         trio.run(partial(aura_stream.diagnose, aura.url.replace("http", "https") + "/s"))
 
 
-# ═══ 17  Command line ═══════════════════════════════════════════════════════════════════════════
+# ═══ 18  Command line ═══════════════════════════════════════════════════════════════════════════
 
 
 def test_what_goes_wrong_at_the_start_is_one_sentence_and_status_2(capsys):
@@ -7035,7 +7021,7 @@ def test_each_command_has_a_help_that_fits_a_screen(capsys):
     (["diagnose", "http://h/x", "-H", "Nö: 1"], "'nö' is no name a header can have"),
     (["diagnose", "http://h/x", "--limit", "0"], "'--limit' takes a number >= 1.0, not 0.0"),
     (["diagnose", "http://h/x", "--limit", "long"], "argument --limit: invalid float value: 'long'"),
-    (["diagnose", "http://127.0.0.1:1/x"], "nobody could be asked: cannot reach 127.0.0.1:1: Connection refused; is it running?"),
+    (["diagnose", "http://127.0.0.1:1/x"], "nobody could be asked: cannot reach 127.0.0.1:1: Connection refused; is it running, with http?"),
     (["diagnose", "ftp://h/x"], "a URL is like http://localhost:9000/…, and 'ftp://h/x' is not"),
     (["diagnose", "http://h/x", "--via", "h"], "a URL is like http://localhost:9000/…, and 'h' is not"),
     (["diagnose", "http://h/aura/analysis-runs/r/stream", "--case", "1"], "--case takes an id without '/', and the URL is then the server's"),
@@ -7055,8 +7041,9 @@ def test_diagnose_tells_a_person_or_a_program_and_its_status_says_it_too(capsys)
         assert main(["diagnose", aura.url, "--case", "1"]) == 0
         said = capsys.readouterr().out.splitlines()
         assert re.fullmatch(rf"{aura.url}/aura/analysis-runs/doctor-\w+/stream", said[0])
-        assert [line.split("  ")[1].strip() for line in said[1:-1]] == list(aura_stream.QUESTIONS)
-        assert said[-1].startswith("healthy: nothing is wrong: 11 events in ")
+        assert [line.split("  ")[1].strip() for line in said[1:-1]] == [
+            "answer", "headers", "first bytes", "events", "arrival", "heartbeats", "end", "journal", "resume"]
+        assert said[-1].startswith("healthy: nothing is wrong: it was properly ended after ") and said[-1].endswith(" s and 11 events")
         assert main(["diagnose", aura.url, "--case", "1~empty", "--json"]) == 1
         found = json.loads(capsys.readouterr().out)
         assert (found["verdict"], found["ills"][0]["fault"]) == ("empty", "the server")
