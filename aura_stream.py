@@ -1,13 +1,13 @@
-"""Aura's analysis stream, served well: structured concurrency, from top to bottom.
+r"""Aura's analysis stream, served well: structured concurrency, from top to bottom.
 
 **A run writes a log. A delivery plays that log to one viewer, well or badly.**
 
 Start it, ask for an analysis, and watch it from a second terminal:
 
     python aura_stream.py
-    curl -X POST localhost:9000/aura/cases/85116/analysis-runs \\
+    curl -X POST localhost:9000/aura/cases/85116/analysis-runs \
          -H "Authorization: Bearer test-token" -d '{"runId": "test-run-001"}'
-    curl -N localhost:9000/aura/analysis-runs/test-run-001/stream \\
+    curl -N localhost:9000/aura/analysis-runs/test-run-001/stream \
          -H "Authorization: Bearer test-token"
 
 Words:
@@ -21,19 +21,27 @@ Words:
     hub        all runs of this server, by their ids
     script     what a run or a delivery does, as data (part 2)
     scenario   scripts for a run, its trigger and its streams, under a name (part 2)
-    attempt    the how-manyeth time that somebody asks for the same thing (part 2)
+    attempt    which try it is, the first, the second, ..., of one client at one thing (part 2)
     journal    every request, what it got, and who closed first (part 2)
     entry      one request in the journal (part 2)
+    door       a method that a later part replaces; each says so
+
+Words of Trio: a *nursery* is a block that starts tasks and does not end before they have; when it
+is cancelled, so are they. A *scope* is a block that can be cancelled, by hand or by a deadline. A
+*checkpoint* is an `await` where other tasks may run, and where a cancel arrives; between two
+checkpoints nothing else runs, for all tasks share one thread.
 
 Part 1 is a whole server: cut the file off at part 2, and it still serves. A chapter uses only names
 from above it. Ten minutes? Read part 1.
 
+    Part 1  The server
      1  Events                 an event and its bytes
      2  Runs                   analysis -> channel -> log
      3  Deliveries             log -> one viewer
      4  Analyses               what the ordinary runs say
      5  HTTP                   the routes of a client's life
      6  Serving                the nurseries, and the order in which they end
+    Part 2  The double (and, not yet in parts of their own, what serves in operation and people)
      7  All settings           every knob, once
      8  Reading events         what a client parses
      9  Script time            a clock that tests can move
@@ -64,6 +72,10 @@ Who is inside whom ends with whom. These are the scopes that end things:
           ├─ run test-run-001        takes events from the channel, writes the log, wakes viewers
           │  └─ analysis             sends events into the channel; `run.scope` cancels only this
           └─ accept                  takes new connections; ends first
+
+The runs' nursery stands inside the connections': at the stop it ends first, so that each stream
+can still say its last words. A viewer that leaves is noticed by Hypercorn's reader; it tells
+Quart-Trio, which cancels the nursery of that one request.
 
 The journey of one event:
 
@@ -361,7 +373,7 @@ def failed2(info: RunInfo, failure: Failure) -> dict[str, Any]:
 
 def failed3(info: RunInfo, failure: Failure) -> dict[str, Any]:
     error = {"message": failure.error, "stage": failure.stage}
-    return {"runId": info.run_id, "status": "failed", "error": error, "retryable": True}
+    return {"runId": info.run_id, "status": "failed", "error": error, "retryable": True}  # always
 
 
 FAILED = {"phase2": failed2, "phase3": failed3}
@@ -409,7 +421,7 @@ class Run:
         return "failed" if self.log.last_name == "failed" else "completed"
 
     @property
-    def settled(self) -> bool:
+    def decided(self) -> bool:
         """Nothing can change any more how it ends."""
         return self.last_word is not None or self.log.last_name in TERMINAL
 
@@ -432,7 +444,8 @@ class Run:
                 with self.scope, self.sending.clone() as its_own:
                     await analysis(self.info, its_own)
             except BaseException as error:  # the one place: no analysis ends the server
-                ending = trio.current_effective_deadline() == -math.inf  # the server, just now
+                # a deadline of minus infinity: we are being cancelled, with the whole server
+                ending = trio.current_effective_deadline() == -math.inf
                 if ending or isinstance(error, KeyboardInterrupt):
                     raise
                 self.fail(error)
@@ -505,6 +518,7 @@ class Run:
         self.cancel(Failure(text, retryable=False))
 
     def give_up(self) -> None:
+        """It has said nothing for too long. (The lines are those that Aura's guides look for.)"""
         text = "analysis_run_stream: get_event returned None run_id=%s (no event for %ds)"
         logger.warning(text, safe(self.info.run_id), self.patience)
         logger.warning("EventSource connection timeout")
@@ -676,7 +690,8 @@ class Delivery:
         await self.send({"type": "http.response.start", "status": 200, "headers": lines})
 
     async def emit(self, data: bytes, last: int = 0, *, more: bool = True) -> None:
-        """Bytes for this viewer, whole: a heartbeat that falls due meanwhile waits for them."""
+        """Bytes for this viewer, whole: a heartbeat that falls due meanwhile waits for them. So
+        does the stop, as long as the viewer reads nothing: part 3's connections have a deadline."""
         self.quiet_since = self.hub.clock.now()
         with trio.CancelScope(shield=True):
             await self.send({"type": "http.response.body", "body": data, "more_body": more})
@@ -712,7 +727,8 @@ class Delivery:
 
 
 async def send(sending: Sending, event: Event) -> None:
-    """Into the channel, at once; only a full one makes the analysis wait."""
+    """Into the channel, at once; only a full one makes the analysis wait. (`sending.send` lets the
+    others run after each event: every batch would be of one.)"""
     try:
         sending.send_nowait(event)
     except trio.WouldBlock:
@@ -1030,7 +1046,7 @@ def make_app(service: Service) -> QuartTrio:
     async def cancel_run(case_id: str, run_id: str) -> Response:
         run = service.seen(run_id)
         run.cancel(Failure("the run was cancelled by a DELETE", stage="cancelled", retryable=False))
-        if not run.settled:
+        if not run.decided:  # what it says at its cancellation may still be a `completed`
             return answer({"status": "CANCELLED", "runId": run_id}, 202)
         while not run.log.ended:
             await run.log.news()
@@ -1064,7 +1080,7 @@ async def serve(
     context = WorkerContext(None)
 
     async with (
-        trio.open_nursery() as clocks, ending(clocks),
+        trio.open_nursery() as clocks, cancelled_at_end(clocks),
         trio.open_nursery() as connections, trio.open_nursery() as runs,
     ):
         app = ASGIWrapper(service.open(runs, clocks, url, stopping.set))
@@ -1085,7 +1101,7 @@ async def serve(
 
 
 @contextlib.asynccontextmanager
-async def ending(nursery: trio.Nursery) -> AsyncIterator[None]:
+async def cancelled_at_end(nursery: trio.Nursery) -> AsyncIterator[None]:
     """Cancel the nursery's tasks at the end: they never end by themselves."""
     yield
     nursery.cancel_scope.cancel(reason="nobody needs them any more")
@@ -1113,7 +1129,8 @@ async def serve_until_signalled(
                 greet(server, nursery)
             await anext(signals)
             server.stop()
-            os._exit(128 + await anext(signals))
+            second = await anext(signals)  # an orderly stop cancels us here
+            os._exit(128 + second)
 
 
 # ═══ Part 2  The double ═══════════════════════════════════════════════════════════════════════════
