@@ -209,7 +209,10 @@ class Clock:
 
     now = staticmethod(trio.current_time)
     sleep = staticmethod(trio.sleep)
-    limit = staticmethod(trio.move_on_after)
+
+    def limit(self, seconds: float) -> trio.CancelScope:
+        """What is in it has so long; nothing, if that is over already."""
+        return trio.CancelScope(deadline=trio.current_time() + seconds)
 
 
 def safe(value: object) -> str:
@@ -278,7 +281,6 @@ class Event:
 CHANNEL = 256  # events that wait: more make bigger batches, not a faster run
 WRITE = 64 * 2**10  # bytes of one write, or one event: a late viewer must not make a giant piece
 TERMINAL = ("completed", "failed")
-NOT_READY = ((-1, 0, 0.0), (b"", 0))  # no piece of a log is kept for the next viewer
 
 
 def now_iso() -> str:
@@ -299,7 +301,7 @@ class Log:
         self._ends: list[int] = []  # where each block ends, counted from the first byte ever
         self._end = 0
         self._forgotten = 0  # bytes that are not here any more
-        self.ready = NOT_READY
+        self.ready: Any = None  # the piece that was made last, and for whom
         self._news = trio.Event()
 
     def append(self, event: Event) -> None:
@@ -327,8 +329,8 @@ class Log:
         id of the last of them: a late viewer of a long log must not make one giant piece."""
         if after >= self.last:
             return b"", after
-        if self.ready[0] == (after, self.last, most):
-            return self.ready[1]
+        if self.ready and self.ready[0] == (after, self.last, most):
+            return self.ready[1]  # type: ignore[no-any-return]  # it is what this has found
         start = after + 1 - self.first
         begin = self._ends[start - 1] if start else self._forgotten
         stop = max(start + 1, bisect.bisect_right(self._ends, begin + WRITE, start))
@@ -379,11 +381,9 @@ def failed3(info: RunInfo, failure: Failure) -> dict[str, Any]:
 FAILED = {"phase2": failed2, "phase3": failed3}
 
 
-@dataclass(eq=False)
 class LastWord:
-    """What comes out of the channel last: the analysis is over. With its `failed`, if it is one."""
-
-    event: Event | None = None
+    """What comes out of the channel last: the analysis is over. If it has failed, the log says so
+    then, and not before what came earlier."""
 
 
 Sending = trio.MemorySendChannel[Any]  # of Events, and at last of a LastWord
@@ -446,18 +446,17 @@ class Run:
             except BaseException as error:  # the one place: no analysis ends the server
                 # a deadline of minus infinity: we are being cancelled, with the whole server
                 ending = trio.current_effective_deadline() == -math.inf
-                if ending or isinstance(error, KeyboardInterrupt):
+                if isinstance(error, trio.Cancelled if ending else KeyboardInterrupt):
                     raise
                 self.fail(error)
             self.last_word = LastWord()
-            if self.failure is not None:
-                said = self.failed(self.failure)
-                self.last_word.event = Event("failed", said)
             await self.sending.send(self.last_word)
 
     def fail(self, error: BaseException) -> None:
         """The analysis raised. A door: part 2 says more about it."""
-        text = f"{type(error).__name__}: {error}"
+        text = type(error).__name__
+        with contextlib.suppress(Exception):  # somebody's own exception may not even have a text
+            text += f": {error}"
         own = error if isinstance(error, Failure) else Failure(text, retryable=False)
         self.failure = self.failure or own
         logger.error("analysis failed run_id=%s %s", safe(self.info.run_id), safe(text))
@@ -505,17 +504,18 @@ class Run:
                 self.log.append(said)
             case LastWord() if said is self.last_word:
                 self.over = True
-                if said.event is not None and self.log.last_name in TERMINAL:
+                if self.log.last_name in TERMINAL:
                     self.failure = None  # it came too late: one terminal event, and it is the last
-                elif said.event is not None:
-                    self.log.append(said.event)
+                elif self.failure is not None:
+                    self.log.append(Event("failed", self.failed(self.failure)))
             case _:
                 self.hear_else(said)
 
     def hear_else(self, said: Any) -> None:
         """A door: part 2's runs know more than events."""
         text = f"the analysis sent {type(said).__name__}, where an Event belongs"
-        self.cancel(Failure(text, retryable=False))
+        self.failure = self.failure or Failure(text, retryable=False)
+        self.scope.cancel(reason=text)
 
     def give_up(self) -> None:
         """It has said nothing for too long. (The lines are those that Aura's guides look for.)"""
@@ -692,9 +692,9 @@ class Delivery:
     async def emit(self, data: bytes, last: int = 0, *, more: bool = True) -> None:
         """Bytes for this viewer, whole: a heartbeat that falls due meanwhile waits for them. So
         does the stop, as long as the viewer reads nothing: part 3's connections have a deadline."""
-        self.quiet_since = self.hub.clock.now()
         with trio.CancelScope(shield=True):
             await self.send({"type": "http.response.body", "body": data, "more_body": more})
+        self.quiet_since = self.hub.clock.now()
         self.record.sent(len(data), last)
 
     async def relay(self) -> None:
@@ -2462,7 +2462,7 @@ class BoundedLog(Log):
         count = min(count, len(here) - spared)
         if count <= 0:
             return False
-        self.ready = NOT_READY
+        self.ready = None
         self._forgotten = self._ends[count - 1]
         del self._ends[:count], self._names[:count], self._blocks[:count]
         self.first += count
@@ -2572,7 +2572,7 @@ class BoundedHub(Hub):
             self.streams -= delivery.entry.streams
             if run:
                 run.viewers -= 1
-                run.log.ready = run.log.ready if run.viewers else NOT_READY
+                run.log.ready = run.log.ready if run.viewers else None
                 delivery.entry.due = max(0, run.log.last - delivery.entry.resumed_after)
 
     def find(self, run_id: str, *, tenant: str | None = None) -> Any:

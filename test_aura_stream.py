@@ -284,6 +284,38 @@ def test_what_stands_above_part_2_is_a_whole_server(tmp_path):
         assert "Traceback" not in said
 
 
+async def test_what_an_analysis_says_last_counts_too_even_if_it_is_no_event():
+    """It has returned by the time that this is heard; and a run that failed is none that completed."""
+    async def says_no_event(info, sending):
+        sending.send_nowait("no event")
+
+    async with hub_for() as hub:
+        run = await ended(hub.start(facts(Time()), scenario(), says_no_event))
+        assert (run.status, run.log.last_name) == ("failed", "failed")
+
+
+async def test_an_analysis_that_raises_while_the_server_is_cancelled_does_not_end_it_otherwise():
+    async def raises_in_its_clean_up(info, sending):
+        try:
+            await trio.sleep_forever()
+        finally:
+            raise ValueError("in the clean-up")
+
+    with trio.move_on_after(WAIT) as late:
+        async with trio.open_nursery() as nursery:
+            aura = await nursery.start(partial(serve, Settings(port=0), analysis=raises_in_its_clean_up))
+            await trio.to_thread.run_sync(aura.trigger, "1")
+            nursery.cancel_scope.cancel()
+    assert not late.cancelled_caught
+
+
+async def test_in_part_1_too_a_time_that_is_over_is_no_mistake(autojump_clock):
+    """A viewer that did not read for longer than a heartbeat's interval; an idle time-out of nothing."""
+    with aura_stream.Clock().limit(-1) as over:
+        await trio.sleep(1)
+    assert over.cancelled_caught
+
+
 def test_functions_are_short_flat_and_simple():
     branches = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.ExceptHandler, ast.comprehension)
     lines = SOURCE.splitlines()
@@ -1683,10 +1715,10 @@ async def test_viewers_at_one_place_get_the_same_bytes_and_no_piece_outlives_the
         assert run.log.read(1)[0] is piece and last == 3 and run.log.read(2)[0] != piece
         assert run.log.read(1, most=1)[1] == 2, "nor does a piece do for who wants less"
         await pieces([{"relay": "all"}], run=run, hub=hub)
-        assert run.log.ready == aura_stream.NOT_READY, "the last viewer has left"
+        assert run.log.ready is None, "the last viewer has left"
         run.log.read(0)
         run.log.trim(1, 10**6)
-        assert run.log.ready == aura_stream.NOT_READY and run.log.read(2)[1] == 3
+        assert run.log.ready is None and run.log.read(2)[1] == 3
 
 
 async def test_a_write_has_a_limit(autojump_clock, monkeypatch):
