@@ -3507,6 +3507,7 @@ class JournaledRequest(Exchange):
         if isinstance(response, Streamed):
             if entry.streams and (connection := connection_of(self.scope)):
                 connection.stream_begins()
+            self.scope["aura.headers"] = self.scope["headers"] = {}  # not as long as a stream
             send = partial(assured, entry, send) if entry.trace_id else send
             await response.delivery.deliver(send, response.headers.items())
         else:
@@ -6043,7 +6044,7 @@ def held_back(it: Examination) -> Any:
         others.append(it.main.head_at)
     lumps = len({one.at // TICK for one in events})
     late = came - max(others) > HELD and 2 * lumps < len(events)
-    says = f"nothing came for {came:.2f} s, then {len(events)} events in {many(lumps, 'lump')}"
+    says = f"silent for {came:.2f} s, then {len(events)} events in {many(lumps, 'lump')}"
     return late and says
 
 

@@ -7698,7 +7698,7 @@ def test_the_doctor_finds_the_hop_that_buffers(tmp_path):
             assert (found["verdict"], found["ills"], found["via"]["verdict"]) == ("buffered", [], "buffered")
             assert f"what stands between {found['url']} and {found['via']['url']} is at fault: switch buffering off" in found["says"]
             assert cut["verdict"] == "hidden-cut" and "speak HTTP/1.1 to the server" in cut["says"]
-            assert both["verdict"] == "no-done" and "the server is at fault" in both["says"] and "that way also: nothing came for" in both["says"]
+            assert both["verdict"] == "no-done" and "the server is at fault" in both["says"] and "that way also: silent for" in both["says"]
         zips = plain.replace("location", "gzip on; gzip_types text/event-stream; gzip_proxied any; location")
         (tmp_path / "zips").mkdir()
         with behind_nginx(aura, tmp_path / "zips", free_port(), zips) as hop:
