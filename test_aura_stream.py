@@ -212,14 +212,13 @@ def test_no_chapter_uses_a_later_one():
 
 
 @contextlib.contextmanager
-def cut_behind(part, folder):
+def cut_behind(part, folder, settings=""):
     """A server of what stands above the banner of the next part, and of the four lines that start it; and its port."""
     above = SOURCE[: re.search(rf"^# ═══ Part {part + 1}  ", SOURCE, re.M).start()]
     start = (
         'if __name__ == "__main__":',
         "    logging.basicConfig(level=logging.INFO)",
-        "    settings = ServerSettings(port=0, heartbeat=0.3, idle_timeout=1.5)",
-        "    trio.run(serve_until_signalled, settings)",
+        f"    trio.run(serve_until_signalled, ServerSettings(port=0{settings}))",
     )
     (folder / "server.py").write_text(above + "\n".join(start) + "\n", encoding="utf-8")
     command = [sys.executable, "-W", "error", folder / "server.py"]
@@ -282,6 +281,15 @@ def test_what_stands_above_part_2_is_a_whole_server(tmp_path):
         said = server.stderr.read()
         assert "stream closed run_id=two by=client how=disconnect" in said and "stream closed run_id=two by=server how=end" in said
         assert "Traceback" not in said
+
+
+def test_part_1_alone_beats_when_it_is_quiet_and_fails_when_it_is_silent(tmp_path):
+    with cut_behind(1, tmp_path, ", event_delay=0.5, heartbeat=0.1, retry_ms=7, idle_timeout=0.3") as (_, aura):
+        asked_of(aura, "POST", "/aura/cases/1/analysis-runs", {"runId": "silent"})
+        status, stream = asked_of(aura, "GET", "/aura/cases/1/analysis/stream?runId=silent")
+    assert status == 200 and stream.startswith(": connected\n\nretry: 7\n\nevent: started\n")
+    assert 1 <= stream.count("id: 1\n\n: heartbeat\n\n") and stream.endswith("\nid: 2\n\ndata: [DONE]\n\n")
+    assert '"stage": "timeout"' in stream and "the analysis said nothing for 0.3 s" in stream
 
 
 async def test_what_an_analysis_says_last_counts_too_even_if_it_is_no_event():
