@@ -3507,7 +3507,8 @@ class JournaledRequest(Exchange):
         if isinstance(response, Streamed):
             if entry.streams and (connection := connection_of(self.scope)):
                 connection.stream_begins()
-            self.scope["aura.headers"] = self.scope["headers"] = {}  # not as long as a stream
+            # not as long as a stream
+            self.scope["aura.headers"] = self.scope["headers"] = {}  # type: ignore
             send = partial(assured, entry, send) if entry.trace_id else send
             await response.delivery.deliver(send, response.headers.items())
         else:
