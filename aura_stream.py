@@ -608,7 +608,7 @@ CUT = Ending("shutdown", "cancelled", "still open when the server had to go")
 
 @dataclass
 class Record:
-    """What became of one stream, and its log lines. A door: the journal's entries are records."""
+    """What became of one stream. In part 2 a journal's entry stands in its place."""
 
     stream_name: str
     run_id: str
@@ -677,7 +677,7 @@ class Delivery:
             say_who_closed(self.record, trio.current_time() - self.record.opened)
 
     async def play(self) -> None:
-        """A door: part 2 plays a script here."""
+        """All of it, in plain code. (Part 2 has deliveries of its own, which play scripts.)"""
         retry = self.hub.settings.retry_ms
         await self.open()
         await self.emit(CONNECTED + (b"retry: %d\n\n" % retry if retry else b""))
@@ -1139,9 +1139,9 @@ async def serve_until_signalled(
 
 
 # ═══ 7  All settings ══════════════════════════════════════════════════════════════════════════════
-# Every limit that somebody may want to move has its number here, once. README and --help are
-# readings of this table. What may come from outside, from a flag to a script, is a kind: a type
-# that msgspec checks. Two more kinds are made here, `that` and `form`; `checked` is the one door.
+# Every limit that somebody may want to move has its number here or in part 1, once. README and
+# --help are readings of both. What may come from outside, from a flag to a script, is a kind: a
+# type that msgspec checks. Two more kinds are made here, `that` and `form`; `checked` is the one door.
 
 
 def number(kind: type, low: float, high: float) -> Any:
@@ -3725,7 +3725,7 @@ class Reception(Service):
     def _start(self, order: TriggerRequest, scenario: Scenario) -> ScriptedRun:
         shared = (self.desk.catalogue.get(scenario.name), self.desk.usual[order.phase])
         kept = 0 if any(scenario is one for one in shared) else scenario.weight
-        evidence = 2 * weight(order.body.get("evidence"))  # in the script, and encoded
+        evidence = 2 * weight(order.body.get("evidence"))  # in the request, and in its event
         held = weight(order.body) + evidence + kept
         known = {**vars(self.info(order)), "tenant_id": g.tenant}
         info = ScriptedInfo(**known, test_id=entry().test_id, weight=held, kept=kept)
