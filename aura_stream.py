@@ -1141,7 +1141,8 @@ async def serve_until_signalled(
 # ═══ 7  All settings ══════════════════════════════════════════════════════════════════════════════
 # Every limit that somebody may want to move has its number here or in part 1, once. README and
 # --help are readings of both. What may come from outside, from a flag to a script, is a kind: a
-# type that msgspec checks. Two more kinds are made here, `that` and `form`; `checked` is the one door.
+# type that msgspec checks. Two more kinds are made here, `that` and `form`; `checked` is the one
+# door.
 
 
 def number(kind: type, low: float, high: float) -> Any:
