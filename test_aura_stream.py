@@ -63,7 +63,7 @@ from aura_stream import (
     Entry,
     Event,
     Failure,
-    Faulty,
+
     Mistake,
     Scenario,
     ScriptedDelivery,
@@ -603,7 +603,7 @@ def facts(script_time, run_id="r1", phase="phase2", **more):
 
 async def played(script, *, run=None, settings=None, after=0, cut_at=None, hub=None, seed=None):
     """What a delivery writes, and its entry; cut off after so many bytes if told so."""
-    entry = Entry("GET", "/", "test:1", "id", kind="stream", attempt=1, resumed_after=after, seed=seed)
+    entry = Entry(method="GET", path="/", client="test:1", request_id="id", kind="stream", attempt=1, resumed_after=after, seed=seed)
     written, heads = bytearray(), []
 
     async def send(message):
@@ -617,7 +617,7 @@ async def played(script, *, run=None, settings=None, after=0, cut_at=None, hub=N
 
     with trio.CancelScope() as scope:
         hub = hub or BoundedHub(settings or Settings(), None, run.info.clock if run else Time())
-        delivery = Faulty(script, entry, hub, run)
+        delivery = ScriptedDelivery(script, entry, hub, run)
         await delivery.deliver(send)
     return bytes(written[:cut_at]), entry, heads
 
@@ -992,7 +992,7 @@ def test_a_scenario_is_checked_whole(value, hint):
 
 
 def test_every_verb_is_a_method_where_it_may_stand():
-    players = {"run": aura_stream.Performance, "stream": Faulty, "trigger": Faulty}
+    players = {"run": aura_stream.Performance, "stream": ScriptedDelivery, "trigger": ScriptedDelivery}
     for place, verbs in VERBS.items():
         for name in verbs:
             assert callable(getattr(players[place], name)), (name, place)
@@ -1671,7 +1671,7 @@ async def test_what_is_forgotten_while_a_gap_is_being_said_is_a_gap_too(autojump
                     run.log.append(Event("b", "later"))
                 run.log.trim(3, 10**9)
 
-        await Faulty(ORDINARY, Entry("GET", "/", "test:1", "id", kind="stream"), hub, run).deliver(send)
+        await ScriptedDelivery(ORDINARY, Entry(method="GET", path="/", client="test:1", request_id="id", kind="stream"), hub, run).deliver(send)
     assert [(int(id), name) for id, name, _ in parsed(b"".join(written))] == [
         (6, "gap"), (12, "gap"), (18, "gap"), (19, "b"), (20, "b"), (21, "b")]  # fmt: skip
 
@@ -1964,7 +1964,7 @@ async def test_where_nothing_can_or_may_beat_nothing_spins(settings, first, auto
 async def test_a_heartbeat_that_cannot_be_written_is_logged(autojump_clock, heard):
     async with hub_for() as hub:
         run = hub.start(facts(hub.clock), scenario({"sleep": 40}))
-        entry = Entry("GET", "/", "test:1", "id", kind="stream", run_id="r1")
+        entry = Entry(method="GET", path="/", client="test:1", request_id="id", kind="stream", run_id="r1")
         gone = types.SimpleNamespace(lost=True, gathered=b"", unsent=True, gathers=False)
         delivery = ScriptedDelivery(ORDINARY, entry, hub, run, connection=gone)
         with trio.move_on_after(100):  # who has lost its viewer waits for its request to be cancelled
@@ -2119,7 +2119,7 @@ def test_any_viewer_of_any_run_cut_anywhere_sees_the_whole_log(events, viewers):
 async def pieces(script, *, run=None, hub=None, after=0, fast=True):
     """What a stream script writes, piece by piece, with the script time of each; its entry too."""
     hub, found = hub or BoundedHub(Settings(), None, run.info.clock if run else Time()), []
-    entry = Entry("GET", "/", "test:1", "id", kind="stream", run_id="r1", resumed_after=after)
+    entry = Entry(method="GET", path="/", client="test:1", request_id="id", kind="stream", run_id="r1", resumed_after=after)
     start = hub.clock.now()
 
     async def send(message):
@@ -2127,7 +2127,7 @@ async def pieces(script, *, run=None, hub=None, after=0, fast=True):
         if message["type"] == "http.response.body" and message["body"]:
             found.append((round(hub.clock.now() - start, 3), message["body"]))
 
-    await Faulty(parse_script(script, "stream"), entry, hub, run).deliver(send)
+    await ScriptedDelivery(parse_script(script, "stream"), entry, hub, run).deliver(send)
     assert entry.bytes == sum(len(data) for _, data in found) and entry.chunks == len(found)
     return found, entry
 
@@ -2182,8 +2182,8 @@ async def test_an_event_that_comes_just_as_a_heartbeat_falls_due_is_whole(chunk,
     async with hub_for() as hub, trio.open_nursery() as nursery:
         run = hub.start(facts(hub.clock), scenario(*says("a"), {"wait": "end"}))
         script = parse_script([chunk, {"comment": "c"}, {"heartbeat": 30}, {"relay": "all"}], "stream")
-        entry = Entry("GET", "/", "test:1", "id", kind="stream", run_id="r1")
-        delivery = Faulty(script, entry, hub, run)
+        entry = Entry(method="GET", path="/", client="test:1", request_id="id", kind="stream", run_id="r1")
+        delivery = ScriptedDelivery(script, entry, hub, run)
         nursery.start_soon(delivery.deliver, send)
         await trio.sleep(200)
         for number in (2, 3, 4):
@@ -2210,7 +2210,7 @@ async def test_a_heartbeat_that_falls_due_with_the_first_output_silences_nobody(
     async with hub_for() as hub, trio.open_nursery() as nursery:
         run = hub.start(facts(hub.clock), scenario({"wait": "end"}))
         script = parse_script([{"heartbeat": 30}, {"relay": "all"}], "stream")
-        delivery = Faulty(script, Entry("GET", "/", "test:1", "id", kind="stream", run_id="r1"), hub, run)
+        delivery = ScriptedDelivery(script, Entry(method="GET", path="/", client="test:1", request_id="id", kind="stream", run_id="r1"), hub, run)
         nursery.start_soon(delivery.deliver, send)
         await trio.sleep(10)
         run.log.append(Event("e", "x"))
@@ -2230,7 +2230,7 @@ async def test_a_portion_that_a_heartbeat_interrupts_is_whole_before_the_next_st
     async with hub_for() as hub, trio.open_nursery() as nursery:
         run = hub.start(facts(hub.clock), scenario({"wait": "end"}))
         steps = [{"comment": "c"}, {"heartbeat": 30}, {"chunk": 7}, {"relay": 1}, {"heartbeat": "never"}, {"wait": "next"}]
-        delivery = Faulty(parse_script(steps, "stream"), Entry("GET", "/", "test:1", "id", kind="stream", run_id="r1"), hub, run)
+        delivery = ScriptedDelivery(parse_script(steps, "stream"), Entry(method="GET", path="/", client="test:1", request_id="id", kind="stream", run_id="r1"), hub, run)
         nursery.start_soon(delivery.deliver, send)
         await trio.sleep(100)
         run.log.append(Event("e", "x" * 50))
@@ -2252,7 +2252,7 @@ async def test_an_operator_s_end_is_heeded_while_interrupted_pieces_go(autojump_
     async with hub_for() as hub, trio.open_nursery() as nursery:
         run = hub.start(facts(hub.clock), scenario({"wait": "end"}))
         steps = [{"comment": "c"}, {"heartbeat": 1000}, {"chunk": 7, "every": 5}, {"relay": "all"}]
-        delivery = Faulty(parse_script(steps, "stream"), Entry("GET", "/", "test:1", "id", kind="stream", run_id="r1"), hub, run)
+        delivery = ScriptedDelivery(parse_script(steps, "stream"), Entry(method="GET", path="/", client="test:1", request_id="id", kind="stream", run_id="r1"), hub, run)
 
         async def view():
             await delivery.deliver(send)
@@ -2289,7 +2289,7 @@ async def test_an_operator_s_end_is_heeded_behind_an_event_that_is_on_its_way(au
 
 async def test_a_scripted_drop_gives_way_to_an_operator_s_end():
     hub = BoundedHub(Settings(), None, Time())
-    delivery = Faulty((), Entry("GET", "/", "test:1", "id", kind="stream"), hub)
+    delivery = ScriptedDelivery((), Entry(method="GET", path="/", client="test:1", request_id="id", kind="stream"), hub)
     delivery.close("end")
     with pytest.raises(aura_stream.Over):
         await delivery.drop(None)
@@ -2301,20 +2301,20 @@ async def test_events_are_counted_when_their_last_byte_is_out(autojump_clock):
     async with hub_for() as hub:
         run = await ended(hub.start(facts(hub.clock), scenario(*says("a", "b", "c"))))
         cut = types.SimpleNamespace(lost=False, gathered=b"", unsent=False, gathers=False, cut=lambda reset: scope.cancel())
-        entry = Entry("GET", "/", "test:1", "id", kind="stream", run_id="r1")
+        entry = Entry(method="GET", path="/", client="test:1", request_id="id", kind="stream", run_id="r1")
         script = parse_script([{"buffer": 40}, {"relay": 2}, "drop"], "stream")
         with trio.CancelScope() as scope:
-            await Faulty(script, entry, hub, run, connection=cut).deliver(lambda message: trio.lowlevel.checkpoint())
+            await ScriptedDelivery(script, entry, hub, run, connection=cut).deliver(lambda message: trio.lowlevel.checkpoint())
     assert (entry.bytes, entry.events, entry.last_id_sent) == (40, 1, 1)
     assert entry.end[:2] == ("server", "drop")
 
 
 async def test_a_beat_that_is_lost_with_the_buffer_was_none(autojump_clock):
     cut = types.SimpleNamespace(lost=False, gathered=b"", unsent=False, gathers=False, cut=lambda reset: scope.cancel())
-    entry = Entry("GET", "/", "test:1", "id", kind="stream")
+    entry = Entry(method="GET", path="/", client="test:1", request_id="id", kind="stream")
     script = parse_script(["open", {"buffer": "all"}, {"heartbeat": 1}, {"sleep": 10.5}, "drop"], "stream")
     with trio.CancelScope() as scope:
-        await Faulty(script, entry, BoundedHub(Settings(), None), connection=cut).deliver(lambda message: trio.lowlevel.checkpoint())
+        await ScriptedDelivery(script, entry, BoundedHub(Settings(), None), connection=cut).deliver(lambda message: trio.lowlevel.checkpoint())
     assert (entry.heartbeats, entry.bytes) == (0, 0)
 
 
@@ -2396,13 +2396,13 @@ async def test_a_heartbeat_changes_neither_the_pace_nor_the_patience_of_a_relay(
 async def test_a_hanging_stream_is_silent(autojump_clock):
     found = []
     with trio.move_on_after(1000):
-        entry = Entry("GET", "/", "test:1", "id", kind="stream")
+        entry = Entry(method="GET", path="/", client="test:1", request_id="id", kind="stream")
         script = parse_script([{"comment": "c"}, {"heartbeat": 1}, {"sleep": 2.5}, "hang"], "stream")
 
         async def send(message):
             found.append(message)
 
-        await Faulty(script, entry, BoundedHub(Settings(), None)).deliver(send)
+        await ScriptedDelivery(script, entry, BoundedHub(Settings(), None)).deliver(send)
     assert len(found) == 4, "its head, its comment and two beats"
     assert entry.step == 3 and entry.end is None, "who ends it will say so"
 
