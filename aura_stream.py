@@ -362,6 +362,7 @@ class Run:
         self.log = self.make_log(ids=settings.event_ids)
         self.sending, self.receiving = trio.open_memory_channel[Any](CHANNEL)
         self.scope = trio.CancelScope()  # around the analysis, and only around it
+        self.listening = trio.CancelScope()  # around the wait for what it says next
         self.patience = settings.idle_timeout
         self.silent_at = info.clock.now() + self.patience  # then it has said nothing for too long
         self.failure: Failure | None = None  # why it ends, if that is not well
@@ -408,7 +409,7 @@ class Run:
         self.log.announce()
 
     async def perform(self, analysis: Analysis) -> None:
-        """Run the analysis, whatever it does. Closing the channel behind it is the run's end."""
+        """Run the analysis, whatever it does; then the channel has nothing more to come."""
         with self.sending:
             try:
                 with self.scope, self.sending.clone() as its_own:
@@ -419,7 +420,8 @@ class Run:
                 if isinstance(error, trio.Cancelled if ending else KeyboardInterrupt):
                     raise
                 self.fail(error)
-            self.returned = True
+        self.returned = True
+        self.listening.cancel(reason="the analysis is over")
 
     def fail(self, error: BaseException) -> None:
         """The analysis raised. A door: part 2 says more about it."""
@@ -435,22 +437,28 @@ class Run:
         return FAILED[self.info.phase](self.info, failure)
 
     async def transcribe(self) -> None:
-        """Write down what comes out of the channel, all that is there at a time, until it is
-        closed. It never waits for a viewer: a slow one holds up nobody."""
+        """Write down what comes out of the channel, all that is there at a time, until the analysis
+        is over. It never waits for a viewer: a slow one holds up nobody."""
         clock = self.info.clock
         with self.receiving, contextlib.suppress(trio.EndOfChannel):
-            while True:
+            while not self.returned:
                 before = self.log.last
-                with clock.limit(self.until_silent()) as silence:
+                with clock.limit(self.until_silent()) as self.listening:
                     self.hear(await self.receiving.receive())
-                if silence.cancelled_caught:
+                if self.listening.cancelled_caught and not self.returned:
                     self.give_up()
-                with contextlib.suppress(trio.WouldBlock):
-                    while True:  # all that is there: one announcement for the whole batch
-                        self.hear(self.receiving.receive_nowait())
+                self.hear_the_rest()
                 if self.log.last > before:
                     self.silent_at = clock.now() + self.patience
-                self.announce()
+                if not self.returned:  # else its end is announced as well, and both at once
+                    self.announce()
+            self.hear_the_rest()
+
+    def hear_the_rest(self) -> None:
+        """All that is in the channel, without waiting: one announcement for the whole batch."""
+        with contextlib.suppress(trio.WouldBlock):
+            while True:
+                self.hear(self.receiving.receive_nowait())
 
     def announce(self) -> None:
         """Tell the viewers that there is news. A door: later parts keep the log within limits."""
@@ -462,12 +470,13 @@ class Run:
 
     def hear(self, said: Any) -> None:
         """One thing that came out of the channel. A door: part 2's runs know more than events."""
-        if isinstance(said, Event):
-            self.log.append(said)
-            return
-        text = f"the analysis sent {type(said).__name__}, where an Event belongs"
-        self.failure = self.failure or Failure(text, retryable=False)
-        self.scope.cancel(reason=text)
+        match said:
+            case Event(block=_):
+                self.log.append(said)
+            case _:
+                text = f"the analysis sent {type(said).__name__}, where an Event belongs"
+                self.failure = self.failure or Failure(text, retryable=False)
+                self.scope.cancel(reason=text)
 
     def give_up(self) -> None:
         """It has said nothing for too long. (The lines are those that Aura's guides look for.)"""
@@ -577,10 +586,13 @@ class Record:
         case = f" case_id={safe(self.case_id)}" if by_case else ""
         logger.info("%s: %s run_id=%s%s", self.stream_name, text, safe(self.run_id), case)
 
+    def say_first(self) -> None:
+        logger.info("%s: first chunk sent run_id=%s", self.stream_name, safe(self.run_id))
+
     def sent(self, size: int, place: int) -> None:
         """So many bytes went out; the viewer now has the events up to this id."""
         if not self.bytes:
-            logger.info("%s: first chunk sent run_id=%s", self.stream_name, safe(self.run_id))
+            self.say_first()
         self.bytes += size
         self.events = place - self.resumed_after
         self.last_id_sent = place if self.events else None
@@ -611,6 +623,7 @@ class Delivery:
         self.said: list[bytes] = []  # what has not been written yet
         self.beat_every = hub.settings.heartbeat or math.inf
         self.quiet_since = hub.clock.now()  # since the last bytes
+        self.till_beat: Any = None
         self.resting: Any = None  # the scope it waits in; part 2 ends deliveries by it
 
     async def deliver(self, send: Send) -> None:
@@ -645,16 +658,19 @@ class Delivery:
         self.said.append(data)
 
     async def write(self, *, more: bool = True) -> None:
-        """Write what was said, in one piece."""
-        data = b"".join(self.said)
-        self.said.clear()
-        await self.send({"type": "http.response.body", "body": data, "more_body": more})
-        self.wrote(len(data))
+        """Write what was said. (Part 3's connections gather all of it in one write.)"""
+        said = self.said
+        self.said = []
+        body: dict[str, Any] = {"type": "http.response.body"}
+        for data in said[:-1]:
+            await self.send({**body, "body": data, "more_body": True, "aura.gathers": True})
+        await self.send({**body, "body": said[-1] if said else b"", "more_body": more})
+        self.wrote(said)
 
-    def wrote(self, size: int) -> None:
-        """So many bytes went out. A door: part 2 knows what was in them."""
+    def wrote(self, said: list[bytes]) -> None:
+        """This went out. A door: part 2 knows what was in it."""
         self.quiet_since = self.hub.clock.now()
-        self.record.sent(size, self.place)
+        self.record.sent(sum(map(len, said)), self.place)
 
     async def relay(self) -> None:
         """What the log has, and what comes, to its end."""
@@ -681,7 +697,8 @@ class Delivery:
         while True:
             since = self.quiet_since
             due = since + self.beat_every - clock.now()
-            with clock.limit(due, jump=False) as self.resting:
+            self.till_beat = clock.limit(due, jump=False)
+            with self.till_beat as self.resting:
                 return await wait()
             if self.quiet_since == since:
                 await self.beat()
@@ -2225,21 +2242,22 @@ class Entry(Record):
         self.seed = scenario.seed
         self.attempt = attempt
 
-    def carried(self, size: int, names: list[str], last: int | None) -> None:
-        """So many bytes went out, and in them events of these names, the last one with this id."""
-        if not self.first_byte:
+    def carried(self, said: list[bytes], names: list[str], last: int | None) -> None:
+        """These chunks went out, and in them events of these names, the last one with this id."""
+        if self.first_byte is None:
             self.first_byte = trio.current_time()
             if self.streams:
-                self.say("first chunk sent")
-        self.chunks += 1
-        self.bytes += size
+                self.say_first()
+        self.chunks += len(said)
+        self.bytes += sum(map(len, said))
         self.last_id_sent = self.last_id_sent if last is None else last
         beats = names.count(BEAT)
         self.heartbeats += beats
         if beats:
             names = [name for name in names if name != BEAT]
         if names:
-            self.first_event = self.first_event or trio.current_time()
+            if self.first_event is None:
+                self.first_event = trio.current_time()
             self.events += len(names)
             self.tally.update(names)
             if len(self.tally) > 100:  # somebody makes up names
@@ -2618,6 +2636,7 @@ TEXT_HEAD = {"content-type": "text/plain; charset=utf-8"}
 CUT_AFTER = 0.2  # real seconds after the last bytes; some clients lose what comes with a break
 MOST_HELD = 2**20  # bytes that a `buffer` holds back; then it lets go, and the journal says so
 FULL = f"the buffer was full at {MOST_HELD} bytes and let go"
+MOST_CHUNKS = 300  # of one write: the kernel takes 1024 parts, a chunk is three of them
 CUTS = {
     "line": re.compile(rb"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+"),
     # inside every character of more than one byte: after its first
@@ -2656,44 +2675,48 @@ class Outlet:
         self.every: Any = None
         self.hold: float = 0
         self.due = 0.0  # script time before which the next piece may not go
-        self.free = 0  # bytes that may go
         self.overflowed = False
         self._held = bytearray()
+        self._free: collections.deque[int] = collections.deque()  # sizes of what may go
         self._gone = 0
         self._marks: collections.deque[tuple[int, Iterable[str], int | None]] = collections.deque()
+
+    @property
+    def free(self) -> bool:
+        """Something may go."""
+        return bool(self._free)
 
     def take(self, data: bytes, names: Iterable[str], last: int | None) -> None:
         """Hold this back, or some of it."""
         self._held += data
         if names or last:
             self._marks.append((self._gone + len(self._held), names, last))
-        back = len(self._held) - self.free
-        if not self.hold:
-            self.free += back
-        elif back > MOST_HELD:
+        back = len(self._held) - sum(self._free)
+        if self.hold and back > MOST_HELD:
             self.overflowed = True
-            self.free += back
-        elif self.hold < math.inf:
-            self.free += back - back % int(self.hold)
+        elif self.hold:
+            back -= back if self.hold == math.inf else back % int(self.hold)
+        self.let_go(back)
 
-    def let_go(self) -> None:
-        self.free = len(self._held)
+    def let_go(self, size: int | None = None) -> None:
+        """So much of it may go now, or all."""
+        size = len(self._held) - sum(self._free) if size is None else size
+        if size:
+            self._free.append(size)
 
     def next(self, *, whole: bool = False) -> tuple[bytes, list[str], int | None]:
         """The next piece, or all that may go; and what has gone with it: the names of the events
         that end in it, and the id of the last one."""
-        if whole:
-            size = self.free
-        elif self.chunk in CUTS:
-            found = CUTS[self.chunk].match(self._held, 0, self.free)
-            size = found.end() if found else 0
-        else:
-            step = self.chunk or (self.hold if self.hold < math.inf else 0) or self.free
-            size = min(self.free, int(step))
+        size = sum(self._free) if whole else self._cut(self._free[0])
         piece = bytes(self._held[:size])
         del self._held[:size]
-        self.free -= size
         self._gone += size
+        while size:
+            part = min(size, self._free[0])
+            size -= part
+            self._free[0] -= part
+            if not self._free[0]:
+                self._free.popleft()
         names: list[str] = []
         last = None
         while self._marks and self._marks[0][0] <= self._gone:
@@ -2701,6 +2724,13 @@ class Outlet:
             names += ended
             last = place or last
         return piece, names, last
+
+    def _cut(self, size: int) -> int:
+        """The bytes of the next piece, of so many that go together."""
+        if self.chunk in CUTS:
+            found = CUTS[self.chunk].match(self._held, 0, size)
+            return found.end() if found else size
+        return min(size, self.chunk or (int(self.hold) if 0 < self.hold < math.inf else size))
 
 
 class Over(Exception):
@@ -2714,6 +2744,7 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
     usual_frame: Mapping[str, Any] = {"newline": "\n", "wrap": ""}  # where no step says another
     outlet: Outlet | None = None  # where output is held back, and cut anew
     closed = False  # an operator has ended it
+    departing = False  # the last piece waits for the end, to go out with it
     by = "server"
     how = "end"
     reason = "the script ended"
@@ -2764,14 +2795,15 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
         whoever hangs up on reading these has read the end, too."""
         if self.outlet:
             self.outlet.let_go()
-        if not self.closed:
+            self.departing = True
             with contextlib.suppress(Over):
                 await self.rest(self.write)
-        await self.write()
+            await self.write()
+            self.departing = False
         self.closed = False  # what is usual goes out, an operator's end or not
         if not self.entry.status:
             await self.open(self.usual)
-        if self.entry.streams and self.entry.status == 200 and not self.half:
+        if self.farewell and self.entry.streams and self.entry.status == 200 and not self.half:
             self.said.append(self.farewell)
         while self.how != "end" and self.connection.cut:
             with contextlib.suppress(Over):  # meanwhile another operator wishes something else
@@ -2835,26 +2867,34 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
             await self.open()
         if self.outlet is not None:
             await self.drain(self.outlet)
-        if self.said or self.unsent_head or not more:
+        if not more or (not self.departing and (self.said or self.unsent_head)):
             await super().write(more=more)
 
     async def drain(self, outlet: Outlet) -> None:
-        """Piece by piece; what an operator ends goes at once."""
+        """Piece by piece, and no heartbeat in between; what an operator ends goes at once."""
+        if outlet.free and self.till_beat:
+            self.till_beat.move(math.inf)
         while outlet.free:
             if outlet.every is not None and not self.closed:
                 await self.clock.sleep(outlet.due - self.clock.now())
                 outlet.due = self.clock.now() + self.draw(outlet.every)
-            piece, self.names, self.last_said = outlet.next(whole=self.closed)
+            piece, names, last = outlet.next(whole=self.closed)
             self.said.append(piece)
-            await super().write()
-            await trio.lowlevel.checkpoint()
+            self.names += names
+            self.last_said = last or self.last_said
+            enough = len(self.said) >= min(MOST_CHUNKS, WRITE // len(piece))
+            if not self.departing or (outlet.free and (outlet.every is not None or enough)):
+                await super().write()
+                await trio.lowlevel.checkpoint()
+        if self.till_beat:
+            self.till_beat.move(self.quiet_since + self.beat_every)
 
-    def wrote(self, size: int) -> None:
+    def wrote(self, said: list[bytes]) -> None:
         self.unsent_head = False
         self.said_at = trio.current_time()
         self.quiet_since = self.clock.now()
-        if size and not self.connection.unsent:
-            self.entry.carried(size, self.names, self.last_said)
+        if said and not self.connection.unsent:
+            self.entry.carried(said, self.names, self.last_said)
         self.names = []
         self.last_said = None
 
@@ -2877,8 +2917,8 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
         await Delivery.rest(self, unless_closed)
 
     async def beat(self) -> None:
-        """A heartbeat; none before the head, and none where it is talking anyway."""
-        if self.entry.status and not (self.outlet and self.outlet.free):
+        """A heartbeat; but none before the head."""
+        if self.entry.status:
             self.emit(self.beat_bytes(), names=[BEAT])
             await self.write()
             if self.connection.lost:
@@ -2896,6 +2936,8 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
         """Deliver the next events of the log, waiting for them, until its end or the step's own."""
         if step is None:
             await super().relay()
+            return
+        if self.run is None or self.entry.status in BODILESS:
             return
         wanted, modifiers = step.argument, step.modifiers
         shared, every = modifiers.get("shared"), modifiers.get("every")
@@ -2916,16 +2958,15 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
 
     async def follow(self, progress: RelayProgress) -> None:
         log = self.run.log
-        while progress.left > 0 and self.entry.status not in BODILESS:
+        while progress.left > 0:
             if progress.due > self.clock.now():
                 await self.write()
                 await self.clock.sleep(progress.due - self.clock.now())
             place = progress.cursor.place
             piece, last = log.read(place, most=min(progress.left, progress.most))
             if piece:
-                self.pass_on(piece, last, log.names_of(place, last), progress)
-                if progress.most > 1 or self.pending >= WRITE:
-                    await self.write()
+                await self.pass_on(piece, last, log.names_of(place, last), progress)
+                if last < log.last:
                     await trio.lowlevel.checkpoint()  # a write that fits the socket has none
             elif self.said or (self.outlet and self.outlet.free):
                 await self.write()
@@ -2937,10 +2978,14 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
                 if silence.cancelled_caught:
                     return
 
-    def pass_on(self, piece: bytes, last: int, names: list[str], progress: RelayProgress) -> None:
+    async def pass_on(
+        self, piece: bytes, last: int, names: list[str], progress: RelayProgress
+    ) -> None:
         self.emit(self.dressed(piece, last), last, names)
         progress.cursor.place = last
         progress.left = 0 if progress.until in names else progress.left - len(names)
+        if not (self.run.log.ended and last == self.run.log.last):  # else it goes with the end
+            await self.write()
         progress.quiet = self.clock.now() + progress.within
         if progress.every is not None:
             progress.due = self.clock.now() + self.draw(progress.every)
@@ -4378,7 +4423,6 @@ def create_app(
 PIECE = 64 * 2**10  # bytes that have one send deadline
 WHOLE = (h11.DONE, h11.MUST_CLOSE, h11.CLOSED)  # of a side: it has said all it has to say
 GONE = (trio.BrokenResourceError, trio.ClosedResourceError)
-REFUSED = {408: "the head took too long", 431: "the head is too long"}
 
 
 class Connection:
@@ -4479,6 +4523,7 @@ class Connection:
                     case h11.EndOfMessage():
                         self._feed(b"")
                         self._last = self._last or bool(wire.trailing_data[0])
+                        return
                     case _:
                         return
         except h11.RemoteProtocolError as error:
@@ -4553,11 +4598,12 @@ class Connection:
             self._open(message["status"], message["headers"])
             return
         data, more = message.get("body", b""), message.get("more_body", False)
+        gathers = "aura.gathers" in message or (self._held and more)
         if data and self._method != b"HEAD":
             self._waiting += self._framed(data)
         if not more:
             self._waiting.append(wire.send(h11.EndOfMessage()) or b"")
-        if not (self._held and more):
+        if not gathers:
             await self._write()
         if not more:
             await self._over()
@@ -4594,7 +4640,9 @@ class Connection:
         self._ending = self._ending or Ending("server", "error", "the request was malformed")
         if self._wire.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             known_as = uuid.uuid4().hex
-            why = REFUSED.get(status, "this is no request of HTTP/1.1")
+            too_long = f"the head is longer than {self.settings.max_head} bytes"
+            says = {408: "the head took too long", 431: too_long}
+            why = says.get(status, "this is no request of HTTP/1.1")
             logger.info("[%s] %d refused: %s, from %s", known_as, status, why, self._names[0])
             self._last = True
             self._open(status, [(b"content-length", b"0"), (b"x-request-id", known_as.encode())])
