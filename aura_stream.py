@@ -106,7 +106,6 @@ A slow viewer holds up nobody: it waits in its own write (7) and gets bigger pie
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import json
 import logging
@@ -261,22 +260,17 @@ class Log:
         self.ids = ids
         self.names: list[str] = []  # of the events that are here
         self.ready: Any = None  # the piece that was made last, and for whom
+        self.size = 0  # bytes that are here
         self._blocks: list[bytes] = []
-        self._ends: list[int] = []  # where each block ends, counted from the first byte ever
         self._news = trio.Event()
 
     def append(self, event: Event) -> None:
         self.last += 1
         self.last_name = event.name[:200]
         block = b"%bid: %d\n\n" % (event.block, self.last) if self.ids else event.block + b"\n"
-        self._blocks.append(block)
+        self.size += len(block)
         self.names.append(self.last_name)
-        self._ends.append(self.end + len(block))
-
-    @property
-    def end(self) -> int:
-        """Where the newest block ends."""
-        return self._ends[-1] if self._ends else 0
+        self._blocks.append(block)
 
     def announce(self) -> None:
         """Wake every viewer, once for all that was appended."""
@@ -296,9 +290,13 @@ class Log:
         asked = (after, self.last, most)
         if self.ready is None or self.ready[0] != asked:
             start = after + 1 - self.first
-            begin = self._ends[start] - len(self._blocks[start])
-            stop = max(start + 1, bisect.bisect_right(self._ends, begin + WRITE, start))
-            stop = int(min(stop, start + most))
+            stop = start + 1
+            size = len(self._blocks[start])
+            while stop < min(len(self._blocks), start + most):
+                size += len(self._blocks[stop])
+                if size > WRITE:
+                    break
+                stop += 1
             piece = b"".join(self._blocks[start:stop])  # one event: no copy
             self.ready = asked, (piece, self.first + stop - 1)  # for all viewers at this place
         found: tuple[bytes, int] = self.ready[1]
@@ -398,7 +396,11 @@ class Run:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.perform, analysis, name=f"analysis {safe(self.info.run_id)}")
             await self.transcribe()
+            self.conclude()
 
+    def conclude(self) -> None:
+        """The last word, if the analysis had none, and the end of the log. From the last event to
+        this there is no checkpoint: who sees the one sees the other."""
         if self.log.last_name in TERMINAL:
             self.failure = None  # it came too late: one terminal event, and it is the last
         elif self.failure is not None:
@@ -683,10 +685,10 @@ class Delivery:
                 await self.write()
                 if last < log.last:
                     await trio.lowlevel.checkpoint()  # a write that fits the socket has none
-            elif self.said:
-                await self.write()
             elif log.ended:
                 return
+            elif self.said:  # the hello, where nothing came with it
+                await self.write()
             else:
                 await log.news()
 
@@ -1808,10 +1810,10 @@ class Player:
 
     async def play(self, script: Script) -> None:
         for step in script:
-            await getattr(self, step.verb)(step)
             if time.perf_counter() - self._breath > 0.001:  # a step is a checkpoint, at most once
                 await trio.lowlevel.checkpoint()  # a millisecond: else every batch is one event
                 self._breath = time.perf_counter()
+            await getattr(self, step.verb)(step)
 
     async def rest(self, wait: Callable[[], Awaitable[None]]) -> None:
         """Await this; a stream has heartbeats meanwhile, and may begin it anew after one."""
@@ -2416,16 +2418,9 @@ class BoundedLog(Log):
     """A log that can forget its oldest events."""
 
     @property
-    def size(self) -> int:
+    def held(self) -> int:
         """The bytes it holds, Python's own included."""
-        return self.size_behind(0)
-
-    def size_behind(self, count: int) -> int:
-        """What it would hold without its oldest so many events."""
-        if count >= len(self._ends):
-            return 0
-        begin = self._ends[count] - len(self._blocks[count])
-        return self.end - begin + EACH * (len(self._ends) - count)
+        return self.size + EACH * len(self._blocks)
 
     def names_of(self, after: int, last: int) -> list[str]:
         """Of the events after this id, up to that one."""
@@ -2446,12 +2441,12 @@ class BoundedLog(Log):
         here = len(self._blocks)
         most = here - (here > 0 and len(self._blocks[-1]) <= WRITE)
         count = 0
-        while count < most and (here - count > events or self.size_behind(count) > size):
+        while count < most and (here - count > events or self.held - EACH * count > size):
+            self.size -= len(self._blocks[count])
             count += 1
         if count:
             self.ready = None
             self.first += count
-            del self._ends[:count]
             del self.names[:count]
             del self._blocks[:count]
         return count > 0
@@ -2598,7 +2593,7 @@ class BoundedHub(Hub):
         self._account(run)
         excess = self.held - limits.max_log_bytes
         if excess > 0:
-            trimmed |= run.log.trim(limits.max_run_events, max(0, run.log.size - excess))
+            trimmed |= run.log.trim(limits.max_run_events, max(0, run.log.held - excess))
             self._account(run)
         if trimmed and not run.trimmed:
             run.trimmed = True
@@ -2609,7 +2604,7 @@ class BoundedHub(Hub):
     def _account(self, run: ScriptedRun) -> None:
         """Count what the run holds; beyond the limits the first that ended is forgotten first."""
         if run is self._runs.get(run.info.run_id):
-            now = run.log.size + run.info.weight
+            now = run.log.held + run.info.weight
             self._held += now - run.counted
             run.counted = now
         limits, ended = self.settings, self._ended
@@ -2662,6 +2657,7 @@ class RelayProgress:
     every: Any
     within: float
     most: float  # events in one piece
+    cut: float | None  # bytes of the event that comes behind them, or a fraction of it
     due: float = 0.0  # script time before which the next event may not go
     quiet: float = math.inf  # script time at which the silence has lasted `within`
 
@@ -2950,28 +2946,33 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
             every=every,
             within=self.draw(modifiers.get("within", math.inf)),
             most=1 if alone else self.batch,
+            cut=modifiers.get("cut"),
         )
         progress.quiet = self.clock.now() + progress.within
         await self.rest(partial(self.follow, progress))
-        if "cut" in modifiers:
-            await self.rest(partial(self.begin_next, progress.cursor, modifiers["cut"]))
 
     async def follow(self, progress: RelayProgress) -> None:
         log = self.run.log
-        while progress.left > 0:
+        while progress.left > 0 or progress.cut is not None:
             if progress.due > self.clock.now():
                 await self.write()
                 await self.clock.sleep(progress.due - self.clock.now())
             place = progress.cursor.place
-            piece, last = log.read(place, most=min(progress.left, progress.most))
+            piece, last = log.read(place, most=min(progress.left or 1, progress.most))
+            names = log.names_of(place, last)
+            if names and progress.left <= 0 and progress.cut is not None:
+                block = self.dressed(piece, last)
+                size = progress.cut if progress.cut >= 1 else progress.cut * len(block)
+                self.emit(block[: int(size)])
+                return
             if piece:
-                await self.pass_on(piece, last, log.names_of(place, last), progress)
+                await self.pass_on(piece, last, names, progress)
                 if last < log.last:
                     await trio.lowlevel.checkpoint()  # a write that fits the socket has none
-            elif self.said or (self.outlet and self.outlet.free):
-                await self.write()
             elif log.ended:
                 return
+            elif self.said or (self.outlet and self.outlet.free):
+                await self.write()
             else:
                 with self.clock.limit(progress.quiet - self.clock.now()) as silence:
                     await log.news()
@@ -2989,18 +2990,6 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
         progress.quiet = self.clock.now() + progress.within
         if progress.every is not None:
             progress.due = self.clock.now() + self.draw(progress.every)
-
-    async def begin_next(self, cursor: Any, size: float) -> None:
-        """The first bytes of the event that comes next, or that fraction of it."""
-        log = self.run.log
-        while True:
-            after = max(cursor.place, log.first - 1)
-            piece, _ = log.read(after, most=1)
-            if piece or log.ended:
-                break
-            await log.news()
-        data = self.dressed(piece, after + 1) if piece else b""
-        self.emit(data[: int(size if size >= 1 else size * len(data))])
 
     def dressed(self, block: bytes, number: int | None = None) -> bytes:
         """A block as this viewer gets it: mostly as it is, the one that all viewers share."""
@@ -3828,7 +3817,9 @@ class Reception(Service):
         this.say("runId not found or already completed")
         raise self.unknown(run_id)
 
-    def played(self, script: Script | None, run: ScriptedRun | None = None, **more: Any) -> Response:
+    def played(
+        self, script: Script | None, run: ScriptedRun | None = None, **more: Any
+    ) -> Response:
         below, headers = connection_of(request.scope), more.pop("headers", None) or self._echo()
         job = run and run.info.phase == "generation" and self.settings.event_ids
         play = JobDelivery if job else ScriptedDelivery
@@ -4533,20 +4524,23 @@ class Connection:
         """A request has come: a task of its own answers it."""
         self._patience.deadline = math.inf
         headers = list(request.headers)
-        names = {name for name, _ in headers}
         size = sum(len(name) + len(text) + 4 for name, text in headers) + len(request.target)
-        if size > self.settings.max_head or request.http_version not in (b"1.0", b"1.1"):
-            await self._refuse(431 if size > self.settings.max_head else 505)
+        refused = {
+            431: size > self.settings.max_head,
+            505: request.http_version not in (b"1.0", b"1.1"),
+        }
+        if any(refused.values()):
+            await self._refuse(next(status for status, is_so in refused.items() if is_so))
             return
-        if b"upgrade" in names:
+        if any(name == b"upgrade" for name, _ in headers):
             logger.warning("Unsupported upgrade request.")
-        if {b"content-length", b"transfer-encoding"} <= names:  # RFC 9112, 6.1: smuggling, perhaps
-            self._last = True
+        if {b"content-length", b"transfer-encoding"} <= {name for name, _ in headers}:
+            self._last = True  # RFC 9112, 6.1: smuggling, perhaps
         # a host in the target counts, whatever `Host` says (RFC 9112, 3.2.2)
         *whole, target = re.split(rb"^https?://([^/?]*)", request.target, flags=re.IGNORECASE)
         if whole:
             headers = [pair for pair in headers if pair[0] != b"host"] + [(b"host", whole[1])]
-        path, _, query = (target if target.startswith(b"/") else b"/" + target).partition(b"?")
+        path, _, query = target.removeprefix(b"/").partition(b"?")
         self._body = None
         self._early = []
         self._method = request.method
@@ -4554,7 +4548,7 @@ class Connection:
         self._requests.start_soon(self._answer, {
             "type": "http", "asgi": {"version": "3.0"}, "scheme": "http", "root_path": "",
             "http_version": request.http_version.decode(), "method": request.method.decode(),
-            "path": unquote(path.decode("ascii")), "raw_path": path, "query_string": query,
+            "path": "/" + unquote(path.decode()), "raw_path": b"/" + path, "query_string": query,
             "headers": headers, "client": client[:2] or None, "server": server[:2] or None,
             "state": {"connection": self}, "extensions": {},
         })

@@ -1657,8 +1657,8 @@ def test_a_log_trims_by_bytes_but_spares_its_newest_event():
     log = BoundedLog(ids=True)
     for size in (100, 100, 100):
         log.append(Event("", "x" * size))
-    assert not log.trim(events=10, size=log.size)
-    assert log.trim(events=10, size=log.size - 1)
+    assert not log.trim(events=10, size=log.held)
+    assert log.trim(events=10, size=log.held - 1)
     assert (log.first, log.last) == (2, 3)
     assert log.trim(events=10, size=1)
     assert (log.first, log.last) == (3, 3)
@@ -1668,7 +1668,7 @@ def test_a_log_trims_by_bytes_but_spares_its_newest_event():
 def test_of_a_full_log_a_big_newest_event_goes_too_and_the_gap_says_so():
     log = BoundedLog(ids=True)
     log.append(Event("big", "x" * 100_000))
-    assert log.trim(events=10, size=50_000) and (log.size, log.last, log.last_name) == (0, 1, "big")
+    assert log.trim(events=10, size=50_000) and (log.held, log.last, log.last_name) == (0, 1, "big")
     assert parsed(log.read(0)[0]) == [("1", "gap", '{"from": 1, "to": 1}')] and log.read(1) == (b"", 1)
     log.append(Event("completed", {}))
     assert parsed(log.read(1)[0]) == [("2", "completed", "{}")]
@@ -1735,7 +1735,7 @@ async def test_what_is_held_is_weighed_with_its_emoji(autojump_clock):
         asked = {"projectId": "p", "description": "a" * 1_000_000 + "🙂"}
         statuses = [(await client.post("/api/v1/generations", json=asked)).status_code for _ in range(10)]
         assert statuses == [201] * 8 + [503] * 2
-        assert max(run.log.size for run in hub.seen_by(None)) < 10_000, "and is not said over and over again"
+        assert max(run.log.held for run in hub.seen_by(None)) < 10_000, "and is not said over and over again"
 
 
 def test_a_script_holds_no_pads_before_they_are_due():
@@ -1800,7 +1800,7 @@ async def test_all_logs_together_have_a_limit(autojump_clock):
         for number in range(4):
             await ended(hub.start(facts(Time(), str(number)), scenario(big)))
         assert [hub.find(str(number)) is None for number in range(4)] == [True, True, False, False]
-        assert hub._held == sum(hub.find(str(number)).log.size for number in (2, 3))
+        assert hub._held == sum(hub.find(str(number)).log.held for number in (2, 3))
         live = hub.start(facts(Time(), "live"), scenario({"repeat": 100, "steps": big["steps"]}, {"sleep": 1}))
         await trio.testing.wait_all_tasks_blocked()
         assert hub._held <= 25_000
@@ -1896,7 +1896,7 @@ async def test_big_events_are_not_on_their_way_all_at_once():
 
     run.hub.bound = look
     await run.conduct(played_by(run))
-    assert run.log.last == 12 and run.log.size <= 16 * 2**20
+    assert run.log.last == 12 and run.log.held <= 16 * 2**20
     assert max(later - sooner for sooner, later in zip(batches, batches[1:], strict=False)) <= 2
 
 
