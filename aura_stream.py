@@ -48,8 +48,8 @@ from above it. Ten minutes? Read part 1.
     10  Scripts                what runs and streams do, as data
     11  Journal                who asked, what they got, who closed first
     12  Runs of scenarios      gates, limits, forgetting
-    13  Scripted deliveries    a script played to one viewer
-    14  Faults                 how a delivery goes wrong, at the exact byte
+    13  Held back, and cut anew  what a proxy does to a stream
+    14  Scripted deliveries    how a delivery goes wrong, at the exact byte
     15  Contract               who may ask for what, how we refuse, how a test chooses
     16  Choosing               a request and its answer; the scenario of a run and of a stream
     17  Operations             on call, and in control of the double
@@ -391,16 +391,17 @@ class Run:
             self.failure = why
             self.scope.cancel(reason=why.error)
 
-    async def conduct(self, analysis: Analysis) -> None:
+    async def conduct(self, analysis: Analysis, settle: Callable[[Run], None]) -> None:
         """From the first event to the last: one task speaks, this one writes down."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.perform, analysis, name=f"analysis {safe(self.info.run_id)}")
             await self.transcribe()
-            self.conclude()
+            self.conclude()  # no checkpoint before: who sees the last event sees the end
+            settle(self)
+            self.announce()
 
     def conclude(self) -> None:
-        """The last word, if the analysis had none, and the end of the log. From the last event to
-        this there is no checkpoint: who sees the one sees the other."""
+        """The last word, if the analysis had none, and the end of the log."""
         if self.log.last_name in TERMINAL:
             self.failure = None  # it came too late: one terminal event, and it is the last
         elif self.failure is not None:
@@ -408,7 +409,6 @@ class Run:
         self.ended_at = now_iso()
         self.ended_clock = trio.current_time()
         self.log.ended = True
-        self.log.announce()
 
     async def perform(self, analysis: Analysis) -> None:
         """Run the analysis, whatever it does; then the channel has nothing more to come."""
@@ -510,11 +510,11 @@ class Hub:
         if run_id in self._ended:
             self._forget(run_id)
         self._runs[run_id] = run
-        self._nursery.start_soon(self.conduct, run, analysis, name=f"run {safe(run_id)}")
+        name = f"run {safe(run_id)}"
+        self._nursery.start_soon(run.conduct, analysis, self.settle, name=name)
 
-    async def conduct(self, run: Run, analysis: Analysis) -> None:
-        """A run, from its begin to its place among the ended ones."""
-        await run.conduct(analysis)
+    def settle(self, run: Run) -> None:
+        """A run has ended. A door: part 2 counts what is left of it."""
         if self._runs.get(run.info.run_id) is run:
             self._ended[run.info.run_id] = run
 
@@ -2539,11 +2539,10 @@ class BoundedHub(Hub):
         self._account(run)
         return run
 
-    async def conduct(self, run: Any, analysis: Analysis) -> None:
-        await super().conduct(run, analysis)
+    def settle(self, run: Any) -> None:
+        super().settle(run)
         run.info = run.info.when_over()
         self.time_taken(run.ended_clock - run.started_clock)
-        self.bound(run)
 
     @contextlib.contextmanager
     def playing(self, delivery: Any) -> Iterator[None]:
@@ -2620,46 +2619,15 @@ class BoundedHub(Hub):
         super()._forget(run_id)
 
 
-# ═══ 13  Scripted deliveries ══════════════════════════════════════════════════════════════════════
-# The delivery of part 1, well or badly: the same way out for every byte, and a method for each verb
-# of a stream script. Where a viewer has no script, part 1's own four lines play.
+# ═══ 13  Held back, and cut anew ══════════════════════════════════════════════════════════════════
+# What a proxy does to a stream: it holds bytes back, lets them go in lumps, and cuts them anywhere.
 
-BODILESS = (204, 304)
-BLANK = (b"\n\n", b"\r\n\r\n", b"\r\r")  # an event is whole, and so is what ends in this
-JSON_HEAD = {"content-type": "application/json"}
-TEXT_HEAD = {"content-type": "text/plain; charset=utf-8"}
-CUT_AFTER = 0.2  # real seconds after the last bytes; some clients lose what comes with a break
 MOST_HELD = 2**20  # bytes that a `buffer` holds back; then it lets go, and the journal says so
-FULL = f"the buffer was full at {MOST_HELD} bytes and let go"
-MOST_CHUNKS = 300  # of one write: the kernel takes 1024 parts, a chunk is three of them
 CUTS = {
     "line": re.compile(rb"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+"),
     # inside every character of more than one byte: after its first
     "utf8": re.compile(rb"[^\xc0-\xff]*[\xc0-\xff]|[^\xc0-\xff]+"),
 }
-
-
-class NoSocket:
-    """Below a delivery in memory there is no connection."""
-
-    lost = False
-    unsent = False
-    cut = None
-
-
-@dataclass(slots=True)
-class RelayProgress:
-    """What a relay step still has to deliver; it outlives the heartbeats in between."""
-
-    cursor: Any  # what has the place: this viewer, or the run, where all share one
-    left: float
-    until: str | None
-    every: Any
-    within: float
-    most: float  # events in one piece
-    cut: float | None  # bytes of the event that comes behind them, or a fraction of it
-    due: float = 0.0  # script time before which the next event may not go
-    quiet: float = math.inf  # script time at which the silence has lasted `within`
 
 
 class Outlet:
@@ -2727,6 +2695,42 @@ class Outlet:
             found = CUTS[self.chunk].match(self._held, 0, size)
             return found.end() if found else size
         return min(size, self.chunk or (int(self.hold) if 0 < self.hold < math.inf else size))
+
+
+# ═══ 14  Scripted deliveries ══════════════════════════════════════════════════════════════════════
+# The delivery of part 1, well or badly: the same way out for every byte, and a method for each verb
+# of a stream script. Where a viewer has no script, part 1's own four lines play.
+
+BODILESS = (204, 304)
+BLANK = (b"\n\n", b"\r\n\r\n", b"\r\r")  # an event is whole, and so is what ends in this
+JSON_HEAD = {"content-type": "application/json"}
+TEXT_HEAD = {"content-type": "text/plain; charset=utf-8"}
+MOST_CHUNKS = 300  # of one write: the kernel takes 1024 parts, a chunk is three of them
+CUT_AFTER = 0.2  # real seconds after the last bytes; some clients lose what comes with a break
+FULL = f"the buffer was full at {MOST_HELD} bytes and let go"
+
+
+class NoSocket:
+    """Below a delivery in memory there is no connection."""
+
+    lost = False
+    unsent = False
+    cut = None
+
+
+@dataclass(slots=True)
+class RelayProgress:
+    """What a relay step still has to deliver; it outlives the heartbeats in between."""
+
+    cursor: Any  # what has the place: this viewer, or the run, where all share one
+    left: float
+    until: str | None
+    every: Any
+    within: float
+    most: float  # events in one piece
+    cut: float | None  # bytes of the event that comes behind them, or a fraction of it
+    due: float = 0.0  # script time before which the next event may not go
+    quiet: float = math.inf  # script time at which the silence has lasted `within`
 
 
 class Over(Exception):
@@ -2985,7 +2989,8 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
         self.emit(self.dressed(piece, last), last, names)
         progress.cursor.place = last
         progress.left = 0 if progress.until in names else progress.left - len(names)
-        if not (self.run.log.ended and last == self.run.log.last):  # else it goes with the end
+        final = self.run.log.ended and last == self.run.log.last
+        if self.outlet or not final:  # else it goes out with what follows
             await self.write()
         progress.quiet = self.clock.now() + progress.within
         if progress.every is not None:

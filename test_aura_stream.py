@@ -1268,7 +1268,7 @@ async def test_viewers_are_told_once_for_a_whole_batch():
     run = aura_stream.ScriptedRun(facts(Time()), scenario({"repeat": 200, "steps": says("a")[:1]}), types.SimpleNamespace(settings=Settings(), bound=lambda run: None))
     announced = []
     run.log.announce = lambda: announced.append(run.log.last)
-    await run.conduct(played_by(run))
+    await run.conduct(played_by(run), lambda run: None)
     assert announced[-1] == 200
     assert len(announced) < 20
 
@@ -1895,7 +1895,7 @@ async def test_big_events_are_not_on_their_way_all_at_once():
         run.log.trim(10, 16 * 2**20)
 
     run.hub.bound = look
-    await run.conduct(played_by(run))
+    await run.conduct(played_by(run), lambda run: None)
     assert run.log.last == 12 and run.log.held <= 16 * 2**20
     assert max(later - sooner for sooner, later in zip(batches, batches[1:], strict=False)) <= 2
 
