@@ -647,7 +647,7 @@ class Delivery:
         await self.open()
         retry = self.hub.settings.retry_ms
         self.emit(CONNECTED + (b"retry: %d\n\n" % retry if retry else b""))
-        await self.rest(self.relay)
+        await self.beating(self.relay)
         self.emit(DONE)
 
     async def open(self) -> None:
@@ -692,7 +692,7 @@ class Delivery:
             else:
                 await log.news()
 
-    async def rest(self, wait: Callable[[], Awaitable[None]]) -> None:
+    async def beating(self, wait: Callable[[], Awaitable[None]]) -> None:
         """Await `wait`, with a heartbeat after every quiet interval: then it is cancelled where it
         waits, and begins anew. One scope for each beat, not for each event."""
         clock = self.hub.clock
@@ -2797,7 +2797,7 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
             self.outlet.let_go()
             self.departing = True
             with contextlib.suppress(Over):
-                await self.rest(self.write)
+                await self.beating(self.write)
             await self.write()
             self.departing = False
         self.closed = False  # what is usual goes out, an operator's end or not
@@ -2906,15 +2906,23 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
         self.entry.finish(Ending(self.by, how, f"script: {how}" if scripted else self.reason))
 
     async def rest(self, wait: Callable[[], Awaitable[None]]) -> None:
-        """As ever; but first, what was said goes out, and an operator may have ended it."""
+        """Await this, with heartbeats; but first, what was said goes out."""
+
+        async def after_words() -> None:
+            await self.write()
+            await wait()
+
+        await self.beating(after_words)
+
+    async def beating(self, wait: Callable[[], Awaitable[None]]) -> None:
+        """As ever, unless an operator ends it."""
 
         async def unless_closed() -> None:
             if self.closed:
                 raise Over
-            await self.write()
             await wait()
 
-        await Delivery.rest(self, unless_closed)
+        await super().beating(unless_closed)
 
     async def beat(self) -> None:
         """A heartbeat; but none before the head."""
@@ -2953,7 +2961,7 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
             cut=modifiers.get("cut"),
         )
         progress.quiet = self.clock.now() + progress.within
-        await self.rest(partial(self.follow, progress))
+        await self.beating(partial(self.follow, progress))
 
     async def follow(self, progress: RelayProgress) -> None:
         log = self.run.log
@@ -3053,7 +3061,7 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
     async def flush(self, step: Step) -> None:
         if self.outlet is not None:
             self.outlet.let_go()
-            await self.rest(self.write)
+            await self.beating(self.write)
 
     async def hang(self, step: Step) -> None:
         """Silent until the other side leaves, heartbeats included."""
@@ -4417,7 +4425,7 @@ def create_app(
 # an idle connection is never closed. Each has a test that fails on the stock server.
 
 PIECE = 64 * 2**10  # bytes that have one send deadline
-WHOLE = (h11.DONE, h11.MUST_CLOSE, h11.CLOSED)  # of a side: it has said all it has to say
+WHOLE = (h11.DONE, h11.MUST_CLOSE, h11.CLOSED)  # a client has said all it has to say
 GONE = (trio.BrokenResourceError, trio.ClosedResourceError)
 
 
@@ -4434,21 +4442,29 @@ class Connection:
     _closing = False  # we say goodbye
     _leave_by = math.inf  # when the stopping server's grace is over
     _ending: Ending | None = None  # why it ended, where that was not the request's doing
+    _method = b""
     _body: Any = None  # where the request's body goes, once somebody wants it
     _held = False  # an answer whose length is known goes out whole
     _chunked = False
+    _bare = False  # an answer without a body, whatever the application says
+    _answer_is = ""  # then its head is out, then the whole
 
     def __init__(self, app: Any, settings: DoubleSettings, stream: trio.SocketStream) -> None:
         self.app = app
         self.settings = settings
         self.stream = stream
-        self._wire = h11.Connection(h11.SERVER, max_incomplete_event_size=settings.max_head)
+        self._wire = self._parser()
         # patience with a client that sends nothing, and with one that reads nothing
         self._patience = trio.move_on_after(settings.keep_alive or settings.head_timeout)
         self._sending = trio.CancelScope()
         self._lock = trio.Lock()
         self._waiting: list[bytes] = []  # what goes out with what comes next
         self._early: list[bytes] = []  # of the body
+
+    def _parser(self) -> h11.Connection:
+        """One for each request. It only reads: what we write needs no state machine."""
+        most = self.settings.max_head
+        return h11.Connection(h11.SERVER, max_incomplete_event_size=most)
 
     async def run(self) -> None:
         raw = self.stream.socket
@@ -4495,7 +4511,7 @@ class Connection:
         """Bytes of the client's. There is no pipelining: what comes behind a request before its
         answer is out is thrown away, and that answer is the last."""
         wire = self._wire
-        if wire.their_state in WHOLE and wire.our_state not in WHOLE:
+        if wire.their_state in WHOLE and self._answer_is != "whole":
             self._last = True
             return
         if wire.their_state is h11.IDLE and not wire.trailing_data[0]:
@@ -4508,9 +4524,8 @@ class Connection:
         wire = self._wire
         try:
             while True:
-                if wire.they_are_waiting_for_100_continue:
-                    go_on = h11.InformationalResponse(status_code=100, headers=[])
-                    await self._write(wire.send(go_on) or b"")
+                if wire.they_are_waiting_for_100_continue and not self._answer_is:
+                    await self._write(b"HTTP/1.1 100 \r\n\r\n")
                 match wire.next_event():
                     case h11.Request() as request:
                         await self._begin(request)
@@ -4549,6 +4564,7 @@ class Connection:
         self._body = None
         self._early = []
         self._method = request.method
+        self._answer_is = ""
         client, server = self._names
         self._requests.start_soon(self._answer, {
             "type": "http", "asgi": {"version": "3.0"}, "scheme": "http", "root_path": "",
@@ -4576,15 +4592,14 @@ class Connection:
     # What we answer
 
     async def _answer(self, scope: Any) -> None:
-        with trio.CancelScope() as self._asked:
-            try:
-                await self.app(scope, trio.sleep_forever, self.send)
-            except Exception as error:  # noqa: BLE001  # no application ends its connection's others
-                logger.error("the application failed: %s%s", explained(error).error, traced(error))
-            if self._wire.our_state is h11.SEND_RESPONSE:
-                await self._refuse(500)
-            elif self._wire.our_state is h11.SEND_BODY:
-                self.cut()
+        try:
+            await self.app(scope, trio.sleep_forever, self.send)
+        except Exception as error:  # noqa: BLE001  # no application ends its connection's others
+            logger.error("the application failed: %s%s", explained(error).error, traced(error))
+        if not self._answer_is:
+            await self._refuse(500)
+        elif self._answer_is == "head":
+            self.cut()
 
     async def send(self, message: Any) -> None:
         """ASGI's `send`. The head goes out with the first of the body, an answer whose length is
@@ -4592,52 +4607,55 @@ class Connection:
         if self.lost or self._closing:
             self.unsent = True
             return
-        wire = self._wire
         if message["type"] == "http.response.start":
             self._open(message["status"], message["headers"])
             return
         data, more = message.get("body", b""), message.get("more_body", False)
         gathers = "aura.gathers" in message or (self._held and more)
-        if data and self._method != b"HEAD":
-            self._waiting += self._framed(data)
+        if data and not self._bare:
+            self._waiting += [b"%x\r\n" % len(data), data, b"\r\n"] if self._chunked else [data]
+        if not more and self._chunked:
+            self._waiting.append(b"0\r\n\r\n")
         if not more:
-            self._waiting.append(wire.send(h11.EndOfMessage()) or b"")
+            self._answer_is = "whole"
         if not gathers:
             await self._write()
         if not more:
             await self._over()
 
     def _open(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
-        lines = [*headers, (b"date", formatdate(usegmt=True).encode())]
-        if self._last or self._wire.their_state is h11.SEND_BODY:  # nobody reads the rest of it
-            lines = [pair for pair in lines if pair[0] != b"connection"]
-            lines.append((b"connection", b"close"))
-        head = self._wire.send(h11.Response(status_code=status, headers=lines)) or b""
-        self._chunked = b"\r\ntransfer-encoding: chunked\r\n" in head.lower()
-        self._held = b"\r\ncontent-length:" in head.lower()
-        self._waiting = [head]
-
-    def _framed(self, data: bytes) -> list[bytes]:
-        """Chunks of a body need no state machine: h11's costs as much as the system call."""
+        """The head of an answer; it goes out with the first of the body."""
+        lines = {**dict(headers), b"date": formatdate(usegmt=True).encode()}
+        self._bare = self._method == b"HEAD" or status in BODILESS
+        self._held = b"content-length" in lines
+        modern = self._wire.their_http_version != b"1.0"
+        self._chunked = modern and not self._bare and not self._held
         if self._chunked:
-            return [b"%x\r\n" % len(data), data, b"\r\n"]
-        return [self._wire.send(h11.Data(data=data)) or b""]
+            lines[b"transfer-encoding"] = b"chunked"
+        if self._wire.their_state is not h11.DONE:  # nobody reads the rest of it
+            self._last = True
+        if self._last:
+            lines[b"connection"] = b"close"
+        head = [b"HTTP/1.1 %d " % status, *(b"%b: %b" % pair for pair in lines.items()), b"\r\n"]
+        self._answer_is = "head"
+        self._waiting = [b"\r\n".join(head)]
 
     async def _over(self) -> None:
         """The answer is out: on to the next request, or goodbye."""
-        wire = self._wire
-        if self._last or self._leave_by < math.inf or wire.states != DONE_BOTH:
+        if self._last or self._leave_by < math.inf:
             await self._close_gently()
             return
-        wire.start_next_cycle()
+        ahead, _ = self._wire.trailing_data
+        self._wire = self._parser()
         self._streams = False
         self._patience.deadline = trio.current_time() + self.settings.keep_alive
-        await self._go_on()
+        if ahead:
+            await self._take(ahead)
 
     async def _refuse(self, status: int) -> None:
         """What is refused below the application has a request id and a line in the log, too."""
         self._ending = self._ending or Ending("server", "error", "the request was malformed")
-        if self._wire.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+        if not self._answer_is:
             known_as = uuid.uuid4().hex
             too_long = f"the head is longer than {self.settings.max_head} bytes"
             says = {408: "the head took too long", 431: too_long}
@@ -4645,7 +4663,7 @@ class Connection:
             logger.info("[%s] %d refused: %s, from %s", known_as, status, why, self._names[0])
             self._last = True
             self._open(status, [(b"content-length", b"0"), (b"x-request-id", known_as.encode())])
-            await self._write(self._wire.send(h11.EndOfMessage()) or b"")
+            await self._write()
         await self._close_gently()
 
     def stream_begins(self) -> None:
@@ -4742,9 +4760,6 @@ class Connection:
         if unasked or self._closing:
             self._ending = self._ending or CUT
             self.cut()
-
-
-DONE_BOTH = {h11.CLIENT: h11.DONE, h11.SERVER: h11.DONE}
 
 
 # ═══ 19  Catalogue ════════════════════════════════════════════════════════════════════════════════
