@@ -660,14 +660,19 @@ class Delivery:
         self.said.append(data)
 
     async def write(self, *, more: bool = True) -> None:
-        """Write what was said. (Part 3's connections gather all of it in one write.)"""
+        """Write what was said."""
         said = self.said
         self.said = []
-        body: dict[str, Any] = {"type": "http.response.body"}
-        for data in said[:-1]:
-            await self.send({**body, "body": data, "more_body": True, "aura.gathers": True})
-        await self.send({**body, "body": said[-1] if said else b"", "more_body": more})
+        await self.put(said, more)
         self.wrote(said)
+
+    async def put(self, said: list[bytes], more: bool) -> None:
+        """Hand it to the server. A door: part 3's connections take all of it in one write."""
+        body = {"type": "http.response.body", "more_body": True}
+        for data in said:
+            await self.send({**body, "body": data})
+        if not more:
+            await self.send({**body, "body": b"", "more_body": False})
 
     def wrote(self, said: list[bytes]) -> None:
         """This went out. A door: part 2 knows what was in it."""
@@ -2769,6 +2774,8 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
         self.script = script
         self.entry = entry
         self.connection = connection or NoSocket()
+        if connection:
+            self.put = connection.put  # type: ignore[method-assign]  # the short way
         self.usual = usual or Step("open", {})  # the head, where its script ends without one
         self.named = headers or {}
         self.names: list[str] = []  # of the events in what is not written yet
@@ -4525,7 +4532,8 @@ class Connection:
         try:
             while True:
                 if wire.they_are_waiting_for_100_continue and not self._answer_is:
-                    await self._write(b"HTTP/1.1 100 \r\n\r\n")
+                    self._waiting = [b"HTTP/1.1 100 \r\n\r\n"]
+                    await self._write()
                 match wire.next_event():
                     case h11.Request() as request:
                         await self._begin(request)
@@ -4604,21 +4612,23 @@ class Connection:
     async def send(self, message: Any) -> None:
         """ASGI's `send`. The head goes out with the first of the body, an answer whose length is
         known with its end: so nobody can ask again before the books are closed."""
-        if self.lost or self._closing:
-            self.unsent = True
-            return
         if message["type"] == "http.response.start":
             self._open(message["status"], message["headers"])
             return
-        data, more = message.get("body", b""), message.get("more_body", False)
-        gathers = "aura.gathers" in message or (self._held and more)
-        if data and not self._bare:
-            self._waiting += [b"%x\r\n" % len(data), data, b"\r\n"] if self._chunked else [data]
-        if not more and self._chunked:
-            self._waiting.append(b"0\r\n\r\n")
+        data = message.get("body", b"")
+        await self.put([data] if data else [], message.get("more_body", False))
+
+    async def put(self, said: Iterable[bytes], more: bool = True) -> None:
+        """Parts of a body, each a chunk, in one write."""
+        if self.lost or self._closing:
+            self.unsent = True
+            return
+        for data in () if self._bare else said:
+            self._waiting += (b"%x\r\n" % len(data), data, b"\r\n") if self._chunked else (data,)
         if not more:
+            self._waiting += [b"0\r\n\r\n"] * self._chunked
             self._answer_is = "whole"
-        if not gathers:
+        if not (self._held and more):
             await self._write()
         if not more:
             await self._over()
@@ -4674,14 +4684,11 @@ class Connection:
 
     # How bytes get out, and how it ends
 
-    async def _write(self, *more: bytes) -> None:
+    async def _write(self) -> None:
         """Send directly while the kernel takes it, nearly always; else wait, but not for ever. No
         cancel can leave half a write: nothing in it waits, or it is shielded."""
-        parts = [*self._waiting, *more]
+        parts = self._waiting
         self._waiting = []
-        if self.lost:
-            self.unsent = True
-            return
         try:
             busy = self._lock.locked() or os.name != "posix"
             sent = 0 if busy else os.writev(self.stream.socket.fileno(), parts)
