@@ -2711,7 +2711,6 @@ BODILESS = (204, 304)
 BLANK = (b"\n\n", b"\r\n\r\n", b"\r\r")  # an event is whole, and so is what ends in this
 JSON_HEAD = {"content-type": "application/json"}
 TEXT_HEAD = {"content-type": "text/plain; charset=utf-8"}
-MOST_CHUNKS = 300  # of one write: the kernel takes 1024 parts, a chunk is three of them
 CUT_AFTER = 0.2  # real seconds after the last bytes; some clients lose what comes with a break
 FULL = f"the buffer was full at {MOST_HELD} bytes and let go"
 
@@ -2890,7 +2889,7 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
             self.said.append(piece)
             self.names += names
             self.last_said = last or self.last_said
-            enough = len(self.said) >= min(MOST_CHUNKS, WRITE // len(piece))
+            enough = len(self.said) * len(piece) >= WRITE
             if not self.departing or (outlet.free and (outlet.every is not None or enough)):
                 await super().write()
                 await trio.lowlevel.checkpoint()
@@ -4687,16 +4686,19 @@ class Connection:
         cancel can leave half a write: nothing in it waits, or it is shielded."""
         parts = self._waiting
         self._waiting = []
+        size = sum(map(len, parts))
+        sent = 0
         try:
-            busy = self._lock.locked() or os.name != "posix"
-            sent = 0 if busy else os.writev(self.stream.socket.fileno(), parts)
+            # a big event is not copied: many may wait for their viewers to read it
+            if size < 2 * PIECE and not self._lock.locked() and os.name == "posix":
+                sent = os.write(self.stream.socket.fileno(), b"".join(parts))
         except BlockingIOError:
-            sent = 0
+            pass
         except OSError:
             self.unsent = True
             self.give_up()
             return
-        if sent < sum(map(len, parts)):
+        if sent < size:
             with trio.CancelScope(shield=True):  # bounded: each piece has its deadline
                 await self._write_slowly(parts, sent)
 
