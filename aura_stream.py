@@ -259,7 +259,6 @@ class Log:
         self.ended = False
         self.ids = ids
         self.names: list[str] = []  # of the events that are here
-        self.ready: Any = None  # the piece that was made last, and for whom
         self.size = 0  # bytes that are here
         self._blocks: list[bytes] = []
         self._news = trio.Event()
@@ -287,20 +286,15 @@ class Log:
         id of the last of them: a late viewer of a long log must not make one giant piece."""
         if after >= self.last:
             return b"", after
-        asked = (after, self.last, most)
-        if self.ready is None or self.ready[0] != asked:
-            start = after + 1 - self.first
-            stop = start + 1
-            size = len(self._blocks[start])
-            while stop < min(len(self._blocks), start + most):
-                size += len(self._blocks[stop])
-                if size > WRITE:
-                    break
-                stop += 1
-            piece = b"".join(self._blocks[start:stop])  # one event: no copy
-            self.ready = asked, (piece, self.first + stop - 1)  # for all viewers at this place
-        found: tuple[bytes, int] = self.ready[1]
-        return found
+        start = after + 1 - self.first
+        stop = start + 1
+        size = len(self._blocks[start])
+        while stop < min(len(self._blocks), start + most):
+            size += len(self._blocks[stop])
+            if size > WRITE:
+                break
+            stop += 1
+        return b"".join(self._blocks[start:stop]), self.first + stop - 1
 
 
 class Failure(Exception):
@@ -684,11 +678,8 @@ class Delivery:
         log = self.run.log
         while True:
             if self.place < log.last:
-                piece, last = log.read(self.place)
-                self.emit(piece, last)
-                self.place = last
-                await self.write()
-                if last < log.last:
+                await self.pass_on(log)
+                if self.place < log.last:
                     await trio.lowlevel.checkpoint()  # a write that fits the socket has none
             elif log.ended:
                 return
@@ -696,6 +687,13 @@ class Delivery:
                 await self.write()
             else:
                 await log.news()
+
+    async def pass_on(self, log: Any) -> None:
+        """The next piece of the log. A door: part 2 has a shorter way."""
+        piece, last = log.read(self.place)
+        self.emit(piece, last)
+        self.place = last
+        await self.write()
 
     async def beating(self, wait: Callable[[], Awaitable[None]]) -> None:
         """Await `wait`, with a heartbeat after every quiet interval: then it is cancelled where it
@@ -2250,14 +2248,15 @@ class Entry(Record):
         self.seed = scenario.seed
         self.attempt = attempt
 
-    def carried(self, said: list[bytes], names: list[str], last: int | None) -> None:
-        """These chunks went out, and in them events of these names, the last one with this id."""
+    def carried(self, chunks: int, size: int, names: list[str], last: int | None) -> None:
+        """So many chunks and bytes went out, and in them events of these names, the last one with
+        this id."""
         if self.first_byte is None:
             self.first_byte = trio.current_time()
             if self.streams:
                 self.say_first()
-        self.chunks += len(said)
-        self.bytes += sum(map(len, said))
+        self.chunks += chunks
+        self.bytes += size
         self.last_id_sent = self.last_id_sent if last is None else last
         beats = names.count(BEAT)
         self.heartbeats += beats
@@ -2420,8 +2419,32 @@ class Journal:
 EACH = 150  # bytes, about, that Python adds to each event of a log
 
 
+class Piece(NamedTuple):
+    """What a viewer gets in one write: its bytes, as a chunk of HTTP, and what is in them."""
+
+    asked: tuple[int, int]
+    chunk: bytes
+    size: int
+    names: list[str]
+    last: int
+
+
 class BoundedLog(Log):
     """A log that can forget its oldest events."""
+
+    ready: Piece | None = None  # the one that was made last
+
+    def shared(self, after: int) -> Piece | None:
+        """The next piece, made once for all viewers at this place; None if it is too big to be
+        kept twice."""
+        if self.ready is None or self.ready.asked != (after, self.last):
+            data, last = self.read(after)
+            if len(data) > WRITE:
+                return None
+            chunk = b"%x\r\n%b\r\n" % (len(data), data)
+            names = self.names_of(after, last)
+            self.ready = Piece((after, self.last), chunk, len(data), names, last)
+        return self.ready
 
     @property
     def held(self) -> int:
@@ -2722,6 +2745,10 @@ class NoSocket:
     unsent = False
     cut = None
 
+    def write_now(self, chunk: bytes) -> bool:
+        """Only a connection of part 3 can."""
+        return False
+
 
 @dataclass(slots=True)
 class RelayProgress:
@@ -2773,7 +2800,7 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
         Delivery.__init__(self, run, entry, hub, headers or {})  # type: ignore[arg-type]
         self.script = script
         self.entry = entry
-        self.connection = connection or NoSocket()
+        self.connection: Any = connection or NoSocket()
         if connection:
             self.put = connection.put  # type: ignore[method-assign]  # the short way
         self.usual = usual or Step("open", {})  # the head, where its script ends without one
@@ -2896,12 +2923,27 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
         if self.till_beat:
             self.till_beat.move(self.quiet_since + self.beat_every)
 
+    async def pass_on(self, log: Any) -> None:
+        """The short way: the same bytes for all viewers at this place, right into the socket."""
+        piece = None if self.said or self.outlet or self.closed else log.shared(self.place)
+        if piece is None or not self.connection.write_now(piece.chunk):
+            await super().pass_on(log)
+            return
+        self.place = piece.last
+        if self.connection.behind:
+            await self.connection.put([])
+        self.said_at = trio.current_time()
+        self.quiet_since = self.clock.now()
+        if not self.connection.unsent:
+            self.entry.carried(1, piece.size, piece.names, piece.last)
+
     def wrote(self, said: list[bytes]) -> None:
         self.unsent_head = False
         self.said_at = trio.current_time()
         self.quiet_since = self.clock.now()
         if said and not self.connection.unsent:
-            self.entry.carried(said, self.names, self.last_said)
+            size = sum(map(len, said))
+            self.entry.carried(len(said), size, self.names, self.last_said)
         self.names = []
         self.last_said = None
 
@@ -2982,7 +3024,7 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
                 self.emit(block[: int(size)])
                 return
             if piece:
-                await self.pass_on(piece, last, names, it)
+                await self.pass_step(piece, last, names, it)
                 if last < log.last:
                     await trio.lowlevel.checkpoint()  # a write that fits the socket has none
             elif log.ended:
@@ -2995,7 +3037,7 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
                 if silence.cancelled_caught:
                     return
 
-    async def pass_on(
+    async def pass_step(
         self, piece: bytes, last: int, names: list[str], it: RelayProgress
     ) -> None:
         self.emit(self.dressed(piece, last), last, names)
@@ -4680,6 +4722,25 @@ class Connection:
             self.give_up()
 
     # How bytes get out, and how it ends
+
+    def write_now(self, chunk: bytes) -> bool:
+        """This chunk goes out at once, as far as the socket takes it; what it does not is `behind`,
+        and the caller's concern. False if something is before it."""
+        busy = self._waiting or self._lock.locked() or self.lost or self._closing
+        if busy or not self._chunked or os.name != "posix":
+            return False
+        try:
+            sent = os.write(self.stream.socket.fileno(), chunk)
+        except OSError:  # the usual way says what to do
+            return False
+        if sent < len(chunk):
+            self._waiting = [chunk[sent:]]
+        return True
+
+    @property
+    def behind(self) -> bool:
+        """Something waits for the next write."""
+        return bool(self._waiting)
 
     async def _write(self) -> None:
         """Send directly while the kernel takes it, nearly always; else wait, but not for ever. No

@@ -1170,7 +1170,7 @@ async def test_names_that_somebody_makes_up_are_counted_as_one():
     journal = aura_stream.Journal()
     entry = an_entry(journal, finished=False)
     for start in range(0, 10_000, 100):
-        entry.carried([b"x"], ["step", *(f"made-up-{n}" for n in range(start, start + 100))], None)
+        entry.carried(1, 1, ["step", *(f"made-up-{n}" for n in range(start, start + 100))], None)
         assert len(journal.tally) <= 102
     assert (journal.tally["step"], journal.tally.total(), entry.events) == (100, 10_100, 10_100)
 
@@ -1696,12 +1696,12 @@ def test_a_big_event_is_one_object_for_the_log_and_all_its_viewers():
 async def test_viewers_at_one_place_get_the_same_bytes_and_no_piece_outlives_them(autojump_clock):
     async with hub_for() as hub:
         run = await ended(hub.start(facts(Time()), scenario(*says("a", "b", "c"))))
-        piece, last = run.log.read(1)
-        assert run.log.read(1)[0] is piece and last == 3 and run.log.read(2)[0] != piece
-        assert run.log.read(1, most=1)[1] == 2, "nor does a piece do for who wants less"
+        piece = run.log.shared(1)
+        assert run.log.shared(1) is piece and (piece.last, piece.names) == (3, ["b", "c"])
+        assert piece.chunk == b"%x\r\n%b\r\n" % (piece.size, run.log.read(1)[0]) and run.log.shared(2) is not piece
         await pieces([{"relay": "all"}], run=run, hub=hub)
         assert run.log.ready is None, "the last viewer has left"
-        run.log.read(0)
+        run.log.shared(0)
         run.log.trim(1, 10**6)
         assert run.log.ready is None and run.log.read(2)[1] == 3
 
