@@ -5546,7 +5546,7 @@ QUIET = 120.0  # seconds without a byte; then a stream is dead: real clients giv
 MOST_HEARD = 32 * 2**20  # bytes of one answer; what ends in a blank line costs more: see `read`
 LARGEST = 6 * 2**20  # bytes of one event; in memory they may be a dozen times as many
 MOST_KEPT = 2**18  # bytes of a body; of one that is no stream, more is not even heard
-LONGEST_ID = 500  # characters: nobody can resume from more
+USABLE_ID = "[!-~]{1,500}"  # nobody comes back with what no header can hold
 BLANK = re.compile(rb"(?>\r\n|\r|\n){2}")  # ends an event; `(?>` keeps CR and LF together
 
 SCHEMES: dict[str, tuple[int, Any]] = {
@@ -5677,9 +5677,8 @@ class Visit(trio.abc.ReceiveChannel[Heard]):
         named = {"host": self.where.netloc, "accept": "text/event-stream", **self.sends}
         if self.post:
             named["content-length"] = str(len(self.post))
-        pairs = [(name.encode(), to_bytes(text)) for name, text in named.items()]
         method = "POST" if self.post else "GET"
-        asks = h11.Request(method=method, target=target, headers=pairs)
+        asks = h11.Request(method=method, target=target, headers=list(named.items()))
         return (self.wire.send(asks) or b"") + self.post
 
     def take(self, data: bytes, at: float) -> None:
@@ -5737,7 +5736,7 @@ class Visit(trio.abc.ReceiveChannel[Heard]):
         self.left -= 64
         lines = io.TextIOWrapper(io.BytesIO(block), "utf-8-sig", "replace")  # one by one
         for id, name, data in read_events(line.rstrip("\n") for line in lines):
-            usable = len(id) <= LONGEST_ID and id.isprintable()
+            usable = re.fullmatch(USABLE_ID, id)
             self.heard.append(Heard(at, id if usable else "", name, data))
             self.left -= 600 + 4 * len(id + name)
 
@@ -5754,7 +5753,7 @@ TICK = 0.05  # seconds: what comes within them came together
 BACK = 30.0  # seconds spent on coming back
 
 
-def fields_of(text: str | bytearray) -> dict[str, Any] | None:
+def fields_of(text: str | bytearray) -> Any:
     """The object that it is, as a browser reads JSON; an empty one if it is another thing, or too
     big to be looked at; None if it is no JSON: NaN is none, nor is what is nested too deep."""
     try:
@@ -5773,6 +5772,11 @@ class Examined(Visit):
     done: bool = False
     terminal: bool = False
     percent: float = -math.inf  # the last one
+
+    # beside the stream: what had led to it, who came back to it, and what its server says of it
+    trigger: Examined | None = None
+    later: list[Examined] = field(default_factory=list)
+    journal: dict[str, Any] = field(default_factory=dict)
 
     @property
     def over(self) -> bool:
@@ -5820,95 +5824,11 @@ class Examined(Visit):
         if one.name in TERMINAL:
             self.terminal = True
             self.done = "jobId" in told  # a job says no [DONE]
-        percent: Any = told.get("percent", told.get("value"))
+        percent = told.get("percent", told.get("value"))
         if isinstance(percent, int | float):
             if percent < self.percent:
                 yield "off-contract", f"progress went back to {percent}"
             self.percent = percent
-
-
-@dataclass
-class Examination:
-    """What visits to one stream have shown."""
-
-    url: str
-    headers: Mapping[str, str]
-    until: float
-    trigger: Examined | None = None
-    visits: list[Examined] = field(default_factory=list)  # the stream, and who came back to it
-    journal: dict[str, Any] = field(default_factory=dict)  # what the server says, if it is ours
-    test_id: str = field(default_factory=lambda: f"doctor-{uuid.uuid4().hex[:12]}")
-
-    async def visit(
-        self, url: str, limit: float, sends: Mapping[str, str], post: bytes = b""
-    ) -> Examined:
-        """Ask, and hear the answer to its end, or for so many seconds."""
-        until = min(self.until, trio.current_time() + limit)
-        async with Examined(url, {**sends, **self.headers}, post, until) as seen:
-            async for one in seen:
-                seen.hear(one)
-        return seen
-
-    async def start_run(self, case_id: str) -> Examined:
-        """Ask for a run as the back end does."""
-        url = f"{self.url.rstrip('/')}/aura/cases/{encoded(case_id)}/analysis-runs"
-        post = to_bytes(to_json({"runId": self.test_id}))
-        seen = await self.visit(url, 10, {"content-type": "application/json"}, post)
-        seen.streams = False  # not this
-        return seen
-
-    async def look(self, trigger: Examined | None) -> None:
-        """Ask for the stream, come back to it, and ask the server what it saw. What the trigger
-        calls the stream counts as a path of this server: another host would get our token."""
-        self.trigger = trigger
-        if trigger:
-            told = fields_of(trigger.body) or {}
-            path = str(told.get("streamUrl") or told.get("streamPath"))
-            if not path.startswith("/"):
-                self.visits.append(trigger)
-                return
-            self.url = self.url.rstrip("/") + path
-
-        # as browsers ask, to see if somebody compresses it
-        sends = {"accept-encoding": "gzip", "x-test-id": self.test_id}
-        main = await self.visit(self.url, math.inf, sends)
-        self.visits.append(main)
-        if not main.streams or main.ending in ("limit", "full"):
-            return
-        known = [one.id for one in main.events[: main.half] if one.id]
-        after = {"last-event-id": known[-1]} if known else {}
-        self.visits.append(await self.visit(self.url, BACK, sends | after))
-        if "x-aura-attempt" in main.headers and main.ending != "quiet":  # else it was we who left
-            await self.ask_journal()
-
-    async def ask_journal(self) -> None:
-        """What the server itself says of the first of our visits."""
-        path = f"/__aura/journal?kind=stream&testId={self.test_id}"
-        seen = await self.visit(urljoin(self.url, path), 5, {})
-        told: Any = fields_of(seen.body)
-        with contextlib.suppress(LookupError, TypeError):
-            first = told["entries"][0]
-            self.journal = {**first["end"], "said": first["said"]}
-
-    def report(self) -> dict[str, Any]:
-        """The answers; the ills, that which explains most first; and the verdict."""
-        asked = QUESTIONS if self.visits[0].streams else QUESTIONS[:1]
-        said = {name: str(says) for one in asked for name, says in one(self) if says}
-        ills = [
-            {"ill": ill, "says": said.pop(ill), "fault": self.fault(ill), "change": change}
-            for ill, change in ILLS.items() if ill in said
-        ]
-        report = {"url": self.url, "verdict": "healthy", "ills": ills, "answers": said}
-        if ills:
-            says = "{says} — {fault} is at fault: {change}".format(**ills[0])
-            return {**report, "verdict": ills[0]["ill"], "says": says}
-        return {**report, "says": f"nothing is wrong: {said.get('end')}"}
-
-    def fault(self, ill: str) -> str:
-        """Whose it is; of an end, the server's journal knows more than the wire."""
-        if self.journal and ill in ("cut", "dead"):
-            return BY.get(str(self.journal.get("by")), "the server")
-        return next((who for who, ills in FAULTS.items() if ill in ills.split()), "the server")
 
 
 # The questions, in the order of the guide: each yields (question, answer), then (ill, how it
@@ -5917,12 +5837,11 @@ class Examination:
 Said = Iterator[tuple[str, Any]]
 
 
-def about_answer(it: Examination) -> Said:
-    main = it.visits[0]
+def about_answer(main: Examined) -> Said:
     line = f"{main.status}, {main.kind}, after {main.head_at:.2f} s"
     yield "answer", line
     yield "no-answer", not main.status and f"no answer: {main.how}"
-    took = it.trigger.head_at if it.trigger else 0
+    took = main.trigger.head_at if main.trigger else 0
     yield "slow-trigger", took > 5 and f"the trigger took {took:.1f} s; BE waits for 5"
     code = STATUSES.get(main.status) or STATUSES.get(main.status // 100, "server-error")
     if main.post and main.status < 300:
@@ -5935,40 +5854,38 @@ def about_answer(it: Examination) -> Said:
     yield code, main.status and not main.streams and f"{line}: {says}"
 
 
-def about_beginning(it: Examination) -> Said:
-    main = it.visits[0]
+def about_beginning(main: Examined) -> Said:
     text = main.body.decode("utf-8", "replace")
-    yield "headers", str(main.headers)
+    yield "headers", main.headers
     yield "first bytes", f"{text[:60]!r} after {main.first_at:.2f} s"
-    took = min(one.head_at for one in it.visits)  # once may be chance
+    took = min(one.head_at for one in (main, *main.later))  # once may be chance
     yield "slow-headers", took > LATE and f"the head of the answer took {took:.1f} s"
     yield "line-ends", b"\r" in main.body and "lines end in CR"
-    foreign = "\ufffd" in text[:-1] and b"\xef\xbf\xbd" not in main.body  # the last one may be torn
+    foreign = "\ufffd" in text[:-1] and b"\xef\xbf\xbd" not in main.body  # the last may be torn
     yield "not-utf8", foreign and "it is not in UTF-8"
     yield "bom", text.startswith("\ufeff") and "it begins with a byte order mark"
     small = main.size < 24 * main.chunks
     yield "shredded", small and main.torn > 20 and f"{main.torn} small chunks end within a line"
 
 
-def about_events(it: Examination) -> Said:
-    main, events = it.visits[0], it.visits[0].events
-    for one in it.visits:
+def about_events(main: Examined) -> Said:
+    for one in (main, *main.later):
         yield from one.notes.items()
-    if not events:
-        over = main.ending in ("end", "full")
+    if not main.events:
         says = f"200, then {main.size} bytes without an event, and {main.how}"
-        yield "no-events" if main.size else "empty", over and says
+        yield "no-events" if main.size else "empty", main.ending in ("end", "full") and says
         return
-    names = [one.name for one in events]
-    ids = [one.id for one in events if one.id]
+
+    names = [one.name for one in main.events]
+    ids = [one.id for one in main.events if one.id]
     span = f"ids {ids[0]} to {ids[-1]}" if ids else "no ids: nobody can resume"
-    yield "events", f"{len(events)}, {span}; the last is {names[-1]}"
+    yield "events", f"{len(names)}, {span}; the last is {names[-1]}"
     yield "off-contract", names[0] in KNOWN_EVENTS[1:6] and f"the first event is {names[0]}"
     strange = ", ".join(sorted({*names} - {*KNOWN_EVENTS, "gap", "message", "heartbeat"})[:5])
     yield "off-contract", strange and f"events that nobody documented: {strange}"
     starts = names.count("started")
     yield "duplicate-run", starts > 1 and f"{starts} times started, in one run"
-    numbers = places(events)
+    numbers = places(main.events)
     wrong = numbers != sorted({*numbers})
     yield "out-of-order", wrong and f"the ids come in the order {numbers[:20]}"
 
@@ -5979,31 +5896,28 @@ def places(events: Iterable[Heard]) -> list[int]:
     return found if found[:1] == [1] else []
 
 
-def about_arrival(it: Examination) -> Said:
-    main = it.visits[0]
+def about_arrival(main: Examined) -> Said:
     yield "arrival", f"in {many(main.lumps, 'lump')} over {main.last_at - main.head_at:.2f} s"
-    yield "buffered", held_back(it)
+    yield "buffered", held_back(main)
     silence = max(main.longest, main.silence)
     yield "heartbeats", f"{main.body.count(HEARTBEAT)}, the longest silence {silence:.1f} s"
     yield "no-heartbeat", silence > BEARABLE and f"{silence:.1f} s passed without a byte"
 
 
-def held_back(it: Examination) -> Any:
+def held_back(main: Examined) -> Any:
     """The first bytes came late, and events with them; but other answers, before and after, did
     not. Without a trigger it may have been over, and the server slow: only a late body tells."""
-    main, *others = it.visits
-    usual = it.trigger.first_at if it.trigger else main.head_at
-    late = main.first_at - max([usual, *(one.first_at for one in others)]) > HELD
+    usual = main.trigger.first_at if main.trigger else main.head_at
+    late = main.first_at - max([usual, *(one.first_at for one in main.later)]) > HELD
     count = len(main.events)
     says = f"silent for {main.first_at:.2f} s, then {count} events in {many(main.lumps, 'lump')}"
     return late and 2 * main.lumps < count and says
 
 
-def about_end(it: Examination) -> Said:
-    main, said = it.visits[0], it.journal.get("said")
+def about_end(main: Examined) -> Said:
     how = f"{main.how} after {main.ended_at:.1f} s and {many(len(main.events), 'event')}"
     yield "end", how
-    yield "journal", said
+    yield "journal", main.journal.get("said")
     mute = main.ending == "limit" and not main.size and main.silence > LATE
     yield "dead", (mute or main.ending == "quiet") and how
     if main.ending not in ("end", "quiet", "limit", "full"):
@@ -6011,23 +5925,21 @@ def about_end(it: Examination) -> Said:
         code = "time-limit" if whole_minutes else "cut"
         yield "idle-cut" if main.silence > 20 else code, how
     elif main.ending == "end" and main.events:
-        cut = it.journal.get("how") in ("drop", "reset")
-        yield "hidden-cut", cut and f"{said}; what came here was properly ended"
+        cut = main.journal.get("how") in ("drop", "reset")
+        yield "hidden-cut", cut and f"{main.journal['said']}; what came here was properly ended"
         last = f"it was properly ended after {main.events[-1].name}"
-        half = main.rest.strip() and f"{last}, and half an event"
-        yield "unterminated", not main.done and half
-        yield "no-done", not main.done and f"{last}, without [DONE]"
+        half = ", and half an event" if main.rest.strip() else ""
+        yield "no-done", not main.done and f"{last}{half}, without [DONE]"
         yield "no-terminal", not main.terminal and f"{last} and [DONE]"
 
 
-def about_resume(it: Examination) -> Said:
-    main, *others = it.visits
-    for back in others:
+def about_resume(main: Examined) -> Said:
+    for back in main.later:
         after = back.sends.get("last-event-id")
         who = f"whoever comes back after {after}"
         had = {one.id for one in main.events[: main.half]}
         again = sum(one.id in had for one in back.events if one.id)
-        numbers = {*places([*main.events, *back.events])}
+        numbers = {*places(main.events + back.events)}
         holes = max(numbers, default=0) - len(numbers)
         lost = 0 if holes > len(numbers) else holes  # more: these are other kinds of ids
         if after and back.ending not in ("limit", "full"):
@@ -6072,7 +5984,6 @@ ILLS = {  # and what to change; what explains more stands before what explains l
     "duplicate-run": "start one run per runId, whoever asks twice",
     "invented": "say `failed` and why, where the analysis did not end",
     "bad-json": "write data as one whole line of JSON",
-    "unterminated": "end every event with a blank line: else no client sees it",
     "after-done": "end the answer behind [DONE]",
     "gap": "keep more events of a run",
     "resume-refused": "keep what has ended, and send all requests to that instance",
@@ -6083,7 +5994,7 @@ ILLS = {  # and what to change; what explains more stands before what explains l
     "cut": "look at that moment in the log of each hop",
     "dead": "send `: connected` and heartbeats, and end the answer behind [DONE]",
     "hidden-cut": "let it speak HTTP/1.1 to the server: in 1.0 a cut is an end",
-    "no-done": "write `data: [DONE]` last, behind completed or failed",
+    "no-done": "write `data: [DONE]` last, and a blank line behind every event",
     "no-terminal": "end every run with completed or failed",
     "slow-headers": "send status and `: connected` before any work",
     "buffered": "switch buffering off (nginx: proxy_buffering off, gzip off)",
@@ -6105,9 +6016,99 @@ FAULTS = {  # whose fault; all others are the server's
     "the server or a proxy on the way":
         "no-answer not-a-stream doubled cut dead line-ends shredded",
 }
-BY = {  # whose fault an end is, by the journal
-    "client": "a proxy on the way", "admin": "an operator", "shutdown": "who stopped the server",
-}
+
+
+def report(main: Examined) -> dict[str, Any]:
+    """The answers; the ills, that which explains most first; and the verdict."""
+    asked = QUESTIONS if main.streams else QUESTIONS[:1]
+    said = {name: str(says) for question in asked for name, says in question(main) if says}
+    ills = [
+        {"ill": ill, "says": said.pop(ill), "fault": fault(main, ill), "change": change}
+        for ill, change in ILLS.items() if ill in said
+    ]
+    verdict = ills[0]["ill"] if ills else "healthy"
+    says = f"nothing is wrong: {said.get('end')}"
+    if ills:
+        says = "{says} — {fault} is at fault: {change}".format(**ills[0])
+    return {"url": main.url, "verdict": verdict, "says": says, "ills": ills, "answers": said}
+
+
+def fault(main: Examined, ill: str) -> str:
+    """Whose it is; of an end, the server's journal knows more than the wire."""
+    if main.journal and ill in ("cut", "dead"):
+        return f"the {main.journal.get('by')}".replace("the client", "a proxy on the way")
+    return next((who for who, ills in FAULTS.items() if ill in ills.split()), "the server")
+
+
+def compared(direct: dict[str, Any], via: dict[str, Any]) -> dict[str, Any]:
+    """The verdict on two ways to one stream: which hop loses what."""
+    known = [ill["ill"] for ill in direct["ills"]]
+    added = [ill for ill in via["ills"] if ill["ill"] not in known]
+    both = {**direct, "via": via}
+    if not added:
+        return both
+    ill, says, _, change = added[0].values()
+    if known:
+        return {**both, "says": f"{direct['says']} (that way also: {says})"}
+    hop = f"what stands between {direct['url']} and {via['url']}"
+    return {**both, "verdict": ill, "says": f"{says} — {hop} is at fault: {change}"}
+
+
+@dataclass
+class Doctor:
+    """Asks as a careful client does, with these headers, and until then by Trio's clock."""
+
+    headers: Mapping[str, str]
+    until: float
+
+    async def visit(
+        self, url: str, limit: float, sends: Mapping[str, str], post: bytes = b""
+    ) -> Examined:
+        """Ask, and hear the answer to its end, or for so many seconds."""
+        until = min(self.until, trio.current_time() + limit)
+        async with Examined(url, {**sends, **self.headers}, post, until) as seen:
+            async for one in seen:
+                seen.hear(one)
+        return seen
+
+    async def trigger(self, url: str, case_id: str) -> Examined:
+        """Ask for a run as the back end does."""
+        url = f"{url.rstrip('/')}/aura/cases/{encoded(case_id)}/analysis-runs"
+        post = to_bytes(to_json({"runId": f"doctor-{uuid.uuid4().hex[:12]}"}))
+        seen = await self.visit(url, 10, {"content-type": "application/json"}, post)
+        seen.streams = False  # not this
+        return seen
+
+    async def examine(self, url: str, trigger: Examined | None) -> Examined:
+        """Ask for the stream, come back to it, and ask the server what it saw. What the trigger
+        calls the stream counts as a path of this server: another host would get our token."""
+        if trigger:
+            told = fields_of(trigger.body) or {}
+            path = str(told.get("streamUrl") or told.get("streamPath"))
+            if not path.startswith("/"):
+                return trigger
+            url = url.rstrip("/") + path
+
+        # as browsers ask, to see if somebody compresses it; and with a name, for the journal
+        sends = {"accept-encoding": "gzip", "x-test-id": uuid.uuid4().hex}
+        main = await self.visit(url, math.inf, sends)
+        main.trigger = trigger
+        if main.streams and main.ending not in ("limit", "full"):
+            known = [one.id for one in main.events[: main.half] if one.id]
+            after = {"last-event-id": known[-1]} if known else {}
+            main.later.append(await self.visit(url, BACK, sends | after))
+            if "x-aura-attempt" in main.headers and main.ending != "quiet":  # then we had left
+                await self.ask_journal(main)
+        return main
+
+    async def ask_journal(self, main: Examined) -> None:
+        """What the server itself says of this visit, after which we came back once."""
+        path = f"/__aura/journal?kind=stream&testId={encoded(main.sends['x-test-id'])}"
+        seen = await self.visit(urljoin(main.url, path), 5, {})
+        told = fields_of(seen.body)
+        with contextlib.suppress(LookupError, TypeError):
+            entry = told["entries"][-2]
+            main.journal = {**entry["end"], "said": entry["said"]}
 
 
 async def diagnose(
@@ -6116,35 +6117,25 @@ async def diagnose(
 ) -> dict[str, Any]:
     """Ask the stream at `url`, or at this server the stream of a new run of `case`; and the same
     one via another URL. What was seen, and a verdict; an OSError if nobody could be asked."""
-    named = {"authorization": "Bearer test-token", **(headers or {})}
     began = trio.current_time()
     until = began + limit
+    doctor = Doctor({"authorization": "Bearer test-token", **(headers or {})}, until)
+    seen: dict[str, Examined] = {}
+
+    async def examine(one: str) -> None:
+        seen[one] = await doctor.examine(one, trigger)
+
     for _ in range(2 if case else 1):  # bytes that are late once may be chance: then another run
-        both = [Examination(one, named, until) for one in (url, via) if one]
-        trigger = await both[0].start_run(case) if case else None
+        trigger = await doctor.trigger(url, case) if case else None
         async with trio.open_nursery() as nursery:
-            for one in both:
-                nursery.start_soon(one.look, trigger)
-        if not any(map(held_back, both)) or 2 * trio.current_time() - began > until:
+            for one in filter(None, (url, via)):
+                nursery.start_soon(examine, one)
+        if not any(map(held_back, seen.values())) or 2 * trio.current_time() - began > until:
             break  # or there is no time for another
-    asked = trigger or both[0].visits[0]
+    asked = trigger or seen[url]
     if not asked.sent:
         raise OSError(asked.how)
-    report, *others = [one.report() for one in both]
-    return compared(report, *others) if others else report
-
-
-def compared(direct: dict[str, Any], via: dict[str, Any]) -> dict[str, Any]:
-    """The verdict on two ways to one stream: which hop loses what."""
-    known = [ill["ill"] for ill in direct["ills"]]
-    added = [ill for ill in via["ills"] if ill["ill"] not in known]
-    both = {**direct, "via": via}
-    if not added or any(one["fault"] != "the analysis" for one in direct["ills"]):
-        return both
-    ill, says, fault, change = added[0].values()
-    if fault != "the caller":
-        fault = f"what stands between {direct['url']} and {via['url']}"
-    return {**both, "verdict": ill, "says": f"{says} — {fault} is at fault: {change}"}
+    return compared(report(seen[url]), report(seen[via])) if via else report(seen[url])
 
 
 # ═══ 24  Command line ═════════════════════════════════════════════════════════════════════════════
@@ -6360,8 +6351,9 @@ def show(text: str) -> None:
     """On standard output, in whatever it can write."""
     with contextlib.suppress(AttributeError):  # not on Windows
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    print(text)
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
@@ -6371,8 +6363,11 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 
 def main(arguments: list[str] | None = None) -> int:
     """The exit status. What goes wrong at the start is one sentence, and 2."""
-    words, status = sys.argv[1:] if arguments is None else arguments, 2
-    command, *rest = words if words and not words[0].startswith("-") else ["serve", *words]
+    words = sys.argv[1:] if arguments is None else arguments
+    if not words or words[0].startswith("-"):
+        words = ["serve", *words]
+    command, *rest = words
+    status = 2
     try:
         if command not in COMMANDS:
             raise ValueError(f"there is no command {command!r}{did_you_mean(command, COMMANDS)}")

@@ -6506,7 +6506,7 @@ DIAGNOSES = dict.fromkeys(HEALTHY.split(), "healthy") | {
     "missing-started": "off-contract", "unknown-events": "off-contract", "empty": "empty", "empty-truncated": "cut",
     "no-response": "no-answer", "first-chunk-then-close": "no-events", "first-chunk-then-drop": "cut", "drop": "cut", "drop-mid-event": "cut",
     "drop-resume": "cut", "always-drop": "cut", "reset": "cut", "no-done": "no-done", "done-only": "no-events",
-    "unterminated-last-event": "unterminated", "after-done": "after-done", "fallback-completed": "invented", "slow-headers": "slow-headers",
+    "unterminated-last-event": "no-done", "after-done": "after-done", "fallback-completed": "invented", "slow-headers": "slow-headers",
     "slow-stream": "slow-stream", "idle-cut": "idle-cut", "no-heartbeat": "no-heartbeat", "heartbeat-then-silence": "dead",
     "gateway-timeout": "time-limit", "buffered": "buffered", "buffered-4k": "buffered", "coalesced": "buffered", "dribble": "shredded",
     "split-utf8": "shredded", "mid-line": "shredded", "crlf": "line-ends", "cr-only": "line-ends", "bom": "bom",
@@ -6904,7 +6904,7 @@ def test_a_port_where_nobody_listens_is_no_loss_of_what_the_other_way_said():
         assert (found["verdict"], found["ills"], found["via"]["verdict"]) == ("no-answer", [], "no-answer")
         assert "Connection refused; is it running, with http?" in found["says"] and found["says"].endswith("start it, correct its address, or look for a crash in its log")
         found = trio.run(partial(aura_stream.diagnose, aura.url, case="1", via=f"{aura.url}/nowhere"))
-    assert found["verdict"] == "wrong-path" and found["says"].endswith("the caller is at fault: correct the URL")
+    assert found["verdict"] == "wrong-path" and found["says"].endswith("is at fault: correct the URL")
 
 
 def test_a_stream_that_goes_on_is_healthy_so_far():
