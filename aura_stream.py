@@ -5549,10 +5549,6 @@ MOST_KEPT = 2**18  # bytes of a body; of one that is no stream, more is not even
 USABLE_ID = "[!-~]{1,500}"  # nobody comes back with what no header can hold
 BLANK = re.compile(rb"(?>\r\n|\r|\n){2}")  # ends an event; `(?>` keeps CR and LF together
 
-SCHEMES: dict[str, tuple[int, Any]] = {
-    "http": (80, trio.open_tcp_stream),
-    "https": (443, partial(trio.open_ssl_over_tcp_stream, https_compatible=True)),
-}
 ENDINGS = {
     "end": "it was properly ended",
     "cut": "the connection was closed without an end",
@@ -5562,7 +5558,6 @@ ENDINGS = {
     "full": "it said more than one can hear",
 }
 
-HEAD = 2**14  # bytes: of 16 KiB of blanks h11 thinks for half a second, of 32 KiB for two
 
 
 class Heard(NamedTuple):
@@ -5616,15 +5611,20 @@ class Visit(trio.abc.ReceiveChannel[Heard]):
         self.body = bytearray()  # how it begins
         self.rest = bytearray()  # of an event that has not ended
         self.heard: list[Heard] = []
-        self.wire = h11.Connection(h11.CLIENT, max_incomplete_event_size=HEAD)
+        # of a head of 16 KiB of blanks h11 thinks for half a second, of 32 KiB for two
+        self.wire = h11.Connection(h11.CLIENT, max_incomplete_event_size=2**14)
         self.stream: trio.abc.Stream | None = None
         self.where = urlsplit(self.url)
-        if self.where.scheme not in SCHEMES or not self.where.hostname or self.where.port == 0:
+        if not re.match(r"https?://[\w\[]", self.url):
             raise ValueError(f"a URL is like http://localhost:9000/…, and {self.url!r} is not")
 
     @property
     def how(self) -> str:
         return ENDINGS.get(self.ending, self.ending)
+
+    @property
+    def now(self) -> float:
+        return trio.current_time() - self.sent
 
     @property
     def silence(self) -> float:
@@ -5640,7 +5640,7 @@ class Visit(trio.abc.ReceiveChannel[Heard]):
             patient = trio.current_time() + self.patience
             with trio.move_on_at(min(self.until, patient)) as waiting:
                 await self.go_on()
-            self.ended_at = trio.current_time() - self.sent
+            self.ended_at = self.now
             if waiting.cancelled_caught:
                 self.ending = "limit" if self.until < patient else "quiet"
         if not self.heard:
@@ -5656,15 +5656,19 @@ class Visit(trio.abc.ReceiveChannel[Heard]):
         except trio.BrokenResourceError:
             self.ending = "reset"
         else:
-            self.take(bytes(data), trio.current_time() - self.sent)
+            self.take(bytes(data))
 
     async def ask(self) -> None:
         where = self.where
-        port, connect = SCHEMES[where.scheme]
+        host = where.hostname or ""
         try:
             with trio.fail_after(10):
-                stream = self.stream = await connect(where.hostname, where.port or port)
-                await stream.send_all(self.request())
+                if where.scheme == "http":
+                    self.stream = await trio.open_tcp_stream(host, where.port or 80)
+                else:
+                    self.stream = await trio.open_ssl_over_tcp_stream(
+                        host, where.port or 443, https_compatible=True)
+                await self.stream.send_all(self.request())
                 self.sent = trio.current_time()
         except (OSError, trio.BrokenResourceError, trio.TooSlowError) as error:
             cause = str(innermost(error.__cause__ or error))
@@ -5681,7 +5685,7 @@ class Visit(trio.abc.ReceiveChannel[Heard]):
         asks = h11.Request(method=method, target=target, headers=list(named.items()))
         return (self.wire.send(asks) or b"") + self.post
 
-    def take(self, data: bytes, at: float) -> None:
+    def take(self, data: bytes) -> None:
         """What the answer says in these bytes; none are its end."""
         self.left -= len(data)
         try:
@@ -5689,9 +5693,9 @@ class Visit(trio.abc.ReceiveChannel[Heard]):
             while not self.ending:
                 match self.wire.next_event():
                     case h11.Response() as head:
-                        self.begin(head, at)
+                        self.begin(head)
                     case h11.Data(data=piece, chunk_end=whole):
-                        self.listen(bytes(piece), at)
+                        self.listen(bytes(piece))
                         self.chunks += whole
                         self.torn += whole and piece[-1] not in b"\r\n"
                     case h11.EndOfMessage():
@@ -5704,21 +5708,22 @@ class Visit(trio.abc.ReceiveChannel[Heard]):
         if self.left < 0 or len(self.rest) > LARGEST:
             self.ending = self.ending or "full"
 
-    def begin(self, head: h11.Response, at: float) -> None:
+    def begin(self, head: h11.Response) -> None:
         self.status = head.status_code
         self.headers = {name.decode(): text.decode("latin-1") for name, text in head.headers}
         kind = self.headers.get("content-type", self.kind)
         self.kind = kind.partition(";")[0].strip().lower()
         readable = "content-encoding" not in self.headers
         self.streams = self.status == 200 and self.kind == "text/event-stream" and readable
-        self.left = self.left if self.streams else MOST_KEPT
-        self.head_at = self.last_at = at
+        self.head_at = self.last_at = self.now
+        if not self.streams:
+            self.left = MOST_KEPT
 
-    def listen(self, piece: bytes, at: float) -> None:
+    def listen(self, piece: bytes) -> None:
         """These bytes of the body, and the events that end in them."""
-        self.longest = max(self.longest, at - self.last_at)
-        self.first_at = self.first_at or at
-        self.last_at = at
+        self.longest = max(self.longest, self.now - self.last_at)
+        self.last_at = self.now
+        self.first_at = self.first_at or self.last_at
         self.size += len(piece)
         self.body += piece[: MOST_KEPT - len(self.body)]
         if not self.streams:
@@ -5727,17 +5732,17 @@ class Visit(trio.abc.ReceiveChannel[Heard]):
         begin = max(0, len(self.rest) - 3)  # a blank line may be torn
         self.rest += piece
         while found := BLANK.search(self.rest, begin):
-            self.read(self.rest[: found.end()], at)
+            self.read(self.rest[: found.end()])
             del self.rest[: found.end()]
             begin = 0
 
-    def read(self, block: bytearray, at: float) -> None:
+    def read(self, block: bytearray) -> None:
         """The event in these lines, if they are one. A byte order mark may stand before it."""
         self.left -= 64
         lines = io.TextIOWrapper(io.BytesIO(block), "utf-8-sig", "replace")  # one by one
         for id, name, data in read_events(line.rstrip("\n") for line in lines):
             usable = re.fullmatch(USABLE_ID, id)
-            self.heard.append(Heard(at, id if usable else "", name, data))
+            self.heard.append(Heard(self.last_at, id if usable else "", name, data))
             self.left -= 600 + 4 * len(id + name)
 
 
@@ -5796,8 +5801,8 @@ class Examined(Visit):
 
     @property
     def text(self) -> str:
-        """How the body begins, in a line."""
-        return " ".join(self.body[:200].decode("utf-8", "replace").split()) or "an empty body"
+        """How the body begins."""
+        return self.body[:200].decode("utf-8", "replace")
 
     def hear(self, one: Heard) -> None:
         if self.done:
@@ -5806,7 +5811,8 @@ class Examined(Visit):
             self.done = True
             self.patience = 10
         elif one.id or (one.data and one.name != "heartbeat"):
-            self.notes = {**dict(self.judged(one)), **self.notes}
+            for ill, says in self.judged(one):
+                self.notes.setdefault(ill, says)
             self.events.append(one._replace(data=""))
 
     def judged(self, one: Heard) -> Iterator[tuple[str, str]]:
@@ -5861,8 +5867,8 @@ def about_beginning(main: Examined) -> Said:
     took = min(one.head_at for one in (main, *main.later))  # once may be chance
     yield "slow-headers", took > LATE and f"the head of the answer took {took:.1f} s"
     yield "line-ends", b"\r" in main.body and "lines end in CR"
-    foreign = "\ufffd" in text[:-1] and b"\xef\xbf\xbd" not in main.body  # the last may be torn
-    yield "not-utf8", foreign and "it is not in UTF-8"
+    broken = "\ufffd" in text[:-1]  # the last one may be torn here
+    yield "not-utf8", broken and "it is not in UTF-8, or somebody has read it as if it were not"
     yield "bom", text.startswith("\ufeff") and "it begins with a byte order mark"
     small = main.size < 24 * main.chunks
     yield "shredded", small and main.torn > 20 and f"{main.torn} small chunks end within a line"
@@ -6145,10 +6151,10 @@ async def diagnose(
 FIRST_STEPS = (
     "for Spring: aura.base-url={url}\n"
     "try it, in a second terminal or in a browser at {url}/ :\n"
-    '  curl -N -X POST "{url}/aura/cases/85116/analysis/trigger?access_token=t"\n'
-    '  curl -N -X POST "{url}/aura/cases/85116~drop/analysis/trigger?access_token=t"\n'
-    "  {me} diagnose {url} --case 85116~buffered\n"
-    "The first shows a stream, the second breaks it, the third says what is wrong.\n"
+    '  curl -N -X POST "{url}/aura/cases/1/analysis/trigger?access_token=t"\n'
+    '  curl -N -X POST "{url}/aura/cases/1~drop/analysis/trigger?access_token=t"\n'
+    "  {me} diagnose {url} --case 1~buffered\n"
+    "The first shows a stream, the second breaks it, the third diagnoses one.\n"
     "Ctrl-C stops it."
 )
 
@@ -6188,7 +6194,7 @@ def serve_command(words: list[str]) -> int:
     for one in flagged(Settings):
         yes: Any = {"nargs": "?", "const": "true"} if isinstance(one.default, bool) else {}
         parser.add_argument(
-            flag(one), dest=one.name, metavar=one.metadata.get("choices") or str(one.type),
+            flag(one), metavar=one.metadata.get("choices") or str(one.type),
             help=f"{one.metadata['says']} ({one.default!r}; {variable(one)})", **yes)
     settings = Settings.read(parser.read(words), os.environ)
 
@@ -6323,8 +6329,8 @@ def diagnose_command(words: list[str]) -> int:
     add("--json", action="store_true", help="print all that was found as JSON")
     flags = parser.read(words)
     as_json = flags.pop("json")
-    pairs = [given.partition(":") for given in flags["headers"]]
-    flags["headers"] = {name.strip().lower(): text.strip() for name, _, text in pairs}
+    pairs = (given.partition(":") for given in flags["headers"])
+    flags["headers"] = {name.lower(): text.strip() for name, _, text in pairs}
     Headers(flags["headers"])  # says no to what is none
     if not flags["case"] and urlsplit(flags["url"]).path in ("", "/"):
         raise ValueError("give the URL of a stream, or that of a server and --case ID")
@@ -6348,11 +6354,9 @@ def in_lines(report: Mapping[str, Any]) -> str:
 
 
 def show(text: str) -> None:
-    """On standard output, in whatever it can write."""
+    """On standard output."""
     with contextlib.suppress(AttributeError):  # not on Windows
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
     print(text)
 
 

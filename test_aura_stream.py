@@ -6755,13 +6755,13 @@ def test_what_was_seen_stands_where_no_time_is_left_to_see_it_twice():
 
 
 @pytest.mark.parametrize("ends", ["\n", "\r", "\r\n"])
-def test_the_doctor_hears_the_same_wherever_a_stream_is_torn(ends):
+async def test_the_doctor_hears_the_same_wherever_a_stream_is_torn(ends):
     body = "\ufeff: connected\n\nid: 1\nevent: started\ndata: {}\n\nretry: 5\ndata: 증거\ndata: 😀\n\nid: 2\n\nevent: step\ndata: {\n\n: x\ndata: [DONE]\n\n: bye\n"
     whole = body.replace("\n", ends).encode()
     for piece in (*range(1, 5), len(whole)):
         seen = aura_stream.Visit("http://h/s", streams=True)
         for start in range(0, len(whole), piece):
-            seen.listen(whole[start : start + piece], 1.0)
+            seen.listen(whole[start : start + piece])
         assert [one[2:] for one in seen.heard] == [event[1:] for event in Parser().feed(whole).events]
         assert [one.id for one in seen.heard] == ["1", "", "", ""]
         assert (seen.size, seen.body) == (len(whole), whole)
