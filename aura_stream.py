@@ -5795,6 +5795,11 @@ class Examined(Visit):
         return max(count // 2, count - 5) if self.over else count
 
     @property
+    def numbers(self) -> list[int]:
+        """The ids that may be places in a log."""
+        return [int(one.id) for one in self.events if one.id.isdigit()]
+
+    @property
     def lumps(self) -> int:
         """In how many pieces the events came, as far as one can tell."""
         return len({one.at // TICK for one in self.events})
@@ -5849,7 +5854,7 @@ def about_answer(main: Examined) -> Said:
     yield "no-answer", not main.status and f"no answer: {main.how}"
     took = main.trigger.head_at if main.trigger else 0
     yield "slow-trigger", took > 5 and f"the trigger took {took:.1f} s; BE waits for 5"
-    code = STATUSES.get(main.status) or STATUSES.get(main.status // 100, "server-error")
+    code = STATUSES.get(main.status, "refused" if main.status < 500 else "server-error")
     if main.post and main.status < 300:
         code = "trigger-refused"
     elif main.status == 200 and main.kind == "text/event-stream":
@@ -5891,15 +5896,8 @@ def about_events(main: Examined) -> Said:
     yield "off-contract", strange and f"events that nobody documented: {strange}"
     starts = names.count("started")
     yield "duplicate-run", starts > 1 and f"{starts} times started, in one run"
-    numbers = places(main.events)
-    wrong = numbers != sorted({*numbers})
-    yield "out-of-order", wrong and f"the ids come in the order {numbers[:20]}"
-
-
-def places(events: Iterable[Heard]) -> list[int]:
-    """Their places in the log, if they begin it: other ids are no places."""
-    found = [resume_point(one.id, 10**18) for one in events if one.id]
-    return found if found[:1] == [1] else []
+    wrong = main.numbers != sorted({*main.numbers})
+    yield "out-of-order", wrong and f"the ids come in the order {main.numbers[:20]}"
 
 
 def about_arrival(main: Examined) -> Said:
@@ -5945,9 +5943,10 @@ def about_resume(main: Examined) -> Said:
         who = f"whoever comes back after {after}"
         had = {one.id for one in main.events[: main.half]}
         again = sum(one.id in had for one in back.events if one.id)
-        numbers = {*places(main.events + back.events)}
+        numbers = {*main.numbers, *back.numbers}
         holes = max(numbers, default=0) - len(numbers)
-        lost = 0 if holes > len(numbers) else holes  # more: these are other kinds of ids
+        places = 1 in numbers and 0 < holes < len(numbers)  # else these are other kinds of ids
+        lost = holes if places else 0
         if after and back.ending not in ("limit", "full"):
             lost = max(lost, len(main.events) - main.half - len(back.events))
         line = f"after {after} came {len(back.events)}, {again} of them again; {lost} are missing"
@@ -5965,10 +5964,9 @@ def about_resume(main: Examined) -> Said:
 QUESTIONS = (
     about_answer, about_beginning, about_events, about_arrival, about_end, about_resume,
 )
-STATUSES = {  # and their hundreds
-    2: "not-a-stream", 3: "refused", 4: "refused", 204: "gone", 401: "unauthorized",
-    403: "unauthorized", 404: "wrong-path", 502: "bad-gateway", 503: "unavailable",
-    504: "bad-gateway",
+STATUSES = {  # others below 500 are "refused", and above it "server-error"
+    200: "not-a-stream", 204: "gone", 401: "unauthorized", 403: "unauthorized",
+    404: "wrong-path", 502: "bad-gateway", 503: "unavailable", 504: "bad-gateway",
 }
 ILLS = {  # and what to change; what explains more stands before what explains less
     "no-answer": "start it, correct its address, or look for a crash in its log",
