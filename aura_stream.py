@@ -5559,7 +5559,6 @@ ENDINGS = {
 }
 
 
-
 class Heard(NamedTuple):
     """An event, and when it had come."""
 
@@ -5703,7 +5702,7 @@ class Visit(trio.abc.ReceiveChannel[Heard]):
                     case h11.NEED_DATA | h11.PAUSED:
                         break
         except h11.RemoteProtocolError as error:
-            cut = not data and (self.status or not self.wire.trailing_data[0])
+            cut = self.status or not (data or self.wire.trailing_data[0])
             self.ending = "cut" if cut else f"it is no HTTP: {error}"
         if self.left < 0 or len(self.rest) > LARGEST:
             self.ending = self.ending or "full"
@@ -5924,7 +5923,7 @@ def about_end(main: Examined) -> Said:
     yield "journal", main.journal.get("said")
     mute = main.ending == "limit" and not main.size and main.silence > LATE
     yield "dead", (mute or main.ending == "quiet") and how
-    if main.ending not in ("end", "quiet", "limit", "full"):
+    if main.ending in ("cut", "reset"):
         whole_minutes = main.ended_at > 25 and main.ended_at % 30 < 1  # or half ones: a setting
         code = "time-limit" if whole_minutes else "cut"
         yield "idle-cut" if main.silence > 20 else code, how
@@ -6051,11 +6050,12 @@ def compared(direct: dict[str, Any], via: dict[str, Any]) -> dict[str, Any]:
     both = {**direct, "via": via}
     if not added:
         return both
-    ill, says, _, change = added[0].values()
+    ill = added[0]
     if known:
-        return {**both, "says": f"{direct['says']} (that way also: {says})"}
+        return {**both, "says": f"{direct['says']} (that way also: {ill['says']})"}
     hop = f"what stands between {direct['url']} and {via['url']}"
-    return {**both, "verdict": ill, "says": f"{says} — {hop} is at fault: {change}"}
+    says = f"{ill['says']} — {hop} is at fault: {ill['change']}"
+    return {**both, "verdict": ill["ill"], "says": says}
 
 
 @dataclass
