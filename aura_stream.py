@@ -1427,19 +1427,15 @@ class Time:
 
     def __init__(self, rate: float = 1.0) -> None:
         self.rate = rate
-        self._pace = 1.0 if rate == math.inf else rate
-        self._ahead = 0.0
-        self._waiting: set[Limit] = set()
+        self.pace = 1.0 if rate == math.inf else rate
+        self.ahead = 0.0  # how far it was moved
+        self.waiting: set[Limit] = set()
         self._wanted = trio.Event()
         self._moving = trio.Lock()
         self._stirred = 0.0
 
     def now(self) -> float:
-        return trio.current_time() * self._pace + self._ahead
-
-    def wall(self, moment: float) -> float:
-        """When script time gets there, on Trio's clock."""
-        return (moment - self._ahead) / self._pace
+        return trio.current_time() * self.pace + self.ahead
 
     async def sleep(self, seconds: float) -> None:
         with self.limit(seconds):
@@ -1452,16 +1448,16 @@ class Time:
 
     async def advance(self, seconds: float) -> None:
         """Move script time ahead, from one deadline to the next, so that each comes in its turn;
-        where that takes too long, the rest in one step. One moves it at a time."""
+        where that takes too long, the rest at once. One moves it at a time."""
         async with self._moving:
             target = self.now() + seconds
+            due = -math.inf
+            stops = iter(range(STOPS))
             with trio.move_on_after(5):
-                for _ in range(STOPS):
+                while due < target and next(stops, None) is not None:
                     due = min(self._next_due(), target)
                     self._go_to(due)
                     await all_wait()  # whoever is next shall find what this has woken
-                    if due == target:
-                        return
             self._go_to(target)
 
     def stir(self) -> None:
@@ -1487,13 +1483,13 @@ class Time:
     def _next_due(self, *, jump: bool = False) -> float:
         """The next deadline, or only of those worth a jump; what is due by now wakes by itself."""
         now = self.now()
-        due = [one.deadline for one in self._waiting if one.jump or not jump]
+        due = [one.deadline for one in self.waiting if one.jump or not jump]
         return min((moment for moment in due if moment > now), default=math.inf)
 
     def _go_to(self, moment: float) -> None:
         """Whatever is due then wakes now, and what is not yet has less to wait."""
-        self._ahead += max(0.0, moment - self.now())
-        for limit in self._waiting:
+        self.ahead += max(0.0, moment - self.now())
+        for limit in self.waiting:
             limit.move(limit.deadline)
 
 
@@ -1514,17 +1510,17 @@ class Limit:
         self.move(deadline)
 
     def move(self, deadline: float) -> None:
-        """Have this deadline from now on."""
+        """Have this deadline from now on; on Trio's clock, it is when script time gets there."""
         self.deadline = deadline
-        self.scope.deadline = self._time.wall(deadline)
+        self.scope.deadline = (deadline - self._time.ahead) / self._time.pace
 
     def __enter__(self) -> trio.CancelScope:
-        self._time._waiting.add(self)
+        self._time.waiting.add(self)
         self._time.stir()
         return self.scope.__enter__()
 
     def __exit__(self, *error: Any) -> bool:
-        self._time._waiting.discard(self)
+        self._time.waiting.discard(self)
         self._time.stir()
         return self.scope.__exit__(*error)
 
@@ -1540,9 +1536,8 @@ class Mistake(ValueError):
 
     def __init__(self, at: str, step: object, hint: str) -> None:
         super().__init__(f"{at}: {hint}")
-        small = len(json.dumps(step, default=repr)) <= 1000  # a mistake of a megabyte is not echoed
         self.at = at
-        self.step = step if small else shown(step)
+        self.step = step
         self.hint = hint
 
 
@@ -1625,13 +1620,12 @@ VERBS = {  # of each kind of script: for a new one, a row here, and a method of 
 }
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """One checked step, with what need not be made again each time it is played."""
 
     verb: str
     argument: Any = None
-    modifiers: Mapping[str, Any] = field(default_factory=dict)
+    modifiers: Mapping[str, Any] = {}
     steps: tuple[Step, ...] = ()
     ready: Event | bytes | None = None
 
@@ -1803,19 +1797,15 @@ class Player:
         await wait()
 
     async def sleep(self, step: Step) -> None:
-        over = self.clock.now() + self.draw(step.argument)
-        await self.rest(lambda: self.clock.sleep(over - self.clock.now()))
+        with self.clock.limit(self.draw(step.argument)):
+            await self.rest(trio.sleep_forever)
 
     async def wait(self, step: Step) -> None:
         """Wait until somebody signals the gate, or `within` is over."""
         gate = self.fill(step.argument)
-        over = self.clock.now() + self.draw(step.modifiers.get("within", math.inf))
-
-        async def at_the_gate() -> None:
-            with self.clock.limit(over - self.clock.now()):
-                await self._gates.wait(gate, self._names.get("runId"))
-
-        await self.rest(at_the_gate)
+        at_the_gate = partial(self._gates.wait, gate, self._names.get("runId"))
+        with self.clock.limit(self.draw(step.modifiers.get("within", math.inf))):
+            await self.rest(at_the_gate)
 
     async def hang(self, step: Step) -> None:
         """Say nothing more."""
@@ -1849,8 +1839,7 @@ class Player:
         return str(own[name]) if name in own else to_json(self._names[name[1:-1]])[1:-1]
 
 
-@dataclass(frozen=True)
-class Attempts:
+class Attempts(NamedTuple):
     """The script of each attempt: the last one repeats, or they go round."""
 
     scripts: tuple[Script, ...]
@@ -1895,9 +1884,9 @@ def levels(value: Any) -> Iterator[list[Any]]:
 
 def weight(value: Any) -> int:
     """The bytes a JSON value takes here: a list of nothing is two there and 64 in Python."""
-    parts = list(itertools.chain.from_iterable(levels(value)))
-    keys = itertools.chain.from_iterable(part for part in parts if isinstance(part, dict))
-    return sum(map(sys.getsizeof, itertools.chain(parts, keys)))
+    parts = [*value, *value.values()] if isinstance(value, dict) else value
+    inner = sum(map(weight, parts)) if isinstance(parts, list) else 0
+    return sys.getsizeof(value) + inner
 
 
 @dataclass(frozen=True)
@@ -2075,8 +2064,7 @@ def failed_job(info: ScriptedInfo, failure: Failure) -> dict[str, Any]:
     return {"type": "failed", "jobId": info.run_id, "error": why}
 
 
-@dataclass(frozen=True)
-class Phase:
+class Phase(NamedTuple):
     """What differs between kinds of analysis: the ordinary scenario, its scripts, its last
     word."""
 
@@ -2093,8 +2081,7 @@ PHASES = {
 }
 
 
-@dataclass(frozen=True)
-class AtGate:
+class AtGate(NamedTuple):
     """What a performance sends before it waits at a gate (True), and behind it (False): so the
     idle time-out knows when to stand still."""
 
@@ -3067,7 +3054,7 @@ class Faulty(ScriptedDelivery):
     async def heartbeat(self, step: Step) -> None:
         self._beat = step.argument if isinstance(step.argument, dict) else None
         every = self._beat["every"] if self._beat else step.argument
-        await super().heartbeat(dataclasses.replace(step, argument=every))
+        await super().heartbeat(step._replace(argument=every))
 
     def beat(self) -> bytes:
         if self._beat is None or not self._beat.keys() & {"event", "data"}:

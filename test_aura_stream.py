@@ -760,7 +760,7 @@ async def test_a_limit_is_a_deadline_in_script_time(autojump_clock):
     with script_time.limit(5) as scope:
         await trio.sleep_forever()
     assert scope.cancelled_caught
-    assert script_time._waiting == set()
+    assert script_time.waiting == set()
 
 
 async def test_what_is_due_comes_in_its_turn_whoever_moves_the_time(mock_clock):
@@ -1132,7 +1132,7 @@ def test_no_legal_request_holds_everybody_up():
     parse_script([{"event": {"data": 1}}] * aura_stream.MOST_STEPS, "run")
     with pytest.raises(Mistake) as mistake:
         parse_script([{"x" * 10**6: 1}], "run")
-    assert len(mistake.value.hint) + len(str(mistake.value.step)) < 1000
+    assert len(mistake.value.hint) < 1000
     assert time.perf_counter() - began < 0.5
 
 
