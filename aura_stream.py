@@ -1547,7 +1547,6 @@ TEMPLATE = re.compile(UNIX + r"|\{\{|\{(?:runId|caseId|tenantId|now|n)\}")
 MOST_TURNS = 1_000_000  # of all repeats of a script: more is not a test but a typing error
 MOST_STEPS = 5000  # of a script as written: checking more would hold up everybody else
 DEEPEST = 64  # levels of nesting in JSON from outside: Python's recursion limit would be a 500
-BIG = 2**16  # bytes of an event; more are made when they are due, one event at a time
 MOST_VALUES = 100_000  # in JSON from outside: a megabyte of `[],` holds up everybody for long
 
 # What verbs take.
@@ -1563,8 +1562,7 @@ Above0 = number(float, 0.001, 10**9)
 Length: Any = number(float, 0, 10**9)
 Seconds: Any = Length | of_size(2, list[Length])
 Code: Any = like("hex|base64")
-Coded: Any = like("[^{]*")  # with no template in it: it is decoded before anything runs
-Raw: Any = str | of_size(1, dict[Code, Coded])
+Raw: Any = str | of_size(1, dict[Code, str])
 
 
 class Verb(NamedTuple):
@@ -1620,14 +1618,21 @@ VERBS = {  # of each kind of script: for a new one, a row here, and a method of 
 }
 
 
-class Step(NamedTuple):
-    """One checked step, with what need not be made again each time it is played."""
+@dataclass(frozen=True)
+class Step:
+    """One checked step."""
 
     verb: str
     argument: Any = None
-    modifiers: Mapping[str, Any] = {}
+    modifiers: Mapping[str, Any] = field(default_factory=dict)
     steps: tuple[Step, ...] = ()
-    ready: Event | bytes | None = None
+
+    @functools.cached_property
+    def ready(self) -> Event | bytes | None:
+        """What it sends, encoded once: if it has no pad, and is the same each time."""
+        says = self.verb in MAKERS and "pad" not in self.modifiers
+        same = says and not TEMPLATE.search(to_json(self.argument))
+        return MAKERS[self.verb](self.argument) if same else None
 
 
 Script = tuple[Step, ...]
@@ -1671,13 +1676,14 @@ def _parse_step(item: Any, place: str, at: str, left: Iterator[int], begun: bool
         checked(VERBS[place][name].modifiers, modifiers, name)
         if "pad" in modifiers:  # it adds a field to it
             checked(dict, argument["data"], name, "data")
+        if name == "raw":
+            raw_bytes(argument)
         if name == "open" and begun:
             raise Wrong("comes once and before all output", name)
-        ready = _made_ready(name, argument, modifiers)
     except ValueError as wrong:
         raise Mistake(at, item, str(wrong)) from None
     steps = parse_script(modifiers.get("steps", []), place, f"{at}.steps", left=left, begun=True)
-    return Step(name, argument, modifiers, steps, ready)
+    return Step(name, argument, modifiers, steps)
 
 
 def _verb_of(step: Any, place: str) -> str:
@@ -1696,14 +1702,6 @@ def _verb_of(step: Any, place: str) -> str:
     return str(name)
 
 
-def _made_ready(name: str, argument: Any, modifiers: Mapping[str, Any]) -> Event | bytes | None:
-    """What the step will send, if it has no pad and is the same each time: then it is encoded here,
-    once."""
-    if name not in MAKERS or "pad" in modifiers or TEMPLATE.search(to_json(argument)):
-        return None
-    return MAKERS[name](argument)
-
-
 def made_event(argument: Any, pad: int | None = None) -> Event:
     """The event of a step. A pad is put in as bytes: to look through megabytes of text would hold
     everybody up."""
@@ -1716,12 +1714,13 @@ def made_event(argument: Any, pad: int | None = None) -> Event:
 
 
 def raw_bytes(value: Any) -> bytes:
-    """The bytes that a `raw` step means."""
-    if isinstance(value, str):
-        return to_bytes(value)
-    codes: Any = {"hex": bytes.fromhex, "base64": partial(base64.b64decode, validate=True)}
-    ((code, text),) = value.items()
-    return codes[code](text)  # type: ignore[no-any-return]
+    """The bytes that a `raw` step means; a ValueError, if they do not decode."""
+    match value:
+        case {"hex": text}:
+            return bytes.fromhex(text)
+        case {"base64": text}:
+            return base64.b64decode(text, validate=True)
+    return to_bytes(value)
 
 
 def in_one_line(text: str, unfit: str = "[\r\n\0]") -> str:
@@ -1751,24 +1750,21 @@ class Gates:
 
     def __init__(self, most: int) -> None:
         self.most = most
-        self._open: set[tuple[str, str | None]] = set()
+        self.open = set[tuple[str, str | None]]()
         self._news = trio.Event()
         self.one_by_one = trio.Lock()  # for big events: a hundred runs shall not hold one each
 
     def signal(self, gate: str, run_id: str | None = None) -> bool:
         """Open the gate; False if too many are open already."""
-        if len(self._open | {(gate, run_id)}) > self.most:
+        if len(self.open | {(gate, run_id)}) > self.most:
             return False
-        self._open.add((gate, run_id))
+        self.open.add((gate, run_id))
         self._news.set()
         self._news = trio.Event()
         return True
 
-    def close(self) -> None:
-        self._open.clear()
-
     async def wait(self, gate: str, run_id: str | None) -> None:
-        while not self._open & {(gate, run_id), (gate, None)}:
+        while not self.open & {(gate, run_id), (gate, None)}:
             await self._news.wait()
 
 
@@ -1859,11 +1855,8 @@ def parse_attempts(value: Any, place: str) -> Attempts:
     cycle = isinstance(value, dict) and [*value] == ["cycle"]
     scripts = value["cycle"] if cycle else value
     at = f"{place}.cycle" if cycle else place
-    several = isinstance(scripts, list) and scripts and isinstance(scripts[0], list)
-    if cycle and not several:
-        raise Mistake(at, value, f"a cycle is a list of scripts, not {shown(scripts)}")
-    if not several:
-        return Attempts((parse_script(value, place),))
+    if not (isinstance(scripts, list) and scripts and (cycle or isinstance(scripts[0], list))):
+        return Attempts((parse_script(scripts, place, at),))
     left = iter(range(MOST_STEPS))
     parsed = [
         parse_script(one, place, f"{at}[{index}]", left=left)
@@ -1978,10 +1971,6 @@ class ScriptedInfo(RunInfo):
     weight: int = 0  # bytes, about, that its request takes here
     kept: int = 0  # and of them, when it has ended
 
-    def when_over(self) -> ScriptedInfo:
-        """These info when the run has ended: of the request, at most its own scenario is left."""
-        return dataclasses.replace(self, body={}, weight=self.kept)
-
     @property
     def names(self) -> dict[str, str]:
         """What templates may name."""
@@ -2010,51 +1999,43 @@ def job_stream(settings: DoubleSettings) -> Script:
     return ordinary_stream(settings, beat, *frame)[:-1]
 
 
-def counted(part: Any) -> list[dict[str, Any]]:
-    return [{"count": len(part) if isinstance(part, (list, dict)) else 1}]
-
-
-def quoted(part: Any) -> list[dict[str, Any]]:
-    return [{"content": row} for row in (part if isinstance(part, list) else [part])]
-
-
-EVIDENCE = (  # what Phase2 finds in its request: the kind of item, its place, and what is told
-    ("DOC_HEADER", "document.header", quoted), ("DOC_ITEM", "document.items", quoted),
-    ("OPEN_ITEMS", "openItems", counted), ("LINEAGE", "lineage", counted),
-    ("PARTY_IDS", "partyIds", counted), ("POLICIES", "policies", counted),
-)
+EVIDENCE = {  # what Phase2 finds in its request, and where; documents are quoted, the rest counted
+    "DOC_HEADER": "document.header", "DOC_ITEM": "document.items", "OPEN_ITEMS": "openItems",
+    "LINEAGE": "lineage", "PARTY_IDS": "partyIds", "POLICIES": "policies",
+}
 AMOUNTS = ("amount", "totalAmount", "document.header.amount")  # the first number counts
-MOST_ITEMS = 30
 
 
 def assessed(info: RunInfo) -> Findings:
-    """What Phase2 finds in its request's evidence, and how unusual it is, by the amount in it."""
+    """What Phase2 finds in its request's evidence, at most 30 items; and how unusual it is, by the
+    amount in it."""
     evidence = info.body.get("evidence")
     items, anomaly = assumed(info)
     found: list[dict[str, Any]] = []
-    for kind, path, tell in EVIDENCE:
-        if part := inside(evidence, *path.split(".")):
-            found += [{"type": kind, "source": path, **told} for told in tell(part)]
+    for kind, path in EVIDENCE.items():
+        part = inside(evidence, *path.split("."))
+        rows = part if isinstance(part, list) else [part]
+        quoted = [{"content": row} for row in rows] if "DOC" in kind else [{"count": len(rows)}]
+        found += [{"type": kind, "source": path, **more} for more in quoted if part]
     values = [inside(evidence, *path.split(".")) for path in AMOUNTS]
     amounts = [value for value in values if type(value) in (int, float)]
     if amounts:
         anomaly = min(0.95, 0.3 + min(max(amounts[0], 0), 1e9) / 1e6 * 0.2)
-    return found[:MOST_ITEMS] or items, anomaly
+    return found[:30] or items, anomaly
 
 
 async def generation(info: Any, sending: Sending) -> None:
     """The ordinary generation job: 2 s a step, where the events of a run are 0.15 s apart."""
     say = speech(dataclasses.replace(info, event_delay=info.event_delay * 2 / 0.15), sending)
-    title = info.body.get("title") or info.run_id
-    about = info.body.get("description") or ""
-    text = f"# {title[:200]}\n\n{about[:2000]}".strip()
+    text = info.body.get("description") or info.body.get("title") or info.run_id
+    text = text[:2000]
     job = {"jobId": info.run_id}
     for value in (10, 25, 40, 60, 75, 90, 100):
-        left = {"currentStep": f"step {value}", "estimatedTime": (100 - value) // 5}
-        await say("progress", type="progress", **job, value=value, **left, metadata={})
+        now = {"value": value, "currentStep": f"step {value}", "estimatedTime": 20 - value // 5}
+        await say("progress", type="progress", **job, **now, metadata={})
         if value in (40, 75):
-            size = {"wordCount": value, "estimatedTokens": 2 * value}
-            await say("preview", type="preview", **job, markdown=text, isPartial=True, **size)
+            now = {"isPartial": True, "wordCount": value, "estimatedTokens": 2 * value}
+            await say("preview", type="preview", **job, markdown=text, **now)
     result = {"markdown": text, "tokens": 200}
     await say("completed", type="completed", **job, result=result)
 
@@ -2100,7 +2081,7 @@ class Performance(Player):
         self._own = own
 
     async def event(self, step: Step) -> None:
-        if step.modifiers.get("pad", 0) > BIG:
+        if "pad" in step.modifiers:
             async with self._gates.one_by_one:
                 await self._sending.send(self.made(step))
         else:
@@ -2596,7 +2577,7 @@ class BoundedHub(Hub):
         limits = self.settings
         super()._settle(run)
         if run.ended:
-            run.info = run.info.when_over()
+            run.info = dataclasses.replace(run.info, body={}, weight=run.info.kept)
             self.time_taken(run.ended_clock - run.started_clock)
         trimmed = run.log.trim(limits.max_run_events, limits.max_run_bytes)
         self._account(run)
@@ -3054,7 +3035,7 @@ class Faulty(ScriptedDelivery):
     async def heartbeat(self, step: Step) -> None:
         self._beat = step.argument if isinstance(step.argument, dict) else None
         every = self._beat["every"] if self._beat else step.argument
-        await super().heartbeat(step._replace(argument=every))
+        await super().heartbeat(dataclasses.replace(step, argument=every))
 
     def beat(self) -> bytes:
         if self._beat is None or not self._beat.keys() & {"event", "data"}:
@@ -4318,7 +4299,7 @@ def control_routes(  # noqa: C901  # likewise
         journal.forget(test_id)
         desk.reset(test_id)
         if test_id is None:
-            hub.gates.close()
+            hub.gates.open.clear()
         return answer({"reset": test_id or "all"})
 
     @app.post("/__aura/shutdown")
@@ -4715,188 +4696,210 @@ def _say(name: str, **data: Any) -> dict[str, Any]:
     return {"event": {"event": name, "data": data}}
 
 
-_HELLO, _REST, _BYE = {"comment": "connected"}, {"relay": "all"}, {"raw": "data: [DONE]\n\n"}
-_USUAL = [_HELLO, "heartbeat", _REST, _BYE]
+def _answer(status: int, body: Any, headers: Any = ()) -> list[Any]:
+    return [{"open": {"status": status, "headers": dict(headers), "body": body}}]
+
+
+_HELLO = {"comment": "connected"}
+_TWO = [_HELLO, {"relay": 2}]
+_REST = {"relay": "all"}
+_BYE = {"raw": "data: [DONE]\n\n"}
+_ALL = [_HELLO, "heartbeat", _REST]
+_USUAL = [*_ALL, _BYE]
+_IDS = {"status": "completed", "runId": "{runId}", "caseId": "{caseId}"}
 _STARTED = _say("started", runId="{runId}", caseId="{caseId}", at="{now}")
-_MADE_UP = _say("completed", status="completed", runId="{runId}", caseId="{caseId}")
-_FOUND = {"summary": "nothing unusual", "score": 0.5, "severity": "LOW"}
-_COMPLETED = _say("completed", **_MADE_UP["event"]["data"], **_FOUND)
-_FOUR = [
-    _STARTED, _say("step", label="INPUT_NORM", detail="", percent=10),
-    _say("step", label="RULE_SCORING", detail="", percent=45), _COMPLETED,
-]
-
-
-def _numbered(number: int) -> dict[str, Any]:
-    """One of the four, as a stream script writes it: with its id."""
-    return {"event": {"id": str(number), **_FOUR[number - 1]["event"]}}
-
-
-def _answers(status: int, body: Any, **headers: str) -> list[Any]:
-    named = {name.replace("_", "-"): value for name, value in headers.items()}
-    return [{"open": {"status": status, "headers": named, "body": body}}]
-
-
-_BUSY = _answers(503, {"error": "temporarily unavailable"}, Retry_After="1")
+_COMPLETED = _say("completed", **_IDS, summary="nothing unusual", score=0.5, severity="LOW")
+_BEGIN = [_STARTED, _say("step", label="INPUT_NORM", detail="", percent=10)]
+_FOUR = [*_BEGIN, _say("step", label="RULE_SCORING", detail="", percent=45), _COMPLETED]
+_FIRST, _SECOND, _THIRD, _LAST = (  # the four, as a stream script writes them: with their ids
+    {"event": {"id": str(number), **step["event"]}} for number, step in enumerate(_FOUR, 1)
+)
+_TICK = _say("step", label="TICK", turn="{n}")
+_SLOW_TICK = [{"sleep": 10}, _TICK]
+_BUSY = _answer(503, {"error": "temporarily unavailable"}, {"Retry-After": "1"})
 _UNKNOWN = {"error": "runId not found or already completed", "runId": "{runId}"}
+_LOST = _answer(404, _UNKNOWN)
 _LOGIN = "<!doctype html><title>Log in</title><p>Your session has expired."
+_HTML = {"Content-Type": "text/html; charset=utf-8"}
 _OFF = {"status": "disabled", "message": "Analysis disabled (DEMO_OFF)"}
 _KOREAN = "증거를 수집하고 규칙을 적용한 뒤 위험도를 설명합니다. " * 40
+_OPAQUE = {"frame": {"id": "opaque:{n}"}}
 
-CATALOGUE: dict[str, tuple[str, dict[str, Any]]] = {
-    # Runs
-    "ok": ("all is well: the ordinary run, the ordinary stream", {}),
-    "phase3": ("all is well: the ordinary Phase3 run, whoever triggers it", {
-        "run": [{"ordinary": "phase3"}]}),
-    "generation": ("a generation job: ids `{jobId}_{n}`, heartbeats as events, no [DONE]", {
-        "run": [{"ordinary": "generation"}],
-        "stream": [{"frame": JOB_FRAME}, _HELLO, {"heartbeat": {"every": 30, **JOB_BEAT}},
-                   _REST]}),
-    "failed": ("the analysis fails: `failed` says why and is the last event, then [DONE]", {
-        "run": [*_FOUR[:2], {"fail": {"error": "the model refused the prompt", "stage": "llm"}}]}),
-    "crash": ("the analysis raises: `failed` names the exception, the server lives", {
-        "run": [*_FOUR[:2], {"crash": "row 7 has no amount"}]}),
-    "slow-first": ("only heartbeats for 30 s, then an ordinary run: is the client patient?", {
-        "run": [{"sleep": 30}, "ordinary"]}),
-    "silent": ("a run that never speaks: heartbeats, then `failed` at the idle time-out", {
-        "run": ["hang"]}),
-    "slow-run": ("an event every 10 s for 70 s: an absolute timer of 65 s gives up too early", {
-        "run": [_STARTED, {"repeat": 7, "steps": [
-            {"sleep": 10}, _say("step", label="SLOW", turn="{n}")]}, _COMPLETED]}),
-    "stepped": ("each event waits for its gate, go-1 to go-4: the test decides when it comes", {
-        "run": [part for n in (1, 2, 3, 4) for part in ({"wait": f"go-{n}"}, _FOUR[n - 1])]}),
-    "flood": ("20 000 events as fast as they come: does the client keep up?", {
-        "run": [_STARTED, {"repeat": 20_000, "steps": [_say("step", label="FLOOD", turn="{n}")]},
-                _COMPLETED]}),
-    "big-event": ("one event of 5 MB on one line: does a line buffer overflow?", {
-        "run": [_STARTED, {**_say("evidence", type="COLLECTED"), "pad": 5_000_000},
-                _COMPLETED]}),
-    "korean": ("long multi-byte text: characters that straddle every buffer", {
-        "run": [_STARTED, {"repeat": 5, "steps": [_say("step", label="설명", detail=_KOREAN)]},
-                _COMPLETED]}),
-    "no-terminal": ("[DONE] comes, but neither completed nor failed did", {"run": _FOUR[:3]}),
-    "progress-regress": ("percent goes 45, 25, 85: a progress bar runs backwards", {
-        "run": [_STARTED, *(_say("step", label="STEP", percent=n) for n in (45, 25, 85)),
-                _COMPLETED]}),
-    "missing-started": ("the first event is a step: `started` never comes", {"run": _FOUR[1:]}),
-    "unknown-events": ("event names that nobody documented, between the known ones", {
-        "run": [_STARTED, _say("telemetry", cpu=1), _say("x-internal", a=1), _COMPLETED]}),
-    # Body
-    "empty": ("200 and an empty body, properly ended: the incident", {"stream": ["open"]}),
-    "empty-truncated": ("200 and no body, and the connection breaks", {"stream": ["open", "drop"]}),
-    "no-response": ("the connection closes before any answer", {"stream": ["drop"]}),
-    "first-chunk-then-close": ("`: connected`, 13 bytes, and a proper end", {"stream": [_HELLO]}),
-    "first-chunk-then-drop": ("`: connected`, 13 bytes, then the connection breaks", {
-        "stream": [_HELLO, "drop"]}),
-    "drop": ("three events, then the connection breaks, every time", {
-        "stream": [_HELLO, {"relay": 3}, "drop"]}),
-    "drop-mid-event": ("two events and half the next one, then the connection breaks", {
-        "stream": [_HELLO, {"relay": 2, "cut": 0.5}, "drop"]}),
-    "drop-resume": ("two events and a break; a resume gets the rest, nothing lost or twice", {
-        "stream": [[_HELLO, {"relay": 2}, "drop"], _USUAL]}),
-    "always-drop": ("`: connected` and a break, however often one tries", {
-        "stream": [_HELLO, "drop"]}),
-    "reset": ("two events, then a TCP reset", {
-        "stream": [_HELLO, {"relay": 2}, "reset"]}),
-    "no-done": ("every event and a proper end, but no [DONE]", {
-        "stream": [_HELLO, "heartbeat", _REST]}),
-    "done-only": ("[DONE] and nothing else", {"stream": [_BYE]}),
-    "unterminated-last-event": ("the last event lacks its blank line: no client may see it", {
-        "run": _FOUR,
-        "stream": [_HELLO, {"relay": 3}, {"raw": "event: completed\ndata: {}\nid: 4\n"}]}),
-    "after-done": ("two empty `data:` blocks after [DONE]", {
-        "stream": [*_USUAL, {"raw": "data:\n\ndata:\n\n"}]}),
-    "fallback-completed": ("the run hangs, and the old server invents a completed without score", {
-        "run": [*_FOUR[:2], "hang"], "stream": [_HELLO, {"relay": 2}, _MADE_UP, _BYE]}),
-    # Time
-    "slow-headers": ("8 s pass before the status line", {"stream": [{"sleep": 8}, *_USUAL]}),
-    "slow-stream": ("an event every 2 s, however fast the run was", {
-        "stream": [_HELLO, "heartbeat", {"relay": "all", "every": 2}, _BYE]}),
-    "idle-cut": ("two events, a minute without a byte, then a proxy cuts the idle stream", {
-        "stream": [_HELLO, {"relay": 2}, {"heartbeat": "never"}, {"sleep": 60}, "drop"]}),
-    "no-heartbeat": ("100 s without a byte in a healthy run: no heartbeats", {
-        "run": [*_FOUR[:2], {"sleep": 100}, *_FOUR[2:]],
-        "stream": [_HELLO, {"heartbeat": "never"}, _REST, _BYE]}),
-    "heartbeat-then-silence": ("three heartbeats, then a connection that is open and dead", {
-        "stream": [_HELLO, {"heartbeat": 15}, {"sleep": 46}, "hang"]}),
-    "gateway-timeout": ("an event every 10 s, and a gateway cuts at 300 s although all is well", {
-        "run": [_STARTED, {"repeat": 60, "steps": [
-            {"sleep": 10}, _say("step", label="LONG", turn="{n}")]}, _COMPLETED],
-        "stream": [_HELLO, "heartbeat", {"relay": 30}, {"sleep": 10}, "drop"]}),
-    # Shape
-    "buffered": ("a proxy holds everything back: one arrival, at the end", {
-        "stream": [{"buffer": "all"}, *_USUAL]}),
-    "buffered-4k": ("a proxy passes on 4096 bytes at a time: events come late, in lumps", {
-        "stream": [{"buffer": 4096}, *_USUAL]}),
-    "dribble": ("every byte comes in a chunk of its own", {"stream": [{"chunk": 1}, *_USUAL]}),
-    "split-utf8": ("chunks end inside every multi-byte character", {
-        "stream": [{"chunk": "utf8"}, *_USUAL]}),
-    "mid-line": ("chunks of 7 bytes end wherever they end", {"stream": [{"chunk": 7}, *_USUAL]}),
-    "coalesced": ("`: connected` and five events come in one chunk, the rest in another", {
-        "stream": [{"buffer": "all"}, _HELLO, {"relay": 5}, "flush", _REST, _BYE]}),
-    "crlf": ("lines end in CR LF", {
-        "stream": [{"frame": {"newline": "\r\n"}}, *_USUAL[:3], {"raw": "data: [DONE]\r\n\r\n"}]}),
-    "cr-only": ("lines end in CR", {
-        "stream": [{"frame": {"newline": "\r"}}, *_USUAL[:3], {"raw": "data: [DONE]\r\r"}]}),
-    "bom": ("a byte order mark comes first", {"stream": [{"raw": {"hex": "efbbbf"}}, *_USUAL]}),
-    "double-wrapped": ("a relay wraps every line again: `data:event: …`, `data:data: …`", {
-        "stream": [{"frame": {"wrap": "data:"}}, *_USUAL[:3], {"raw": "data:data: [DONE]\n\n"}]}),
-    "gateway-ids": ("a gateway puts ids of its own on every block: `gw-1`, `gw-2`, …", {
-        "stream": [{"frame": {"id": "gw-{n}"}}, *_USUAL]}),
-    "duplicate-events": ("the second event comes twice, with the same id", {
-        "run": _FOUR, "stream": [_HELLO, {"relay": 2}, _numbered(2), _REST, _BYE]}),
-    "out-of-order": ("the third event comes before the second", {
-        "run": _FOUR, "stream": [_HELLO, *map(_numbered, (1, 3, 2, 4)), _BYE]}),
-    "bad-json": ("one event's data is JSON cut short", {
-        "stream": [_HELLO, {"relay": 2}, {"event": {"event": "step", "data": '{"label": "RULE_SC'}},
-                   _REST, _BYE]}),
-    # Status
-    "unauthorized": ("the token has expired: 401", {
-        "stream": _answers(401, {"detail": "Token expired"}, WWW_Authenticate="Bearer")}),
-    "forbidden": ("somebody else's case: 403", {
-        "stream": _answers(403, {"detail": "Not your case"})}),
-    "rate-limited": ("too many requests: 429 with Retry-After", {
-        "stream": _answers(429, {"error": "too many requests"}, Retry_After="2")}),
-    "unavailable": ("503 with Retry-After, once; then all is well", {"stream": [_BUSY, _USUAL]}),
-    "refuse-3-then-ok": ("503 three times, then all is well", {
-        "stream": [_BUSY, _BUSY, _BUSY, _USUAL]}),
-    "gone-204": ("204: a native EventSource stops for good", {
-        "stream": [{"open": {"status": 204}}]}),
-    "html": ("200 with a login page where a stream should be", {
-        "stream": _answers(200, _LOGIN, Content_Type="text/html; charset=utf-8")}),
-    "json-instead": ("200 with JSON where a stream should be", {
-        "stream": _answers(200, {"ok": True})}),
-    "sse-500": ("500 with an event-stream type and no body", {
-        "stream": [{"open": {"status": 500}}]}),
-    "unknown-run": ("the old server does not know the run: 200 with an error in JSON", {
-        "stream": _answers(200, _UNKNOWN)}),
-    "unknown-run-404": ("the run is not known: 404", {"stream": _answers(404, _UNKNOWN)}),
-    "expired-run": ("one whole stream, then the run is forgotten: 404", {
-        "stream": [_USUAL, _answers(404, _UNKNOWN)]}),
-    "other-worker": ("every second request lands on a worker that does not know the run: 404", {
-        "stream": {"cycle": [_USUAL, _answers(404, _UNKNOWN)]}}),
-    # Resume
-    "resume-unknown-id": ("ids that no server can resume from: a reconnect replays everything", {
-        "stream": [[{"frame": {"id": "opaque:{n}"}}, _HELLO, {"relay": 2}, "drop"],
-                   [{"frame": {"id": "opaque:{n}"}}, *_USUAL]]}),
-    "resume-gap": ("after a break the server has forgotten an event, and says so with `gap`", {
-        "run": _FOUR, "stream": [[_HELLO, {"relay": 2}, "drop"], [
-            _HELLO, {"event": {"id": "3", "event": "gap", "data": {"from": 3, "to": 3}}},
-            _numbered(4), _BYE]]}),
-    "retry-field": ("`retry: 1500` comes first: the client's back-off changes", {
-        "stream": [{"raw": "retry: 1500\n\n"}, *_USUAL]}),
-    "two-subscribers": ("the old queue: each event goes to one viewer only, the other misses it", {
-        "stream": [_HELLO, "heartbeat", {"relay": "all", "shared": True}, _BYE]}),
-    # Trigger
-    "slow-trigger": ("the 202 takes 6 s: the back end gives up and asks again, the run goes on", {
-        "trigger": [{"sleep": 6}]}),
-    "trigger-503": ("the trigger is refused with 503, nothing starts", {"trigger": _BUSY}),
-    "trigger-lost": ("the first answer is lost in a reset; the retry meets the same run", {
-        "trigger": [["reset"], []]}),
-    "trigger-disabled": ("200 `disabled`, nothing starts", {"trigger": _answers(200, _OFF)}),
-    "duplicate-run": ("two pipelines in one run: every event comes twice, with two ids", {
-        "run": [part for step in _FOUR for part in (step, step)]}),
+# A row: what one sees; then its scripts, as far as they are not the ordinary ones.
+RUNS: dict[str, Any] = {  # run, stream
+    "ok": ["all is well: the ordinary run, the ordinary stream"],
+    "phase3": [
+        "all is well: the ordinary Phase3 run, whoever triggers it", [{"ordinary": "phase3"}]],
+    "generation": [
+        "a generation job: ids `{jobId}_{n}`, heartbeats as events, no [DONE]",
+        [{"ordinary": "generation"}],
+        [{"frame": JOB_FRAME}, _HELLO, {"heartbeat": {"every": 30, **JOB_BEAT}}, _REST]],
+    "failed": [
+        "the analysis fails: `failed` says why and is the last event, then [DONE]",
+        [*_BEGIN, {"fail": {"error": "the model refused the prompt", "stage": "llm"}}]],
+    "crash": [
+        "the analysis raises: `failed` names the exception, the server lives",
+        [*_BEGIN, {"crash": "row 7 has no amount"}]],
+    "slow-first": [
+        "only heartbeats for 30 s, then an ordinary run: is the client patient?",
+        [{"sleep": 30}, "ordinary"]],
+    "silent": [
+        "a run that never speaks: heartbeats, then `failed` at the idle time-out", ["hang"]],
+    "slow-run": [
+        "an event every 10 s for 70 s: an absolute timer of 65 s gives up too early",
+        [_STARTED, {"repeat": 7, "steps": _SLOW_TICK}, _COMPLETED]],
+    "stepped": [
+        "each event waits for its gate, go-1 to go-4: the test decides when it comes",
+        [part for n in range(4) for part in ({"wait": f"go-{n + 1}"}, _FOUR[n])]],
+    "flood": [
+        "20 000 events as fast as they come: does the client keep up?",
+        [_STARTED, {"repeat": 20_000, "steps": [_TICK]}, _COMPLETED]],
+    "big-event": [
+        "one event of 5 MB on one line: does a line buffer overflow?",
+        [_STARTED, {**_say("evidence", type="COLLECTED"), "pad": 5_000_000}, _COMPLETED]],
+    "korean": [
+        "long multi-byte text: characters that straddle every buffer",
+        [_STARTED, *[_say("step", label="설명", detail=_KOREAN)] * 5, _COMPLETED]],
+    "no-terminal": ["[DONE] comes, but neither completed nor failed did", _FOUR[:3]],
+    "progress-regress": [
+        "percent goes 45, 25, 85: a progress bar runs backwards",
+        [_STARTED, *(_say("step", label="STEP", percent=n) for n in (45, 25, 85)), _COMPLETED]],
+    "missing-started": ["the first event is a step: `started` never comes", _FOUR[1:]],
+    "unknown-events": [
+        "event names that nobody documented, between the known ones",
+        [_STARTED, _say("telemetry", cpu=1), _say("x-internal", a=1), _COMPLETED]],
 }
+STREAMS: dict[str, Any] = {  # stream, run
+    # Body
+    "empty": ["200 and an empty body, properly ended: the incident", ["open"]],
+    "empty-truncated": ["200 and no body, and the connection breaks", ["open", "drop"]],
+    "no-response": ["the connection closes before any answer", ["drop"]],
+    "first-chunk-then-close": ["`: connected`, 13 bytes, and a proper end", [_HELLO]],
+    "first-chunk-then-drop": [
+        "`: connected`, 13 bytes, then the connection breaks", [_HELLO, "drop"]],
+    "drop": [
+        "three events, then the connection breaks, every time", [_HELLO, {"relay": 3}, "drop"]],
+    "drop-mid-event": [
+        "two events and half the next one, then the connection breaks",
+        [_HELLO, {"relay": 2, "cut": 0.5}, "drop"]],
+    "drop-resume": [
+        "two events and a break; a resume gets the rest, nothing lost or twice",
+        [[*_TWO, "drop"], _USUAL]],
+    "always-drop": ["`: connected` and a break, however often one tries", [_HELLO, "drop"]],
+    "reset": ["two events, then a TCP reset", [*_TWO, "reset"]],
+    "no-done": ["every event and a proper end, but no [DONE]", _ALL],
+    "done-only": ["[DONE] and nothing else", [_BYE]],
+    "unterminated-last-event": [
+        "the last event lacks its blank line: no client may see it",
+        [_HELLO, {"relay": 3}, {"raw": "event: completed\ndata: {}\nid: 4\n"}], _FOUR],
+    "after-done": [
+        "two empty `data:` blocks after [DONE]", [*_USUAL, {"raw": "data:\n\ndata:\n\n"}]],
+    "fallback-completed": [
+        "the run hangs, and the old server invents a completed without score",
+        [*_TWO, _say("completed", **_IDS), _BYE], [*_BEGIN, "hang"]],
+    # Time
+    "slow-headers": ["8 s pass before the status line", [{"sleep": 8}, *_USUAL]],
+    "slow-stream": [
+        "an event every 2 s, however fast the run was",
+        [_HELLO, "heartbeat", {"relay": "all", "every": 2}, _BYE]],
+    "idle-cut": [
+        "two events, a minute without a byte, then a proxy cuts the idle stream",
+        [*_TWO, {"heartbeat": "never"}, {"sleep": 60}, "drop"]],
+    "no-heartbeat": [
+        "100 s without a byte in a healthy run: no heartbeats",
+        [_HELLO, {"heartbeat": "never"}, _REST, _BYE], [*_BEGIN, {"sleep": 100}, *_FOUR[2:]]],
+    "heartbeat-then-silence": [
+        "three heartbeats, then a connection that is open and dead",
+        [_HELLO, {"heartbeat": 15}, {"sleep": 46}, "hang"]],
+    "gateway-timeout": [
+        "an event every 10 s, and a gateway cuts at 300 s although all is well",
+        [_HELLO, "heartbeat", {"relay": 30}, {"sleep": 10}, "drop"],
+        [_STARTED, {"repeat": 60, "steps": _SLOW_TICK}, _COMPLETED]],
+    # Shape
+    "buffered": [
+        "a proxy holds everything back: one arrival, at the end", [{"buffer": "all"}, *_USUAL]],
+    "buffered-4k": [
+        "a proxy passes on 4096 bytes at a time: events come late, in lumps",
+        [{"buffer": 4096}, *_USUAL]],
+    "dribble": ["every byte comes in a chunk of its own", [{"chunk": 1}, *_USUAL]],
+    "split-utf8": [
+        "chunks end inside every multi-byte character", [{"chunk": "utf8"}, *_USUAL]],
+    "mid-line": ["chunks of 7 bytes end wherever they end", [{"chunk": 7}, *_USUAL]],
+    "coalesced": [
+        "`: connected` and five events come in one chunk, the rest in another",
+        [{"buffer": "all"}, _HELLO, {"relay": 5}, "flush", _REST, _BYE]],
+    "crlf": [
+        "lines end in CR LF",
+        [{"frame": {"newline": "\r\n"}}, *_ALL, {"raw": "data: [DONE]\r\n\r\n"}]],
+    "cr-only": [
+        "lines end in CR", [{"frame": {"newline": "\r"}}, *_ALL, {"raw": "data: [DONE]\r\r"}]],
+    "bom": ["a byte order mark comes first", [{"raw": {"hex": "efbbbf"}}, *_USUAL]],
+    "double-wrapped": [
+        "a relay wraps every line again: `data:event: …`, `data:data: …`",
+        [{"frame": {"wrap": "data:"}}, *_ALL, {"raw": "data:data: [DONE]\n\n"}]],
+    "gateway-ids": [
+        "a gateway puts ids of its own on every block: `gw-1`, `gw-2`, …",
+        [{"frame": {"id": "gw-{n}"}}, *_USUAL]],
+    "duplicate-events": [
+        "the second event comes twice, with the same id", [*_TWO, _SECOND, _REST, _BYE], _FOUR],
+    "out-of-order": [
+        "the third event comes before the second",
+        [_HELLO, _FIRST, _THIRD, _SECOND, _LAST, _BYE], _FOUR],
+    "bad-json": [
+        "one event's data is JSON cut short",
+        [*_TWO, {"event": {"event": "step", "data": '{"label": "RULE_SC'}}, _REST, _BYE]],
+    # Status
+    "unauthorized": [
+        "the token has expired: 401",
+        _answer(401, {"detail": "Token expired"}, {"WWW-Authenticate": "Bearer"})],
+    "forbidden": ["somebody else's case: 403", _answer(403, {"detail": "Not your case"})],
+    "rate-limited": [
+        "too many requests: 429 with Retry-After",
+        _answer(429, {"error": "too many requests"}, {"Retry-After": "2"})],
+    "unavailable": ["503 with Retry-After, once; then all is well", [_BUSY, _USUAL]],
+    "refuse-3-then-ok": ["503 three times, then all is well", [_BUSY, _BUSY, _BUSY, _USUAL]],
+    "gone-204": ["204: a native EventSource stops for good", [{"open": {"status": 204}}]],
+    "html": ["200 with a login page where a stream should be", _answer(200, _LOGIN, _HTML)],
+    "json-instead": ["200 with JSON where a stream should be", _answer(200, {"ok": True})],
+    "sse-500": ["500 with an event-stream type and no body", [{"open": {"status": 500}}]],
+    "unknown-run": [
+        "the old server does not know the run: 200 with an error in JSON",
+        _answer(200, _UNKNOWN)],
+    "unknown-run-404": ["the run is not known: 404", _LOST],
+    "expired-run": ["one whole stream, then the run is forgotten: 404", [_USUAL, _LOST]],
+    "other-worker": [
+        "every second request lands on a worker that does not know the run: 404",
+        {"cycle": [_USUAL, _LOST]}],
+    # Resume
+    "resume-unknown-id": [
+        "ids that no server can resume from: a reconnect replays everything",
+        [[_OPAQUE, *_TWO, "drop"], [_OPAQUE, *_USUAL]]],
+    "resume-gap": [
+        "after a break the server has forgotten an event, and says so with `gap`",
+        [[*_TWO, "drop"], [
+            _HELLO, {"event": {"id": "3", "event": "gap", "data": {"from": 3, "to": 3}}},
+            _LAST, _BYE]],
+        _FOUR],
+    "retry-field": [
+        "`retry: 1500` comes first: the client's back-off changes",
+        [{"raw": "retry: 1500\n\n"}, *_USUAL]],
+    "two-subscribers": [
+        "the old queue: each event goes to one viewer only, the other misses it",
+        [_HELLO, "heartbeat", {"relay": "all", "shared": True}, _BYE]],
+}
+TRIGGERS: dict[str, Any] = {  # trigger, run
+    "slow-trigger": [
+        "the 202 takes 6 s: the back end gives up and asks again, the run goes on",
+        [{"sleep": 6}]],
+    "trigger-503": ["the trigger is refused with 503, nothing starts", _BUSY],
+    "trigger-lost": [
+        "the first answer is lost in a reset; the retry meets the same run", [["reset"], []]],
+    "trigger-disabled": ["200 `disabled`, nothing starts", _answer(200, _OFF)],
+    "duplicate-run": [
+        "two pipelines in one run: every event comes twice, with two ids",
+        None, [part for step in _FOUR for part in (step, step)]],
+}
+TABLES = ((RUNS, "run", "stream"), (STREAMS, "stream", "run"), (TRIGGERS, "trigger", "run"))
 
 
 def documented(value: Any) -> Scenario:
@@ -4906,10 +4909,12 @@ def documented(value: Any) -> Scenario:
 
 def catalogue() -> dict[str, Scenario]:
     """The built-in scenarios, by name."""
-    return {
-        name: documented({"name": name, "doc": doc, **parts})
-        for name, (doc, parts) in CATALOGUE.items()
-    }
+    found = {}
+    for table, *places in TABLES:
+        for name, (doc, *scripts) in table.items():
+            own = {place: script for place, script in zip(places, scripts, strict=False) if script}
+            found[name] = documented({"name": name, "doc": doc, **own})
+    return found
 
 
 # ═══ 20  The page ═════════════════════════════════════════════════════════════════════════════════
