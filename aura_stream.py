@@ -1196,6 +1196,7 @@ class Limits:
     max_live_runs: int = 5000  # runs alive at once; one more is 503
     max_run_events: int = 100_000  # events kept of a run; the oldest go, viewers get `gap`
     max_run_bytes: int = 16 * 2**20  # bytes kept of a run, likewise
+    max_ended_runs: int = 1000  # ended runs kept; the first to end is forgotten first
     send_buffer: int = 64 * 2**10  # SO_SNDBUF, what the kernel hides of a stalled viewer
     keep_alive: float = 5.0  # seconds an idle connection is kept
     head_timeout: float = 10.0  # seconds for a request's head, then 408
@@ -1242,8 +1243,6 @@ class DoubleSettings(ServerSettings, Limits):
         10, "times that the page asks again without news", env="SSE_MAX_RETRIES")
     max_sse_connections: int = setting(
         1000, "streams open at once; one more is 503", env="MAX_SSE_CONNECTIONS")
-    max_ended_runs: int = setting(
-        1000, "ended runs kept; the first to end is forgotten first")
     max_log_bytes: int = setting(
         256 * 2**20, "bytes kept of all runs together, their requests too")
     send_timeout: float = setting(
@@ -1326,8 +1325,7 @@ class Wrong(ValueError):
 
 def shown(value: Any) -> str:
     """A value in a message: as JSON, cut short."""
-    text = json.dumps(value, default=repr)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return json.dumps(value, default=repr)[:60]
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -1565,57 +1563,58 @@ Code: Any = like("hex|base64")
 Raw: Any = str | of_size(1, dict[Code, str])
 
 
-class Verb(NamedTuple):
-    """A row of the language: what the verb takes; its modifiers; and whether it is silent, that
-    is, puts out nothing, so that the head may still come."""
-
-    takes: Any = None
-    modifiers: Any = form()
-    silent: bool = False
-
-
-_PAUSES = {
-    "sleep": Verb(Seconds, silent=True),
-    "wait": Verb(str, form(within=Seconds), silent=True),
-    "repeat": Verb(number(int, 0, MOST_TURNS), form("steps", steps=list)),
-    "hang": Verb(),
+# The language: for a new verb a row in here, and a method of its name. Those in the first two
+# tables are silent: they put nothing out, so that the head may still come.
+_WAITS = {
+    "sleep": Seconds,
+    "wait": str,
+}
+_SHAPES = {
+    "heartbeat": like("never") | Above0 | form("every", every=Above0, event=Line, data=Any) | None,
+    "frame": form(newline=like(r"\n|\r\n|\r"), id=Line | None, id_first=bool, wrap=Line),
+    "chunk": like("utf8|line") | Some,
+    "buffer": like("all") | Some,
+    "flush": None,
+}
+_EVERYWHERE = {
+    **_WAITS,
+    "repeat": number(int, 0, MOST_TURNS),
+    "hang": None,
 }
 _ANSWERS = {
-    **_PAUSES,
-    "open": Verb(form(status=number(int, 200, 599), headers=Headers, body=Any)),
-    "raw": Verb(Raw),
-    "end": Verb(),
-    "drop": Verb(),
-    "reset": Verb(),
+    **_EVERYWHERE,
+    "open": form(status=number(int, 200, 599), headers=Headers, body=Any),
+    "raw": Raw,
+    "end": None,
+    "drop": None,
+    "reset": None,
 }
-_PAD = form(pad=number(int, 0, 2**23))
-VERBS = {  # of each kind of script: for a new one, a row here, and a method of its name
+_EVENT = {"data": Any, "event": Line, "retry": Count}
+VERBS = {  # of each kind of script, and what they take
     "run": {
-        **_PAUSES,
-        "event": Verb(form("data", data=Any, event=Line, retry=Count), _PAD),
-        "ordinary": Verb(like("phase2|phase3|generation") | None),
-        "fail": Verb(str | form("error", error=str, stage=str, code=str, retryable=bool)),
-        "crash": Verb(str),
+        **_EVERYWHERE,
+        "event": form("data", **_EVENT),
+        "ordinary": like("phase2|phase3|generation") | None,
+        "fail": str | form("error", error=str, stage=str, code=str, retryable=bool),
+        "crash": str,
     },
     "trigger": _ANSWERS,
     "stream": {
         **_ANSWERS,
-        "event": Verb(form("data", data=Any, event=Line, id=Line, retry=Count), _PAD),
-        "comment": Verb(str),
-        "heartbeat": Verb(
-            like("never") | Above0 | form("every", every=Above0, event=Line, data=Any) | None,
-            silent=True),
-        "relay": Verb(
-            like("all") | Count | form("until", until=str),
-            form(every=Seconds, within=Seconds, shared=bool, cut=Length)),
-        "frame": Verb(
-            form(newline=like(r"\n|\r\n|\r"), id=Line | None, id_first=bool, wrap=Line),
-            silent=True),
-        "chunk": Verb(like("utf8|line") | Some, form(every=Seconds), silent=True),
-        "buffer": Verb(like("all") | Some, silent=True),
-        "flush": Verb(silent=True),
+        **_SHAPES,
+        "event": form("data", **_EVENT, id=Line),
+        "comment": str,
+        "relay": like("all") | Count | form("until", until=str),
     },
 }
+MODIFIERS = {
+    "event": form(pad=number(int, 0, 2**23)),
+    "wait": form(within=Seconds),
+    "repeat": form("steps", steps=list),
+    "relay": form(every=Seconds, within=Seconds, shared=bool, cut=Length),
+    "chunk": form(every=Seconds),
+}
+NO_MODIFIERS = form()
 
 
 @dataclass(frozen=True)
@@ -1650,7 +1649,7 @@ def parse_script(
     script = []
     for (index, item), _ in zip(enumerate(value), left, strict=False):
         step = _parse_step(item, place, f"{at}[{index}]", left, begun)
-        begun = begun or not VERBS[place][step.verb].silent
+        begun = begun or step.verb not in (*_WAITS, *_SHAPES)
         script.append(step)
     if len(script) < len(value):
         raise Mistake(at, None, f"more than {MOST_STEPS:,} steps are too many; 'repeat' is shorter")
@@ -1672,8 +1671,8 @@ def _parse_step(item: Any, place: str, at: str, left: Iterator[int], begun: bool
         name = _verb_of(modifiers, place)
         modifiers = dict(modifiers)
         argument = modifiers.pop(name)
-        checked(VERBS[place][name].takes, argument, name)
-        checked(VERBS[place][name].modifiers, modifiers, name)
+        checked(VERBS[place][name], argument, name)
+        checked(MODIFIERS.get(name, NO_MODIFIERS), modifiers, name)
         if "pad" in modifiers:  # it adds a field to it
             checked(dict, argument["data"], name, "data")
         if name == "raw":
@@ -1690,15 +1689,16 @@ def _verb_of(step: Any, place: str) -> str:
     """The one verb in a step, which may stand in this place."""
     if not isinstance(step, dict) or not step:
         raise Wrong(f'a step is a verb or {{"verb": argument}}, not {shown(step)}')
-    homes = {word: [home for home in VERBS if word in VERBS[home]] for word in step}
-    name, *more = [word for word in step if homes[word]] or step
-    if more and homes[name]:
+    homes = {
+        word: " or ".join(home for home in VERBS if word in VERBS[home]) for word in step
+    }
+    name, *more = [word for word in step if homes[word]] or [*step][:1]
+    if more:
         raise Wrong(f"one verb in a step, not {name!r} and {more[0]!r}")
     if not homes[name]:
         raise Wrong(f"unknown step {name[:64]!r}{did_you_mean(name, VERBS[place])}")
-    if place not in homes[name]:
-        home = " or ".join(homes[name])
-        raise Wrong(f"belongs in a {home} script, this is a {place} script", name)
+    if name not in VERBS[place]:
+        raise Wrong(f"belongs in a {homes[name]} script, this is a {place} script", name)
     return str(name)
 
 
@@ -1799,7 +1799,7 @@ class Player:
     async def wait(self, step: Step) -> None:
         """Wait until somebody signals the gate, or `within` is over."""
         gate = self.fill(step.argument)
-        at_the_gate = partial(self._gates.wait, gate, self._names.get("runId"))
+        at_the_gate = partial(self._gates.wait, gate, self._names.get("{runId}"))
         with self.clock.limit(self.draw(step.modifiers.get("within", math.inf))):
             await self.rest(at_the_gate)
 
@@ -1830,9 +1830,9 @@ class Player:
 
     def _name(self, found: re.Match[str]) -> str:
         """What stands in the place of a template, as JSON has it in a text."""
-        own = {"{{": "{", "{n}": self._turn, "{now}": now_iso(), UNIX: int(time.time())}
-        name = found[0]
-        return str(own[name]) if name in own else to_json(self._names[name[1:-1]])[1:-1]
+        moment = {"{now}": now_iso(), UNIX: str(int(time.time()))}
+        known = {"{{": "{", "{n}": str(self._turn), **moment, **self._names}
+        return to_json(known[found[0]])[1:-1]
 
 
 class Attempts(NamedTuple):
@@ -1942,8 +1942,8 @@ def explained(error: BaseException) -> Failure:
     error = innermost(error)
     with contextlib.suppress(Exception):
         if isinstance(error, Failure):
-            told = {name: getattr(error, name) for name in ("stage", "code", "retryable")}
-            return Failure(error.error, **told)
+            stage, code, again = error.stage, error.code, error.retryable
+            return Failure(error.error, stage=stage, code=code, retryable=again)
     text = type(error).__name__
     with contextlib.suppress(Exception):
         text += f": {error}"
@@ -1974,7 +1974,8 @@ class ScriptedInfo(RunInfo):
     @property
     def names(self) -> dict[str, str]:
         """What templates may name."""
-        return {"runId": self.run_id, "caseId": self.case_id, "tenantId": self.tenant_id or ""}
+        tenant = self.tenant_id or ""
+        return {"{runId}": self.run_id, "{caseId}": self.case_id, "{tenantId}": tenant}
 
 
 def ordinary_stream(settings: DoubleSettings, beat: Any = "heartbeat", *first: Any) -> Script:
@@ -2027,8 +2028,7 @@ def assessed(info: RunInfo) -> Findings:
 async def generation(info: Any, sending: Sending) -> None:
     """The ordinary generation job: 2 s a step, where the events of a run are 0.15 s apart."""
     say = speech(dataclasses.replace(info, event_delay=info.event_delay * 2 / 0.15), sending)
-    text = info.body.get("description") or info.body.get("title") or info.run_id
-    text = text[:2000]
+    text = (info.body.get("description") or info.run_id)[:2000]
     job = {"jobId": info.run_id}
     for value in (10, 25, 40, 60, 75, 90, 100):
         now = {"value": value, "currentStep": f"step {value}", "estimatedTime": 20 - value // 5}
@@ -2094,9 +2094,8 @@ class Performance(Player):
 
     async def ordinary(self, step: Step) -> None:
         """The analysis of this phase; or the one that was passed in, which takes its place."""
-        analysis = PHASES[step.argument or self.info.phase].analysis
-        if self._own is not None and step.argument is None:
-            analysis = self._own
+        own = None if step.argument else self._own
+        analysis = own or PHASES[step.argument or self.info.phase].analysis
         await analysis(self.info, self._sending)
 
     async def fail(self, step: Step) -> NoReturn:
@@ -2235,7 +2234,7 @@ class Entry:
     @property
     def ids(self) -> dict[str, str]:
         """What templates may name where there is no run."""
-        ids = {"runId": self.run_id, "caseId": self.case_id, "tenantId": self.tenant_id}
+        ids = {"{runId}": self.run_id, "{caseId}": self.case_id, "{tenantId}": self.tenant_id}
         return {name: one or "" for name, one in ids.items()}
 
     @property

@@ -996,8 +996,22 @@ def test_every_verb_is_a_method_where_it_may_stand():
             assert callable(getattr(players[place], name)), (name, place)
 
 
+@pytest.mark.parametrize("verb", sorted({*VERBS["stream"]} - {"open", "repeat", "relay", "hang", "end", "drop", "reset"}))
+async def test_the_head_may_come_behind_a_verb_just_if_that_puts_nothing_out(verb, autojump_clock):
+    """A new verb stands in the right table."""
+    arguments = {"sleep": 1, "event": {"data": 1}, "heartbeat": "never", "chunk": 5, "buffer": 5, "frame": {}, "flush": None}
+    step = {"wait": "gate", "within": 1} if verb == "wait" else {verb: arguments.get(verb, "a")}
+    written, _, _ = await played(parse_script([step, "flush"], "stream"))
+    try:
+        script = parse_script([step, {"open": {"status": 201}}], "stream")
+    except Mistake:
+        assert written, "it could stand before the head"
+    else:
+        assert not written and [head["status"] for head in (await played(script))[2]] == [201]
+
+
 def test_templates_fill_five_names_and_nothing_else():
-    player = aura_stream.Player(Time(), aura_stream.Gates(1000), {"runId": "r", "caseId": "c", "tenantId": ""}, "seed")
+    player = aura_stream.Player(Time(), aura_stream.Gates(1000), {"{runId}": "r", "{caseId}": "c", "{tenantId}": ""}, "seed")
     player._turn = 7
     assert player.fill("{runId} {caseId} {n} {{n} {other} }}") == "r c 7 {n} {other} }}"
     assert player.fill({"{runId}": ["{tenantId}", 5, None]}) == {"r": ["", 5, None]}
