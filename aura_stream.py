@@ -1449,12 +1449,10 @@ class Time:
         where that takes too long, the rest at once. One moves it at a time."""
         async with self._moving:
             target = self.now() + seconds
-            due = -math.inf
             stops = iter(range(STOPS))
             with trio.move_on_after(5):
-                while due < target and next(stops, None) is not None:
-                    due = min(self._next_due(), target)
-                    self._go_to(due)
+                while self.now() < target and next(stops, None) is not None:
+                    self._go_to(min(self._next_due(), target))
                     await all_wait()  # whoever is next shall find what this has woken
             self._go_to(target)
 
@@ -1481,8 +1479,8 @@ class Time:
     def _next_due(self, *, jump: bool = False) -> float:
         """The next deadline, or only of those worth a jump; what is due by now wakes by itself."""
         now = self.now()
-        due = [one.deadline for one in self.waiting if one.jump or not jump]
-        return min((moment for moment in due if moment > now), default=math.inf)
+        worth = (one for one in self.waiting if one.jump or not jump)
+        return min((one.deadline for one in worth if one.deadline > now), default=math.inf)
 
     def _go_to(self, moment: float) -> None:
         """Whatever is due then wakes now, and what is not yet has less to wait."""
@@ -1529,14 +1527,16 @@ class Limit:
 # on purpose.
 
 
+@dataclass(eq=False)
 class Mistake(ValueError):
     """A script that cannot be played: where, which step, and what to write instead."""
 
-    def __init__(self, at: str, step: object, hint: str) -> None:
-        super().__init__(f"{at}: {hint}")
-        self.at = at
-        self.step = step
-        self.hint = hint
+    at: str
+    step: object
+    hint: str
+
+    def __str__(self) -> str:
+        return f"{self.at}: {self.hint}"
 
 
 UNIX = '{"unix": "{now}"}'  # in data: the seconds of now, as a number
@@ -1768,18 +1768,17 @@ class Gates:
             await self._news.wait()
 
 
+@dataclass(eq=False)
 class Player:
     """Plays a script: one step after the other, each by the method that has its verb's name."""
 
-    _random: random.Random | None = None
-
-    def __init__(self, clock: Any, gates: Gates, names: Mapping[str, str], seed: Any) -> None:
-        self.clock = clock
-        self._gates = gates
-        self._names = names
-        self._seed = seed
-        self._turn = 0
-        self._breath = time.perf_counter()
+    clock: Any
+    gates: Gates
+    names: Mapping[str, str]  # what stands for a template
+    seed: Any
+    _turn = 0  # of the innermost repeat
+    _random: random.Random | None = None  # made on first need
+    _breath: float = field(default_factory=time.perf_counter)
 
     async def play(self, script: Script) -> None:
         for step in script:
@@ -1799,7 +1798,7 @@ class Player:
     async def wait(self, step: Step) -> None:
         """Wait until somebody signals the gate, or `within` is over."""
         gate = self.fill(step.argument)
-        at_the_gate = partial(self._gates.wait, gate, self._names.get("{runId}"))
+        at_the_gate = partial(self.gates.wait, gate, self.names.get("{runId}"))
         with self.clock.limit(self.draw(step.modifiers.get("within", math.inf))):
             await self.rest(at_the_gate)
 
@@ -1821,7 +1820,7 @@ class Player:
         """Seconds; a range is drawn from the scenario's own generator, made on first need."""
         if not isinstance(length, list):
             return float(length)
-        self._random = self._random or random.Random(self._seed)
+        self._random = self._random or random.Random(self.seed)
         return self._random.uniform(*length)
 
     def fill(self, value: Any) -> Any:
@@ -1831,7 +1830,7 @@ class Player:
     def _name(self, found: re.Match[str]) -> str:
         """What stands in the place of a template, as JSON has it in a text."""
         moment = {"{now}": now_iso(), UNIX: str(int(time.time()))}
-        known = {"{{": "{", "{n}": str(self._turn), **moment, **self._names}
+        known = {"{{": "{", "{n}": str(self._turn), **moment, **self.names}
         return to_json(known[found[0]])[1:-1]
 
 
@@ -1951,7 +1950,7 @@ def explained(error: BaseException) -> Failure:
         text += "; an analysis runs on Trio: `async def`, awaiting Trio or anyio, not asyncio"
     for what, path in UPSTREAM:
         with contextlib.suppress(Exception):
-            found = str(operator.attrgetter(path)(error))
+            found = str(operator.attrgetter(path)(error) or text)
             text += f" ({what} {found})" if found not in text else ""
     return Failure(text[:2000], retryable=False)
 
@@ -1978,12 +1977,15 @@ class ScriptedInfo(RunInfo):
         return {"{runId}": self.run_id, "{caseId}": self.case_id, "{tenantId}": tenant}
 
 
+HELLO = {"comment": "connected"}
+REST = {"relay": "all"}
+BYE = {"raw": DONE.decode()}
+
+
 def ordinary_stream(settings: DoubleSettings, beat: Any = "heartbeat", *first: Any) -> Script:
     """How a stream is served when nobody asked for trouble."""
     retry = [{"raw": f"retry: {settings.retry_ms}\n\n"}] if settings.retry_ms else []
-    hello = {"comment": "connected"}
-    bye = {"raw": DONE.decode()}
-    return parse_script([*first, hello, *retry, beat, {"relay": "all"}, bye], "stream")
+    return parse_script([*first, HELLO, *retry, beat, REST, BYE], "stream")
 
 
 JOB_FRAME = {"id": "{runId}_{n}"}
@@ -2016,8 +2018,8 @@ def assessed(info: RunInfo) -> Findings:
     for kind, path in EVIDENCE.items():
         part = inside(evidence, *path.split("."))
         rows = part if isinstance(part, list) else [part]
-        quoted = [{"content": row} for row in rows] if "DOC" in kind else [{"count": len(rows)}]
-        found += [{"type": kind, "source": path, **more} for more in quoted if part]
+        told = [{"content": row} for row in rows[:30]] if "DOC" in kind else [{"count": len(rows)}]
+        found += [{"type": kind, "source": path, **more} for more in told if part]
     values = [inside(evidence, *path.split(".")) for path in AMOUNTS]
     amounts = [value for value in values if type(value) in (int, float)]
     if amounts:
@@ -2069,34 +2071,31 @@ class AtGate(NamedTuple):
     waits: bool
 
 
+@dataclass(eq=False, kw_only=True)
 class Performance(Player):
     """Plays a run script: an analysis made of data."""
 
-    def __init__(
-        self, info: ScriptedInfo, sending: Sending, gates: Gates, seed: Any, own: Analysis | None
-    ) -> None:
-        super().__init__(info.clock, gates, info.names, seed)
-        self.info = info
-        self._sending = sending
-        self._own = own
+    info: ScriptedInfo
+    sending: Sending
+    own: Analysis | None  # one that takes the place of the ordinary ones
 
     async def event(self, step: Step) -> None:
         if "pad" in step.modifiers:
-            async with self._gates.one_by_one:
-                await self._sending.send(self.made(step))
+            async with self.gates.one_by_one:
+                await self.sending.send(self.made(step))
         else:
-            await send(self._sending, self.made(step))
+            await send(self.sending, self.made(step))
 
     async def wait(self, step: Step) -> None:
-        await self._sending.send(AtGate(True))
+        await self.sending.send(AtGate(True))
         await super().wait(step)
-        await self._sending.send(AtGate(False))
+        await self.sending.send(AtGate(False))
 
     async def ordinary(self, step: Step) -> None:
         """The analysis of this phase; or the one that was passed in, which takes its place."""
-        own = None if step.argument else self._own
+        own = None if step.argument else self.own
         analysis = own or PHASES[step.argument or self.info.phase].analysis
-        await analysis(self.info, self._sending)
+        await analysis(self.info, self.sending)
 
     async def fail(self, step: Step) -> NoReturn:
         said = self.fill(step.argument)
@@ -2111,7 +2110,8 @@ def scripted(scenario: Scenario, gates: Gates, own: Analysis | None = None) -> A
     script = (Step("ordinary"),) if scenario.run is None else scenario.run
 
     async def analysis(info: ScriptedInfo, sending: Sending) -> None:
-        await Performance(info, sending, gates, scenario.seed, own).play(script)
+        at = (info.clock, gates, info.names, scenario.seed)
+        await Performance(*at, info=info, sending=sending, own=own).play(script)
 
     return analysis
 
@@ -4699,12 +4699,9 @@ def _answer(status: int, body: Any, headers: Any = ()) -> list[Any]:
     return [{"open": {"status": status, "headers": dict(headers), "body": body}}]
 
 
-_HELLO = {"comment": "connected"}
-_TWO = [_HELLO, {"relay": 2}]
-_REST = {"relay": "all"}
-_BYE = {"raw": "data: [DONE]\n\n"}
-_ALL = [_HELLO, "heartbeat", _REST]
-_USUAL = [*_ALL, _BYE]
+_TWO = [HELLO, {"relay": 2}]
+_ALL = [HELLO, "heartbeat", REST]
+_USUAL = [*_ALL, BYE]
 _IDS = {"status": "completed", "runId": "{runId}", "caseId": "{caseId}"}
 _STARTED = _say("started", runId="{runId}", caseId="{caseId}", at="{now}")
 _COMPLETED = _say("completed", **_IDS, summary="nothing unusual", score=0.5, severity="LOW")
@@ -4732,7 +4729,7 @@ RUNS: dict[str, Any] = {  # run, stream
     "generation": [
         "a generation job: ids `{jobId}_{n}`, heartbeats as events, no [DONE]",
         [{"ordinary": "generation"}],
-        [{"frame": JOB_FRAME}, _HELLO, {"heartbeat": {"every": 30, **JOB_BEAT}}, _REST]],
+        [{"frame": JOB_FRAME}, HELLO, {"heartbeat": {"every": 30, **JOB_BEAT}}, REST]],
     "failed": [
         "the analysis fails: `failed` says why and is the last event, then [DONE]",
         [*_BEGIN, {"fail": {"error": "the model refused the prompt", "stage": "llm"}}]],
@@ -4773,46 +4770,46 @@ STREAMS: dict[str, Any] = {  # stream, run
     "empty": ["200 and an empty body, properly ended: the incident", ["open"]],
     "empty-truncated": ["200 and no body, and the connection breaks", ["open", "drop"]],
     "no-response": ["the connection closes before any answer", ["drop"]],
-    "first-chunk-then-close": ["`: connected`, 13 bytes, and a proper end", [_HELLO]],
+    "first-chunk-then-close": ["`: connected`, 13 bytes, and a proper end", [HELLO]],
     "first-chunk-then-drop": [
-        "`: connected`, 13 bytes, then the connection breaks", [_HELLO, "drop"]],
+        "`: connected`, 13 bytes, then the connection breaks", [HELLO, "drop"]],
     "drop": [
-        "three events, then the connection breaks, every time", [_HELLO, {"relay": 3}, "drop"]],
+        "three events, then the connection breaks, every time", [HELLO, {"relay": 3}, "drop"]],
     "drop-mid-event": [
         "two events and half the next one, then the connection breaks",
-        [_HELLO, {"relay": 2, "cut": 0.5}, "drop"]],
+        [HELLO, {"relay": 2, "cut": 0.5}, "drop"]],
     "drop-resume": [
         "two events and a break; a resume gets the rest, nothing lost or twice",
         [[*_TWO, "drop"], _USUAL]],
-    "always-drop": ["`: connected` and a break, however often one tries", [_HELLO, "drop"]],
+    "always-drop": ["`: connected` and a break, however often one tries", [HELLO, "drop"]],
     "reset": ["two events, then a TCP reset", [*_TWO, "reset"]],
     "no-done": ["every event and a proper end, but no [DONE]", _ALL],
-    "done-only": ["[DONE] and nothing else", [_BYE]],
+    "done-only": ["[DONE] and nothing else", [BYE]],
     "unterminated-last-event": [
         "the last event lacks its blank line: no client may see it",
-        [_HELLO, {"relay": 3}, {"raw": "event: completed\ndata: {}\nid: 4\n"}], _FOUR],
+        [HELLO, {"relay": 3}, {"raw": "event: completed\ndata: {}\nid: 4\n"}], _FOUR],
     "after-done": [
         "two empty `data:` blocks after [DONE]", [*_USUAL, {"raw": "data:\n\ndata:\n\n"}]],
     "fallback-completed": [
         "the run hangs, and the old server invents a completed without score",
-        [*_TWO, _say("completed", **_IDS), _BYE], [*_BEGIN, "hang"]],
+        [*_TWO, _say("completed", **_IDS), BYE], [*_BEGIN, "hang"]],
     # Time
     "slow-headers": ["8 s pass before the status line", [{"sleep": 8}, *_USUAL]],
     "slow-stream": [
         "an event every 2 s, however fast the run was",
-        [_HELLO, "heartbeat", {"relay": "all", "every": 2}, _BYE]],
+        [HELLO, "heartbeat", {"relay": "all", "every": 2}, BYE]],
     "idle-cut": [
         "two events, a minute without a byte, then a proxy cuts the idle stream",
         [*_TWO, {"heartbeat": "never"}, {"sleep": 60}, "drop"]],
     "no-heartbeat": [
         "100 s without a byte in a healthy run: no heartbeats",
-        [_HELLO, {"heartbeat": "never"}, _REST, _BYE], [*_BEGIN, {"sleep": 100}, *_FOUR[2:]]],
+        [HELLO, {"heartbeat": "never"}, REST, BYE], [*_BEGIN, {"sleep": 100}, *_FOUR[2:]]],
     "heartbeat-then-silence": [
         "three heartbeats, then a connection that is open and dead",
-        [_HELLO, {"heartbeat": 15}, {"sleep": 46}, "hang"]],
+        [HELLO, {"heartbeat": 15}, {"sleep": 46}, "hang"]],
     "gateway-timeout": [
         "an event every 10 s, and a gateway cuts at 300 s although all is well",
-        [_HELLO, "heartbeat", {"relay": 30}, {"sleep": 10}, "drop"],
+        [HELLO, "heartbeat", {"relay": 30}, {"sleep": 10}, "drop"],
         [_STARTED, {"repeat": 60, "steps": _SLOW_TICK}, _COMPLETED]],
     # Shape
     "buffered": [
@@ -4826,7 +4823,7 @@ STREAMS: dict[str, Any] = {  # stream, run
     "mid-line": ["chunks of 7 bytes end wherever they end", [{"chunk": 7}, *_USUAL]],
     "coalesced": [
         "`: connected` and five events come in one chunk, the rest in another",
-        [{"buffer": "all"}, _HELLO, {"relay": 5}, "flush", _REST, _BYE]],
+        [{"buffer": "all"}, HELLO, {"relay": 5}, "flush", REST, BYE]],
     "crlf": [
         "lines end in CR LF",
         [{"frame": {"newline": "\r\n"}}, *_ALL, {"raw": "data: [DONE]\r\n\r\n"}]],
@@ -4840,13 +4837,13 @@ STREAMS: dict[str, Any] = {  # stream, run
         "a gateway puts ids of its own on every block: `gw-1`, `gw-2`, …",
         [{"frame": {"id": "gw-{n}"}}, *_USUAL]],
     "duplicate-events": [
-        "the second event comes twice, with the same id", [*_TWO, _SECOND, _REST, _BYE], _FOUR],
+        "the second event comes twice, with the same id", [*_TWO, _SECOND, REST, BYE], _FOUR],
     "out-of-order": [
         "the third event comes before the second",
-        [_HELLO, _FIRST, _THIRD, _SECOND, _LAST, _BYE], _FOUR],
+        [HELLO, _FIRST, _THIRD, _SECOND, _LAST, BYE], _FOUR],
     "bad-json": [
         "one event's data is JSON cut short",
-        [*_TWO, {"event": {"event": "step", "data": '{"label": "RULE_SC'}}, _REST, _BYE]],
+        [*_TWO, {"event": {"event": "step", "data": '{"label": "RULE_SC'}}, REST, BYE]],
     # Status
     "unauthorized": [
         "the token has expired: 401",
@@ -4876,15 +4873,15 @@ STREAMS: dict[str, Any] = {  # stream, run
     "resume-gap": [
         "after a break the server has forgotten an event, and says so with `gap`",
         [[*_TWO, "drop"], [
-            _HELLO, {"event": {"id": "3", "event": "gap", "data": {"from": 3, "to": 3}}},
-            _LAST, _BYE]],
+            HELLO, {"event": {"id": "3", "event": "gap", "data": {"from": 3, "to": 3}}},
+            _LAST, BYE]],
         _FOUR],
     "retry-field": [
         "`retry: 1500` comes first: the client's back-off changes",
         [{"raw": "retry: 1500\n\n"}, *_USUAL]],
     "two-subscribers": [
         "the old queue: each event goes to one viewer only, the other misses it",
-        [_HELLO, "heartbeat", {"relay": "all", "shared": True}, _BYE]],
+        [HELLO, "heartbeat", {"relay": "all", "shared": True}, BYE]],
 }
 TRIGGERS: dict[str, Any] = {  # trigger, run
     "slow-trigger": [
