@@ -647,7 +647,7 @@ class Delivery:
         await self.open()
         retry = self.hub.settings.retry_ms
         self.emit(CONNECTED + (b"retry: %d\n\n" % retry if retry else b""))
-        await self.beating(self.relay)
+        await self.beating(self.follow)
         self.emit(DONE)
 
     async def open(self) -> None:
@@ -679,12 +679,12 @@ class Delivery:
         self.quiet_since = self.hub.clock.now()
         self.record.sent(sum(map(len, said)), self.place)
 
-    async def relay(self) -> None:
+    async def follow(self) -> None:
         """What the log has, and what comes, to its end."""
         log = self.run.log
         while True:
-            piece, last = log.read(self.place)
-            if piece:
+            if self.place < log.last:
+                piece, last = log.read(self.place)
                 self.emit(piece, last)
                 self.place = last
                 await self.write()
@@ -707,12 +707,13 @@ class Delivery:
             self.till_beat = clock.limit(due, jump=False)
             with self.till_beat as self.resting:
                 return await wait()
-            if self.quiet_since == since:
-                await self.beat()
+            await self.beat(since)
 
-    async def beat(self) -> None:
-        self.emit(HEARTBEAT)
-        await self.write()
+    async def beat(self, since: float) -> None:
+        """A heartbeat, if nothing was said since then."""
+        if self.quiet_since == since:
+            self.emit(HEARTBEAT)
+            await self.write()
 
 
 # ═══ 4  Analyses ══════════════════════════════════════════════════════════════════════════════════
@@ -2682,7 +2683,6 @@ BODILESS = (204, 304)
 BLANK = (b"\n\n", b"\r\n\r\n", b"\r\r")  # an event is whole, and so is what ends in this
 JSON_HEAD = {"content-type": "application/json"}
 TEXT_HEAD = {"content-type": "text/plain; charset=utf-8"}
-MOST_CHUNKS = 300  # of one write: the kernel takes 1024 parts, a chunk is three of them
 CUT_AFTER = 0.2  # real seconds after the last bytes; some clients lose what comes with a break
 FULL = f"the buffer was full at {MOST_HELD} bytes and let go"
 
@@ -2861,7 +2861,7 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
             self.said.append(piece)
             self.names += names
             self.last_said = last or self.last_said
-            enough = len(self.said) >= min(MOST_CHUNKS, WRITE // len(piece))
+            enough = len(self.said) * len(piece) >= WRITE
             if not self.departing or (outlet.free and (outlet.every is not None or enough)):
                 await super().write()
                 await trio.lowlevel.checkpoint()
@@ -2895,16 +2895,16 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
 
     async def beating(self, wait: Callable[[], Awaitable[None]]) -> None:
         """As ever, unless an operator ends it."""
+        if self.closed:
+            raise Over
+        await super().beating(wait)
 
-        async def unless_closed() -> None:
-            if self.closed:
-                raise Over
-            await wait()
-
-        await super().beating(unless_closed)
-
-    async def beat(self) -> None:
-        """A heartbeat; but none before the head."""
+    async def beat(self, since: float) -> None:
+        """As ever; but none before the head."""
+        if self.closed:
+            raise Over
+        if self.quiet_since > since:
+            return
         if self.entry.status:
             self.emit(self.beat_bytes(), names=[BEAT])
             await self.write()
@@ -2919,11 +2919,8 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
         said = self.fill({"event": "", "data": {}, **self._beat})
         return self.dressed(Event(in_one_line(said["event"]), said["data"]).numbered(None))
 
-    async def relay(self, step: Step | None = None) -> None:
+    async def relay(self, step: Step) -> None:
         """Deliver the next events of the log, waiting for them, until its end or the step's own."""
-        if step is None:
-            await super().relay()
-            return
         if self.run is None or self.entry.status in BODILESS:
             return
         wanted, modifiers = step.argument, step.modifiers
@@ -2940,24 +2937,24 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
             cut=modifiers.get("cut"),
         )
         progress.quiet = self.clock.now() + progress.within
-        await self.beating(partial(self.follow, progress))
+        await self.beating(partial(self.progress, progress))
 
-    async def follow(self, progress: RelayProgress) -> None:
+    async def progress(self, it: RelayProgress) -> None:
         log = self.run.log
-        while progress.left > 0 or progress.cut is not None:
-            if progress.due > self.clock.now():
+        while it.left > 0 or it.cut is not None:
+            if it.due > self.clock.now():
                 await self.write()
-                await self.clock.sleep(progress.due - self.clock.now())
-            place = progress.cursor.place
-            piece, last = log.read(place, most=min(progress.left or 1, progress.most))
+                await self.clock.sleep(it.due - self.clock.now())
+            place = it.cursor.place
+            piece, last = log.read(place, most=min(it.left or 1, it.most))
             names = log.names_of(place, last)
-            if names and progress.left <= 0 and progress.cut is not None:
+            if names and it.left <= 0 and it.cut is not None:
                 block = self.dressed(piece, last)
-                size = progress.cut if progress.cut >= 1 else progress.cut * len(block)
+                size = it.cut if it.cut >= 1 else it.cut * len(block)
                 self.emit(block[: int(size)])
                 return
             if piece:
-                await self.pass_on(piece, last, names, progress)
+                await self.pass_on(piece, last, names, it)
                 if last < log.last:
                     await trio.lowlevel.checkpoint()  # a write that fits the socket has none
             elif log.ended:
@@ -2965,23 +2962,23 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
             elif self.said or (self.outlet and self.outlet.free):
                 await self.write()
             else:
-                with self.clock.limit(progress.quiet - self.clock.now()) as silence:
+                with self.clock.limit(it.quiet - self.clock.now()) as silence:
                     await log.news()
                 if silence.cancelled_caught:
                     return
 
     async def pass_on(
-        self, piece: bytes, last: int, names: list[str], progress: RelayProgress
+        self, piece: bytes, last: int, names: list[str], it: RelayProgress
     ) -> None:
         self.emit(self.dressed(piece, last), last, names)
-        progress.cursor.place = last
-        progress.left = 0 if progress.until in names else progress.left - len(names)
+        it.cursor.place = last
+        it.left = 0 if it.until in names else it.left - len(names)
         final = self.run.log.ended and last == self.run.log.last
         if self.outlet or not final:  # else it goes out with what follows
             await self.write()
-        progress.quiet = self.clock.now() + progress.within
-        if progress.every is not None:
-            progress.due = self.clock.now() + self.draw(progress.every)
+        it.quiet = self.clock.now() + it.within
+        if it.every is not None:
+            it.due = self.clock.now() + self.draw(it.every)
 
     def dressed(self, block: bytes, number: int | None = None) -> bytes:
         """A block as this viewer gets it: mostly as it is, the one that all viewers share."""
@@ -4661,16 +4658,19 @@ class Connection:
         cancel can leave half a write: nothing in it waits, or it is shielded."""
         parts = self._waiting
         self._waiting = []
+        size = sum(map(len, parts))
+        sent = 0
         try:
-            busy = self._lock.locked() or os.name != "posix"
-            sent = 0 if busy else os.writev(self.stream.socket.fileno(), parts)
+            # a big event is not copied: many may wait for their viewers to read it
+            if size < 2 * PIECE and not self._lock.locked() and os.name == "posix":
+                sent = os.write(self.stream.socket.fileno(), b"".join(parts))
         except BlockingIOError:
-            sent = 0
+            pass
         except OSError:
             self.unsent = True
             self.give_up()
             return
-        if sent < sum(map(len, parts)):
+        if sent < size:
             with trio.CancelScope(shield=True):  # bounded: each piece has its deadline
                 await self._write_slowly(parts, sent)
 

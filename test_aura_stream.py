@@ -6148,7 +6148,7 @@ def test_the_task_tree_shows_who_is_inside_whom():
         depths = [depth[name] for name in names]
         assert depths == sorted(set(depths)), tree
     assert "nursery of conduct\n" in tree and "nursery nursery" not in tree and tree.startswith("serve\n")
-    assert re.search(r"delivery r1 \(id \d+\)  <- Delivery.relay\n", tree) and "analysis r1  <- Gates.wait\n" in tree and "run r1  <- Run.transcribe\n" in tree
+    assert re.search(r"delivery r1 \(id \d+\)  <- Delivery.follow\n", tree) and "analysis r1  <- Gates.wait\n" in tree and "run r1  <- Run.transcribe\n" in tree
 
 
 def test_the_task_tree_of_a_process_has_the_names_of_the_file():
