@@ -1146,6 +1146,7 @@ import http.client
 import inspect
 import io
 import itertools
+import operator
 import queue
 import random
 import shlex
@@ -1172,21 +1173,27 @@ from werkzeug.exceptions import HTTPException
 # ═══ 7  All settings ══════════════════════════════════════════════════════════════════════════════
 # Every limit that somebody may want to move has its number here or in part 1, once. README and
 # --help are readings of both. What may come from outside, from a flag to a script, is a kind: a
-# type that msgspec checks. Two more kinds are made here, `that` and `form`; `checked` is the one
-# door.
+# type that msgspec checks. `checked` is the one door; what is wrong comes out as a sentence.
 
 
 def number(kind: type, low: float, high: float) -> Any:
     return Annotated[kind, msgspec.Meta(ge=low, le=high)]
 
 
-def like(pattern: str) -> Any:
-    """A text of this form, from its first to its last character."""
-    return Annotated[str, msgspec.Meta(pattern=rf"^({pattern})\Z")]
+def like(pattern: str, says: str = "") -> Any:
+    """A text of this form, from its first to its last character. What to call it stands in the
+    pattern, as a comment: so it is in msgspec's message, and comes into ours."""
+    says = says or f"a text like {pattern}"
+    return Annotated[str, msgspec.Meta(pattern=rf"^(?#{says})({pattern})\Z")]
+
+
+def of_size(size: int, kind: Any) -> Any:
+    """A list or an object of so many parts."""
+    return Annotated[kind, msgspec.Meta(min_length=size, max_length=size)]
 
 
 def that(says: str, fits: Callable[[Any], object]) -> Any:
-    """What fits, in a sentence of its own; what cannot even be asked does not fit."""
+    """What fits, where no pattern can say it; what cannot even be asked does not fit."""
 
     class Kind(str):  # a text that fits is still a text
         def __init__(self, value: Any) -> None:
@@ -1201,27 +1208,16 @@ def that(says: str, fits: Callable[[Any], object]) -> Any:
 def form(needs: str = "", /, *, strict: bool = True, **kinds: Any) -> Any:
     """An object of these fields, of which it needs these; others are wrong, or where that is not
     strict, nobody's business."""
-    fields: list[Any] = [(name, kind, *[None] * (name not in needs.split()))
-                         for name, kind in kinds.items()]
+    fields: Any = [
+        (name, kind) if name in needs.split() else (name, kind, None)
+        for name, kind in kinds.items()
+    ]
     return msgspec.defstruct("form", fields, rename="kebab", forbid_unknown_fields=strict)
 
 
-# What most settings are: counts and bytes, or seconds.
-SETTING = {int: number(int, 0, 10**12), float: number(float, 0, 10**7)}
-
-
-def knob(
-    default: Any, says: str, variable: str = "", choices: str = "", kind: Any = None, **more: Any
-) -> Any:
-    """A setting: default, one sentence, environment variable if not AURA_<NAME>, allowed values, or
-    what else it must be."""
-    kind = like(choices) if choices else kind
-    return setting(default, says, env=variable, choices=choices, kind=kind, **more)
-
-
 def list_of(part: str, example: str) -> Any:
-    return that(f"a list like {example}",
-                lambda text: all(re.fullmatch(part, one) for one in parts(text)))
+    """A text of such parts, with commas between them."""
+    return like(rf"(\s*({part})?\s*(,|\Z))*", f"a list like {example}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1231,6 +1227,7 @@ class Limits:
     max_live_runs: int = 5000  # runs alive at once; one more is 503
     max_run_events: int = 100_000  # events kept of a run; the oldest go, viewers get `gap`
     max_run_bytes: int = 16 * 2**20  # bytes kept of a run, likewise
+    max_ended_runs: int = 1000  # ended runs kept; the first to end is forgotten first
     send_buffer: int = 64 * 2**10  # SO_SNDBUF, what the kernel hides of a stalled viewer
     keep_alive: float = 5.0  # seconds an idle connection is kept
     head_timeout: float = 10.0  # seconds for a request's head, then 408
@@ -1247,45 +1244,53 @@ class Limits:
 @dataclass(frozen=True, kw_only=True)
 class DoubleSettings(ServerSettings, Limits):
     """Everything that can be set. A flag beats its environment variable, which beats the
-    default."""
+    default. Beside its sentence a setting may have a variable that is not AURA_<NAME> (`env`),
+    the values it may have (`choices`), or what else it must be (`kind`)."""
 
-    auth: str = knob("on", "`on`: `/aura/**` needs any Bearer token", choices="on|off")
-    admin_token: str = knob("", "token for `/__aura` and `/api/admin`; empty: local callers only",
-                            "ADMIN_TOKEN", repr=False)
-    allow_host: str = knob("", "names beside its own that it answers to: `a.test,b.test`",
-                           kind=list_of(r"[\w.-]+|\[[\da-fA-F:]+\]", "a.test,b.test"))
-    cors_origin: str = knob("localhost:*,127.0.0.1:*",
-                            "origins whose pages may read it; `:*` is any port, `*` anybody",
-                            kind=list_of(r"\*|([a-z]+://)?([\w.-]+|\[[\da-fA-F:]+\])(:\d+|:\*)?",
-                                         "localhost:*,https://a.test"))
-    unknown_run: str = knob("404", "status of an unknown run's stream", choices="404|200")
-    demo_off: bool = knob(False, "answer triggers with `disabled`, start nothing", "DEMO_OFF")
-    scenario: str = knob("", "the scenario where nobody chooses; empty: the ordinary one")
-    scenarios: str = knob("", "a JSON file with scenarios of one's own, a list of them")
-    case: str = knob("", "scenarios bound to cases: `85117=drop-resume,85118=failed`")
-    no_magic: bool = knob(False, "a `~name` at the end of an id chooses no scenario")
-    speed: str = knob("1", "script time: so many times faster, or `max`: it jumps where all wait",
-                      kind=that("a number above 0 or max",
-                                lambda text: text == "max" or float(text) > 0))
-    max_retries: int = knob(10, "times that the page asks again without news",
-                            "SSE_MAX_RETRIES")
-    max_sse_connections: int = knob(1000, "streams open at once; one more is 503",
-                                    "MAX_SSE_CONNECTIONS")
-    max_ended_runs: int = knob(1000, "ended runs kept; the first to end is forgotten first")
-    max_log_bytes: int = knob(256 * 2**20, "bytes kept of all runs together, their requests too")
-    send_timeout: float = knob(5.0, "seconds a viewer may refuse to read; then its stream ends")
-    exit_with_stdin: bool = knob(False, "stop when standard input closes, as a killed test's does")
-    redis_url: str = knob("", "not in this version: runs are kept in memory only", "REDIS_URL")
-    log_level: str = knob("INFO", "DEBUG, INFO, WARNING or ERROR", "LOG_LEVEL",
-                          choices="DEBUG|INFO|WARNING|ERROR")
+    auth: str = setting("on", "`on`: `/aura/**` needs any Bearer token", choices="on|off")
+    admin_token: str = setting(
+        "", "token for `/__aura` and `/api/admin`; empty: local callers only",
+        env="ADMIN_TOKEN", repr=False)
+    allow_host: str = setting(
+        "", "names beside its own that it answers to: `a.test,b.test`",
+        kind=list_of(r"[\w.-]+|\[[\da-fA-F:]+\]", "a.test,b.test"))
+    cors_origin: str = setting(
+        "localhost:*,127.0.0.1:*",
+        "origins whose pages may read it; `:*` is any port, `*` anybody",
+        kind=list_of(
+            r"\*|([a-z]+://)?([\w.-]+|\[[\da-fA-F:]+\])(:\d+|:\*)?",
+            "localhost:*,https://a.test"))
+    unknown_run: str = setting("404", "status of an unknown run's stream", choices="404|200")
+    demo_off: bool = setting(
+        False, "answer triggers with `disabled`, start nothing", env="DEMO_OFF")
+    scenario: str = setting("", "the scenario where nobody chooses; empty: the ordinary one")
+    scenarios: str = setting("", "a JSON file with scenarios of one's own, a list of them")
+    case: str = setting("", "scenarios bound to cases: `85117=drop-resume,85118=failed`")
+    no_magic: bool = setting(False, "a `~name` at the end of an id chooses no scenario")
+    speed: str = setting(
+        "1", "script time: so many times faster, or `max`: it jumps where all wait",
+        kind=like(r"max|(?=[\d.]*[1-9])\d*\.?\d+(e[+-]?\d+)?", "a number above 0 or max"))
+    max_retries: int = setting(
+        10, "times that the page asks again without news", env="SSE_MAX_RETRIES")
+    max_sse_connections: int = setting(
+        1000, "streams open at once; one more is 503", env="MAX_SSE_CONNECTIONS")
+    max_log_bytes: int = setting(
+        256 * 2**20, "bytes kept of all runs together, their requests too")
+    send_timeout: float = setting(
+        5.0, "seconds a viewer may refuse to read; then its stream ends")
+    exit_with_stdin: bool = setting(
+        False, "stop when standard input closes, as a killed test's does")
+    redis_url: str = setting(
+        "", "not in this version: runs are kept in memory only", env="REDIS_URL")
+    log_level: str = setting(
+        "INFO", "DEBUG, INFO, WARNING or ERROR", env="LOG_LEVEL",
+        kind=like("(?i:DEBUG|INFO|WARNING|ERROR)", "DEBUG, INFO, WARNING or ERROR"))
 
     def __post_init__(self) -> None:
         for one in dataclasses.fields(self):
             checked(kind_of(one), getattr(self, one.name), flag(one))
         # a secret's file ends in a line break; and one that is empty is no secret
         object.__setattr__(self, "admin_token", self.admin_token.strip())
-        if 0 < self.heartbeat < 0.001:  # scripts do not take it either
-            raise ValueError(f"--heartbeat must be 0 or at least 0.001, not {self.heartbeat!r}")
 
     @property
     def rate(self) -> float:
@@ -1295,13 +1300,31 @@ class DoubleSettings(ServerSettings, Limits):
     @classmethod
     def read(cls, flags: Mapping[str, str], environment: Mapping[str, str]) -> DoubleSettings:
         """What flags and environment ask for; a ValueError is a sentence that names the culprit."""
-        found: dict[str, Any] = {}
+        found = {}
         for one in flagged(cls):
-            if (text := flags.get(one.name)) is not None:
-                found[one.name] = _from_text(one, text, flag(one))
-            elif text := environment.get(variable(one)):  # set but empty, as in compose: unset
-                found[one.name] = _from_text(one, text, variable(one))
+            source = flag(one)
+            text = flags.get(one.name)
+            if text is None:
+                source = variable(one)
+                text = environment.get(source) or None  # set but empty, as in compose: unset
+            if text is not None:
+                text = YES_NO.get(text.lower(), text) if type(one.default) is bool else text
+                found[one.name] = checked(kind_of(one), text, source, strict=False)
         return cls(**found)
+
+
+# What most settings are: counts and bytes, or seconds.
+SETTING = {int: number(int, 0, 10**12), float: number(float, 0, 10**7)}
+YES_NO = {"yes": "true", "on": "true", "no": "false", "off": "false"}  # as people say it
+
+
+def kind_of(one: dataclasses.Field[Any]) -> Any:
+    """What this setting must be."""
+    if one.name == "port":
+        return number(int, 0, 65535)
+    if "choices" in one.metadata:
+        return like(one.metadata["choices"])
+    return one.metadata.get("kind") or SETTING.get(type(one.default), type(one.default))
 
 
 def parts(text: str) -> list[str]:
@@ -1314,12 +1337,6 @@ def flagged(kind: Any) -> list[dataclasses.Field[Any]]:
     return [one for one in dataclasses.fields(kind) if one.metadata]
 
 
-def kind_of(one: dataclasses.Field[Any]) -> Any:
-    """What this setting must be."""
-    usual = number(int, 0, 65535) if one.name == "port" else SETTING.get(type(one.default))
-    return one.metadata.get("kind") or usual or type(one.default)
-
-
 def flag(one: dataclasses.Field[Any]) -> str:
     return "--" + one.name.replace("_", "-")
 
@@ -1328,41 +1345,44 @@ def variable(one: dataclasses.Field[Any]) -> str:
     return str(one.metadata.get("env") or f"AURA_{one.name.upper()}")
 
 
-_YES_NO = {"yes": "true", "on": "true", "no": "false", "off": "false", "": "false"}
-
-
-def _from_text(one: dataclasses.Field[Any], text: str, source: str) -> object:
-    kind, choices = kind_of(one), one.metadata.get("choices", "").split("|")
-    known = _YES_NO if kind is bool else {choice.lower(): choice for choice in choices}
-    return checked(kind, known.get(text.lower(), text), source, strict=False)
-
-
 class Wrong(ValueError):
     """A value that is not what it must be: a sentence, and the path of keys that leads to it."""
 
     def __init__(self, says: str, *path: str) -> None:
         super().__init__(" ".join([*map(repr, path), says]))
-        self.says, self.path = says, path
+        self.says = says
+        self.path = path
 
 
 def shown(value: Any) -> str:
     """A value in a message: as JSON, cut short."""
-    text = json.dumps(value, default=repr)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return json.dumps(value, default=repr)[:60]
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The end of a sentence that says that this word is not known here."""
-    close = difflib.get_close_matches(word[:64], names := sorted(set(known)), n=1)
-    listed = ", ".join(names[:20]) or "none"
-    return f"; did you mean {close[0]!r}?" if close else f" (there are {len(names)}: {listed})"
+    names = sorted(set(known))
+    close = difflib.get_close_matches(word[:64], names, n=1)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f" (there are {len(names)}: {', '.join(names[:20]) or 'none'})"
 
 
+# msgspec's messages, and what they become.
 OUR_WORDS = {
-    "Expected": "takes", ", got .*": "", r"matching regex '\^\((.*)\).*": r"like \1",
-    "`int`": "a whole number", "`float`": "a number", "`str`": "a text", "`object`": "an object",
-    "`array`": "a list", "`bool`": "true or false", "`null`": "no argument",
-    "Object missing required field": "needs", "`": "'",
+    r"`str` matching regex .*?\(\?#(.*?)\).*": r"\1",
+    "Expected": "takes",
+    ", got .*": "",
+    r"\bint\b": "a whole number",
+    "float": "a number",
+    r"\bstr\b": "a text",
+    "object`": "an object`",
+    "array": "a list",
+    "bool": "true or false",
+    "null": "no argument",
+    r" \| ": " or ",
+    "Object missing required field `(.*)`": r"needs '\1'",
+    "`": "",
 }
 
 
@@ -1371,22 +1391,21 @@ def checked(kind: Any, value: Any, *place: str, strict: bool = True) -> Any:
     try:
         return msgspec.convert(value, kind, strict=strict, dec_hook=lambda own, part: own(part))
     except (msgspec.ValidationError, ValueError) as error:  # a ValueError: half a character
-        says, _, where = str(error).partition(" - at `$")
+        says, _, where = str(error).replace("`key` in ", "").partition(" - at `$")
     path = re.findall(r"[\w-]+", where)
     unknown = re.search("unknown field `(.*)`", says, re.DOTALL)
+    if unknown:
+        forms = [getattr(one, "__struct_encode_fields__", ()) for one in (kind, *get_args(kind))]
+        close = did_you_mean(unknown[1], itertools.chain(*forms))
+        raise Wrong(f"has no {unknown[1][:64]!r}{close}", *place, *path)
     for theirs, ours in OUR_WORDS.items():
         says = re.sub(theirs, ours, says)
-    if unknown:
-        forms = (kind, *get_args(kind))
-        known = [getattr(one, "__struct_encode_fields__", ()) for one in forms]
-        close = did_you_mean(unknown[1], itertools.chain(*known))
-        says = f"has no {unknown[1][:64]!r}{close}"
-    elif says.startswith("takes"):
-        says += f", not {shown(_at(value, *path))}"
+    if says.startswith("takes"):
+        says += f", not {shown(inside(value, *path))}"
     raise Wrong(says, *place, *path)
 
 
-def _at(value: Any, *path: str) -> Any:
+def inside(value: Any, *path: str) -> Any:
     """What lies at the end of a path of keys, or None."""
     for key in path:
         value = value.get(key) if isinstance(value, dict) else None
@@ -1426,7 +1445,9 @@ def read_events(lines: Iterable[str]) -> Iterator[tuple[str, str, str]]:
 # the server are Trio's own, and never move with it: a clock that jumps 300 s for a test must not
 # evict every reader on the way.
 
-FASTEST = 1000.0  # a jump never takes longer than it would at this speed
+MOMENT = 0.02  # real seconds that whoever was stirred gets before time jumps
+FASTEST = 1000.0  # or less: a jump never takes longer than it would at this speed
+STOPS = 1000  # deadlines that an advance stops at, one after the other; then it goes on at once
 
 
 class Time:
@@ -1434,17 +1455,16 @@ class Time:
     what is due next; and moved ahead by hand whenever somebody wishes."""
 
     def __init__(self, rate: float = 1.0) -> None:
-        self.rate, self._pace, self._ahead = rate, 1.0 if rate == math.inf else rate, 0.0
-        self._waiting: set[Limit] = set()
-        self._wanted, self._moving = trio.Event(), trio.Lock()
+        self.rate = rate
+        self.pace = 1.0 if rate == math.inf else rate
+        self.ahead = 0.0  # how far it was moved
+        self.waiting: set[Limit] = set()
+        self._wanted = trio.Event()
+        self._moving = trio.Lock()
         self._stirred = 0.0
 
     def now(self) -> float:
-        return trio.current_time() * self._pace + self._ahead
-
-    def wall(self, moment: float) -> float:
-        """When script time gets there, on Trio's clock."""
-        return (moment - self._ahead) / self._pace
+        return trio.current_time() * self.pace + self.ahead
 
     async def sleep(self, seconds: float) -> None:
         with self.limit(seconds):
@@ -1457,25 +1477,15 @@ class Time:
 
     async def advance(self, seconds: float) -> None:
         """Move script time ahead, from one deadline to the next, so that each comes in its turn;
-        beyond a thousand, or five seconds of it, not so finely. One moves it at a time."""
+        where that takes too long, the rest at once. One moves it at a time."""
         async with self._moving:
             target = self.now() + seconds
-            try:
-                with trio.move_on_after(5):
-                    await self._step_by_step(target, seconds / 1000)
-            finally:
-                self._go_to(target)
-            with trio.move_on_after(1):
-                await all_wait()  # whoever is next shall find what this has woken
-
-    async def _step_by_step(self, target: float, coarse: float) -> None:
-        for step in range(2000):
-            now = self.now()
-            due = max(self._next_due(now), now + coarse * (step >= 1000))
-            if due >= target:
-                return
-            self._go_to(due, far=False)
-            await all_wait()
+            stops = iter(range(STOPS))
+            with trio.move_on_after(5):
+                while self.now() < target and next(stops, None) is not None:
+                    self._go_to(min(self._next_due(), target))
+                    await all_wait()  # whoever is next shall find what this has woken
+            self._go_to(target)
 
     def stir(self) -> None:
         """Somebody has begun to wait, or done waiting: a run that starts, a viewer that comes."""
@@ -1487,28 +1497,27 @@ class Time:
         stirred gets a moment first; bytes that are no request yet do not prolong it."""
         while True:
             await all_wait()
-            now = self.now()
-            far = self._next_due(now, jump=True) - now
-            rest = self._stirred + min(0.02, far / FASTEST) - time.perf_counter()
-            if far == math.inf:
+            due = self._next_due(jump=True)
+            moment = min(MOMENT, (due - self.now()) / FASTEST)
+            if due == math.inf:
                 self._wanted = trio.Event()
                 await self._wanted.wait()
-            elif rest > 0.001:  # the kernel counts in milliseconds
-                with trio.move_on_after(rest):
-                    await all_wait(rest)
+            elif time.perf_counter() < self._stirred + moment - 0.001:  # the kernel's shortest
+                await all_wait(0.001)
             else:
-                self._go_to(self._next_due(now))
+                self._go_to(min(due, self._next_due()))
 
-    def _next_due(self, now: float, *, jump: bool = False) -> float:
-        due = (one.deadline for one in self._waiting if one.jump or not jump)
-        return min((deadline for deadline in due if deadline > now), default=math.inf)
+    def _next_due(self, *, jump: bool = False) -> float:
+        """The next deadline, or only of those worth a jump; what is due by now wakes by itself."""
+        now = self.now()
+        worth = (one for one in self.waiting if one.jump or not jump)
+        return min((one.deadline for one in worth if one.deadline > now), default=math.inf)
 
-    def _go_to(self, moment: float, *, far: bool = True) -> None:
-        """Whatever is due then wakes now; what is not yet learns of it too, if `far`."""
-        self._ahead += max(0.0, moment - self.now())
-        for limit in self._waiting:
-            if far or limit.deadline <= moment:
-                limit.scope.deadline = self.wall(limit.deadline)
+    def _go_to(self, moment: float) -> None:
+        """Whatever is due then wakes now, and what is not yet has less to wait."""
+        self.ahead += max(0.0, moment - self.now())
+        for limit in self.waiting:
+            limit.move(limit.deadline)
 
 
 async def all_wait(seconds: float = 0.0) -> None:
@@ -1522,20 +1531,23 @@ class Limit:
     """`with` gives the Trio cancel scope; ask it for `cancelled_caught` afterwards."""
 
     def __init__(self, time: Time, deadline: float, jump: bool) -> None:
-        self._time, self.deadline, self.jump = time, deadline, jump
-        self.scope = trio.CancelScope(deadline=time.wall(deadline))
+        self._time = time
+        self.jump = jump
+        self.scope = trio.CancelScope()
+        self.move(deadline)
 
     def move(self, deadline: float) -> None:
-        """Have another deadline from now on."""
-        self.deadline, self.scope.deadline = deadline, self._time.wall(deadline)
+        """Have this deadline from now on; on Trio's clock, it is when script time gets there."""
+        self.deadline = deadline
+        self.scope.deadline = (deadline - self._time.ahead) / self._time.pace
 
     def __enter__(self) -> trio.CancelScope:
-        self._time._waiting.add(self)
+        self._time.waiting.add(self)
         self._time.stir()
         return self.scope.__enter__()
 
     def __exit__(self, *error: Any) -> bool:
-        self._time._waiting.discard(self)
+        self._time.waiting.discard(self)
         self._time.stir()
         return self.scope.__exit__(*error)
 
@@ -1546,72 +1558,73 @@ class Limit:
 # on purpose.
 
 
+@dataclass(eq=False)
 class Mistake(ValueError):
     """A script that cannot be played: where, which step, and what to write instead."""
 
-    def __init__(self, at: str, step: object, hint: str) -> None:
-        super().__init__(f"{at}: {hint}")
-        small = len(json.dumps(step, default=repr)) <= 1000  # a mistake of a megabyte is not echoed
-        self.at, self.step, self.hint = at, step if small else shown(step), hint
+    at: str
+    step: object
+    hint: str
+
+    def __str__(self) -> str:
+        return f"{self.at}: {self.hint}"
 
 
-def raw_bytes(value: Any) -> Any:
-    """The bytes that a `raw` step means."""
-    if isinstance(value, str):
-        return to_bytes(value)
-    codes: Any = {"hex": bytes.fromhex, "base64": partial(base64.b64decode, validate=True)}
-    ((code, text),) = value.items()
-    return codes[code](text)
-
-
-def in_order(value: Any) -> bool:
-    """Whether these are seconds, or a range of them."""
-    low, high = value if isinstance(value, list) else (value, value)
-    return {type(low), type(high)} <= {int, float} and 0 <= low <= high <= 10**9
-
-
-HEADER = r"(?i)(?!(content-length|transfer-encoding|date)\Z)[!#$%&'*+.^_`|~0-9a-z-]+"
-
-
-class Headers:
-    """The headers of an answer, but for those that say how long its body is."""
-
-    def __init__(self, value: Any) -> None:
-        for name, text in checked(dict, value).items():
-            checked(Visible | None, text, name)
-            if not re.fullmatch(HEADER, name):
-                raise Wrong("is no name a header can have, or the server's own", name)
-
-
-Line = that("one line without NUL", re.compile("[^\r\n\0]*").fullmatch)
-Visible = that("visible ASCII, or null for none",
-               re.compile(r"[\x21-\x7e]([\x20-\x7e]*[\x21-\x7e])?").fullmatch)
-Seconds = that("a number from 0 to 1,000,000,000, or a range [a, b] with a at most b", in_order)
-Raw = that('a text, {"hex": …} or {"base64": …} that decodes', lambda value: [raw_bytes(value)])
-Count, Some = number(int, 0, 10**9), number(int, 1, 10**9)
-Above0 = number(float, 0.001, 10**9)
-
-UNIX_TIME = {"unix": "{now}"}  # in data: the seconds of now, as a number
-TEMPLATE = re.compile(r"\{\{|\{(runId|caseId|tenantId|now|n)\}")
+UNIX = '{"unix": "{now}"}'  # in data: the seconds of now, as a number
+UNIX_TIME = json.loads(UNIX)
+TEMPLATE = re.compile(UNIX + r"|\{\{|\{(?:runId|caseId|tenantId|now|n)\}")
 MOST_TURNS = 1_000_000  # of all repeats of a script: more is not a test but a typing error
 MOST_STEPS = 5000  # of a script as written: checking more would hold up everybody else
 DEEPEST = 64  # levels of nesting in JSON from outside: Python's recursion limit would be a 500
-BIG = 2**16  # bytes of an event; more are made when they are due, one event at a time
 MOST_VALUES = 100_000  # in JSON from outside: a megabyte of `[],` holds up everybody for long
 
-_PAUSES = {"sleep": Seconds, "wait": str, "repeat": number(int, 0, MOST_TURNS), "hang": None}
+# What verbs take.
+Line = like(r"[^\r\n\0]*", "one line without NUL")
+Visible: Any = like(r"[\x21-\x7e]([\x20-\x7e]*[\x21-\x7e])?", "visible ASCII, or none at all")
+HeaderName: Any = like(
+    r"(?i:(?!(content-length|transfer-encoding|date)\Z)[!#$%&'*+.^_`|~0-9a-z-]+)",
+    "a name a header can have, and not one of the server's own")
+Headers: Any = dict[HeaderName, Visible | None]
+Count = number(int, 0, 10**9)
+Some = number(int, 1, 10**9)
+Above0 = number(float, 0.001, 10**9)
+Length: Any = number(float, 0, 10**9)
+Seconds: Any = Length | of_size(2, list[Length])
+Code: Any = like("hex|base64")
+Raw: Any = str | of_size(1, dict[Code, str])
+
+
+# The language: for a new verb a row in here, and a method of its name. Those in the first two
+# tables are silent: they put nothing out, so that the head may still come.
+_WAITS = {
+    "sleep": Seconds,
+    "wait": str,
+}
+_SHAPES = {
+    "heartbeat": like("never") | Above0 | form("every", every=Above0, event=Line, data=Any) | None,
+    "frame": form(newline=like(r"\n|\r\n|\r"), id=Line | None, id_first=bool, wrap=Line),
+    "chunk": like("utf8|line") | Some,
+    "buffer": like("all") | Some,
+    "flush": None,
+}
+_EVERYWHERE = {
+    **_WAITS,
+    "repeat": number(int, 0, MOST_TURNS),
+    "hang": None,
+}
 _ANSWERS = {
-    **_PAUSES,
+    **_EVERYWHERE,
     "open": form(status=number(int, 200, 599), headers=Headers, body=Any),
     "raw": Raw,
     "end": None,
     "drop": None,
     "reset": None,
 }
+_EVENT = {"data": Any, "event": Line, "retry": Count}
 VERBS = {  # of each kind of script, and what they take
     "run": {
-        **_PAUSES,
-        "event": form("data", data=Any, event=Line, retry=Count),
+        **_EVERYWHERE,
+        "event": form("data", **_EVENT),
         "ordinary": like("phase2|phase3|generation") | None,
         "fail": str | form("error", error=str, stage=str, code=str, retryable=bool),
         "crash": str,
@@ -1619,23 +1632,17 @@ VERBS = {  # of each kind of script, and what they take
     "trigger": _ANSWERS,
     "stream": {
         **_ANSWERS,
-        "event": form("data", data=Any, event=Line, id=Line, retry=Count),
+        **_SHAPES,
+        "event": form("data", **_EVENT, id=Line),
         "comment": str,
-        "heartbeat":
-            like("never") | Above0 | form("every", every=Above0, event=Line, data=Any) | None,
         "relay": like("all") | Count | form("until", until=str),
-        "frame": form(newline=like(r"\n|\r\n|\r"), id=Line | None, id_first=bool, wrap=Line),
-        "chunk": like("utf8|line") | Some,
-        "buffer": like("all") | Some,
-        "flush": None,
     },
 }
-EVERY = {**VERBS["run"], **VERBS["stream"]}
 MODIFIERS = {
     "event": form(pad=number(int, 0, 2**23)),
     "wait": form(within=Seconds),
     "repeat": form("steps", steps=list),
-    "relay": form(every=Seconds, within=Seconds, shared=bool, cut=number(float, 0, 10**9)),
+    "relay": form(every=Seconds, within=Seconds, shared=bool, cut=Length),
     "chunk": form(every=Seconds),
 }
 NO_MODIFIERS = form()
@@ -1643,138 +1650,129 @@ NO_MODIFIERS = form()
 
 @dataclass(frozen=True)
 class Step:
-    """One checked step, with what need not be made again each time it is played."""
+    """One checked step."""
 
     verb: str
     argument: Any = None
     modifiers: Mapping[str, Any] = field(default_factory=dict)
     steps: tuple[Step, ...] = ()
-    turns: int = 0  # of all repeats in it
-    ready: Event | bytes | None = None
+
+    @functools.cached_property
+    def ready(self) -> Event | bytes | None:
+        """What it sends, encoded once: if it has no pad, and is the same each time."""
+        says = self.verb in MAKERS and "pad" not in self.modifiers
+        same = says and not TEMPLATE.search(to_json(self.argument))
+        return MAKERS[self.verb](self.argument) if same else None
 
 
 Script = tuple[Step, ...]
 
 
-def parse_script(value: Any, place: str, at: str = "") -> Script:
-    """A script as it may be played in this place, or the Mistake in it."""
+def parse_script(
+    value: Any, place: str, at: str = "", *, left: Iterator[int] | None = None, begun: bool = False
+) -> Script:
+    """A script as it may be played in this place, or the Mistake in it. `left` counts how many
+    steps it may have; `begun`, if something was put out before it."""
     at = at or place
+    left = left or iter(range(MOST_STEPS))
     if not isinstance(value, list):
         raise Mistake(at, value, f"a script is a list of steps, not {shown(value)}")
-    if _written(value) > MOST_STEPS:
-        raise Mistake(at, None, f"has more than {MOST_STEPS:,} steps; 'repeat' says it shorter")
-    script = tuple(_parse_step(item, place, f"{at}[{index}]") for index, item in enumerate(value))
-    if sum(step.turns for step in script) > MOST_TURNS:
+    script = []
+    for (index, item), _ in zip(enumerate(value), left, strict=False):
+        step = _parse_step(item, place, f"{at}[{index}]", left, begun)
+        begun = begun or step.verb not in (*_WAITS, *_SHAPES)
+        script.append(step)
+    if len(script) < len(value):
+        raise Mistake(at, None, f"more than {MOST_STEPS:,} steps are too many; 'repeat' is shorter")
+    if _turns(script) > MOST_TURNS:
         raise Mistake(at, None, f"repeats more than {MOST_TURNS:,} turns; nested turns multiply")
-    _check_head(value, script, at)
-    return script
+    return tuple(script)
 
 
-def _written(value: list[Any]) -> int:
-    """How many steps are written here, those of repeats and of all attempts included."""
-    inner = [item.get("steps") if isinstance(item, dict) else item for item in value]
-    return len(value) + sum(_written(steps) for steps in inner if isinstance(steps, list))
+def _turns(script: Iterable[Step]) -> int:
+    """How many turns all repeats in it have; those of nested ones multiply."""
+    loops = [step for step in script if step.verb == "repeat"]
+    return sum(step.argument * max(1, _turns(step.steps)) for step in loops)
 
 
-_SILENT = ("sleep", "wait", "heartbeat", "frame", "chunk", "buffer", "flush")
-
-
-def _check_head(value: Any, script: Script, at: str) -> None:
-    """`open` is the first output, or the head would have been sent already."""
-    begun = False
-    for index, step in enumerate(script):
-        nested = any(inner.verb == "open" for inner in step.steps)
-        if nested or (begun and step.verb == "open"):
-            raise Mistake(f"{at}[{index}]", value[index], "'open' comes once and before all output")
-        begun = begun or step.verb not in _SILENT
-
-
-def _parse_step(item: Any, place: str, at: str) -> Step:
+def _parse_step(item: Any, place: str, at: str, left: Iterator[int], begun: bool) -> Step:
     alone: Any = {} if item in ("open", "frame") else None
     try:
-        parts = {item: alone} if isinstance(item, str) else item
-        name = _verb_of(parts, place)
-        modifiers = {key: part for key, part in parts.items() if key != name}
-        argument = parts[name]
+        modifiers = {item: alone} if isinstance(item, str) else item
+        name = _verb_of(modifiers, place)
+        modifiers = dict(modifiers)
+        argument = modifiers.pop(name)
         checked(VERBS[place][name], argument, name)
         checked(MODIFIERS.get(name, NO_MODIFIERS), modifiers, name)
         if "pad" in modifiers:  # it adds a field to it
             checked(dict, argument["data"], name, "data")
-    except Wrong as wrong:
+        if name == "raw":
+            raw_bytes(argument)
+        if name == "open" and begun:
+            raise Wrong("comes once and before all output", name)
+    except ValueError as wrong:
         raise Mistake(at, item, str(wrong)) from None
-    steps = parse_script(modifiers.get("steps", []), place, f"{at}.steps")
-    turns = argument * max(1, sum(step.turns for step in steps)) if name == "repeat" else 0
-    return Step(name, argument, modifiers, steps, turns, _made_ready(name, argument, modifiers))
+    steps = parse_script(modifiers.get("steps", []), place, f"{at}.steps", left=left, begun=True)
+    return Step(name, argument, modifiers, steps)
 
 
-def _verb_of(parts: Any, place: str) -> str:
+def _verb_of(step: Any, place: str) -> str:
     """The one verb in a step, which may stand in this place."""
-    if not isinstance(parts, dict) or not parts:
-        raise Wrong(f'a step is a verb or {{"verb": argument}}, not {shown(parts)}')
-    verbs = [word for word in parts if word in EVERY]
-    if not verbs:
-        raise Wrong(_unknown_step(next(iter(parts)), place))
-    name, *more = verbs
+    if not isinstance(step, dict) or not step:
+        raise Wrong(f'a step is a verb or {{"verb": argument}}, not {shown(step)}')
+    homes = {
+        word: " or ".join(home for home in VERBS if word in VERBS[home]) for word in step
+    }
+    name, *more = [word for word in step if homes[word]] or [*step][:1]
     if more:
-        raise Wrong(f"one verb in a step, not {' and '.join(map(repr, verbs))}")
+        raise Wrong(f"one verb in a step, not {name!r} and {more[0]!r}")
+    if not homes[name]:
+        raise Wrong(f"unknown step {name[:64]!r}{did_you_mean(name, VERBS[place])}")
     if name not in VERBS[place]:
-        home = " or ".join(home for home in VERBS if name in VERBS[home])
-        raise Wrong(f"belongs in a {home} script, this is a {place} script", name)
+        raise Wrong(f"belongs in a {homes[name]} script, this is a {place} script", name)
     return str(name)
 
 
-def _unknown_step(word: str, place: str) -> str:
-    for name, modifiers in MODIFIERS.items():
-        if word in modifiers.__struct_fields__:
-            return f"{word!r} stands in one step with its verb: {{{name!r}: …, {word!r}: …}}"
-    return f"unknown step {word[:64]!r}{did_you_mean(word, VERBS[place])}"
-
-
-def _make_event(argument: Any, modifiers: Mapping[str, Any]) -> Event:
-    data = argument["data"]
-    if "pad" in modifiers:
-        data = {**{key: part for key, part in data.items() if key != "pad"}, "pad": ""}
+def made_event(argument: Any, pad: int | None = None) -> Event:
+    """The event of a step. A pad is put in as bytes: to look through megabytes of text would hold
+    everybody up."""
+    data = argument["data"] if pad is None else {**argument["data"], "pad": ""}
     event = Event(in_one_line(argument.get("event", "")), data, argument.get("retry"))
-    if "pad" in modifiers:  # put in as bytes: to look through megabytes of text holds everybody up
-        around = event.block[:-3], event.block[-3:]
-        object.__setattr__(event, "block", (b"x" * modifiers["pad"]).join(around))
+    if pad:
+        before, name, behind = event.block.rpartition(b'"pad": "')
+        object.__setattr__(event, "block", b"".join([before, name, b"x" * pad, behind]))
     return event
+
+
+def raw_bytes(value: Any) -> bytes:
+    """The bytes that a `raw` step means; a ValueError, if they do not decode."""
+    match value:
+        case {"hex": text}:
+            return bytes.fromhex(text)
+        case {"base64": text}:
+            return base64.b64decode(text, validate=True)
+    return to_bytes(value)
+
+
+def in_one_line(text: str, unfit: str = "[\r\n\0]") -> str:
+    """What a template has made, fit for a name or an id: a line break in it is percent-encoded."""
+    return re.sub(unfit, lambda found: quote(found[0], errors="replace"), text)
 
 
 def one_line(value: str) -> bytes:
     """A header's value on the wire: a template may have put anything into it."""
-    if value.isascii() and value.isprintable():
-        return value.encode()
-    return re.sub(r"[^ -~]", lambda found: quote(found[0], errors="replace"), value).encode()
+    return in_one_line(value, "[^ -~]").encode()
 
 
-def in_one_line(text: str) -> str:
-    """What a template has made, fit for a name or an id: a line break in it is percent-encoded."""
-    return re.sub("[\r\n\0]", lambda found: quote(found[0]), text)
-
-
-MAKERS: dict[str, Callable[[Any, Mapping[str, Any]], Event | bytes]] = {
-    "event": _make_event,
-    "comment": lambda argument, _: comment(argument),
-    "raw": lambda argument, _: raw_bytes(argument),
+MAKERS: dict[str, Callable[..., Event | bytes]] = {
+    "event": made_event, "comment": comment, "raw": raw_bytes,
 }
 
 
-def _made_ready(name: str, argument: Any, modifiers: Mapping[str, Any]) -> Event | bytes | None:
-    """What the step will send, if it has no pad and is the same each time: then it is encoded here,
-    once."""
-    if name not in MAKERS or "pad" in modifiers or TEMPLATE.search(to_json(argument)):
-        return None
-    return MAKERS[name](argument, modifiers)
-
-
 def literal(value: Any) -> Any:
-    """A value from outside, made safe to stand in a script: its braces mean nothing."""
-    if isinstance(value, dict):
-        return {literal(key): literal(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [literal(part) for part in value]
-    return value.replace("{", "{{") if isinstance(value, str) else value
+    """A value from outside, made safe to stand in a script: its braces mean nothing. (In JSON, a
+    brace that is not of a text is never before another one or a word.)"""
+    return json.loads(re.sub(r"\{(?=[{\w])", "{{", to_json(value)))
 
 
 class Gates:
@@ -1783,35 +1781,35 @@ class Gates:
 
     def __init__(self, most: int) -> None:
         self.most = most
-        self._open: set[tuple[str, str | None]] = set()
+        self.open = set[tuple[str, str | None]]()
         self._news = trio.Event()
         self.one_by_one = trio.Lock()  # for big events: a hundred runs shall not hold one each
 
     def signal(self, gate: str, run_id: str | None = None) -> bool:
         """Open the gate; False if too many are open already."""
-        if len(self._open | {(gate, run_id)}) > self.most:
+        if len(self.open | {(gate, run_id)}) > self.most:
             return False
-        self._open.add((gate, run_id))
+        self.open.add((gate, run_id))
         self._news.set()
         self._news = trio.Event()
         return True
 
-    def close(self) -> None:
-        self._open.clear()
-
     async def wait(self, gate: str, run_id: str | None) -> None:
-        while not self._open & {(gate, run_id), (gate, None)}:
+        while not self.open & {(gate, run_id), (gate, None)}:
             await self._news.wait()
 
 
+@dataclass(eq=False)
 class Player:
     """Plays a script: one step after the other, each by the method that has its verb's name."""
 
-    _random: random.Random | None = None
-
-    def __init__(self, clock: Any, gates: Gates, names: Mapping[str, str], seed: Any) -> None:
-        self.clock, self._gates, self._names, self._seed = clock, gates, names, seed
-        self._turn, self._breath = 0, time.perf_counter()
+    clock: Any
+    gates: Gates
+    words: Mapping[str, str]  # what stands in the place of each template
+    seed: Any
+    _turn = 0  # of the innermost repeat
+    _random: random.Random | None = None  # made on first need
+    _breath: float = field(default_factory=time.perf_counter)
 
     async def play(self, script: Script) -> None:
         for step in script:
@@ -1825,19 +1823,15 @@ class Player:
         await wait()
 
     async def sleep(self, step: Step) -> None:
-        over = self.clock.now() + self.draw(step.argument)
-        await self.rest(lambda: self.clock.sleep(over - self.clock.now()))
+        with self.clock.limit(self.draw(step.argument)):
+            await self.rest(trio.sleep_forever)
 
     async def wait(self, step: Step) -> None:
         """Wait until somebody signals the gate, or `within` is over."""
-        gate, run_id = self.fill(step.argument), self._names.get("runId")
-        over = self.clock.now() + self.draw(step.modifiers.get("within", math.inf))
-
-        async def at_the_gate() -> None:
-            with self.clock.limit(over - self.clock.now()):
-                await self._gates.wait(gate, run_id)
-
-        await self.rest(at_the_gate)
+        gate = self.fill(step.argument)
+        at_the_gate = partial(self.gates.wait, gate, self.words.get("{runId}"))
+        with self.clock.limit(self.draw(step.modifiers.get("within", math.inf))):
+            await self.rest(at_the_gate)
 
     async def hang(self, step: Step) -> None:
         """Say nothing more."""
@@ -1851,32 +1845,27 @@ class Player:
 
     def made(self, step: Step) -> Any:
         """What the step sends: made beforehand, or now, its templates filled in."""
-        return step.ready or MAKERS[step.verb](self.fill(step.argument), step.modifiers)
+        return step.ready or MAKERS[step.verb](self.fill(step.argument), **step.modifiers)
 
     def draw(self, length: Any) -> float:
         """Seconds; a range is drawn from the scenario's own generator, made on first need."""
         if not isinstance(length, list):
             return float(length)
-        self._random = self._random or random.Random(self._seed)
+        self._random = self._random or random.Random(self.seed)
         return self._random.uniform(*length)
 
     def fill(self, value: Any) -> Any:
-        """The value with its templates filled in."""
-        if value == UNIX_TIME:
-            return int(time.time())
-        if isinstance(value, dict):
-            return {self.fill(key): self.fill(part) for key, part in value.items()}
-        if isinstance(value, list):
-            return [self.fill(part) for part in value]
-        return TEMPLATE.sub(self._name, value) if isinstance(value, str) else value
+        """The value with its templates filled in: in its JSON, for only texts can hold any."""
+        return json.loads(TEMPLATE.sub(self._name, to_json(value)))
 
     def _name(self, found: re.Match[str]) -> str:
-        own = {None: "{", "n": str(self._turn), "now": now_iso()}
-        return own[found[1]] if found[1] in own else self._names[found[1]]
+        """What stands in the place of a template, as JSON has it in a text."""
+        moment = {"{now}": now_iso(), UNIX: str(int(time.time()))}
+        known = {"{{": "{", "{n}": str(self._turn), **moment, **self.words}
+        return to_json(known[found[0]])[1:-1]
 
 
-@dataclass(frozen=True)
-class Attempts:
+class Attempts(NamedTuple):
     """The script of each attempt: the last one repeats, or they go round."""
 
     scripts: tuple[Script, ...]
@@ -1893,16 +1882,16 @@ class Attempts:
 
 def parse_attempts(value: Any, place: str) -> Attempts:
     """A script, a list of them, or a cycle."""
-    cycle = isinstance(value, dict) and list(value) == ["cycle"]
-    scripts, at = (value["cycle"], f"{place}.cycle") if cycle else (value, place)
-    if not isinstance(scripts, list) or (cycle and not scripts):
-        says = 'takes a script, a list of scripts or {"cycle": [script, …]}'
-        raise Mistake(at, value, f"{says}, not {shown(value)}")
-    if not cycle and not (scripts and isinstance(scripts[0], list)):
-        return Attempts((parse_script(value, place),))
-    if _written(scripts) > MOST_STEPS:
-        raise Mistake(at, None, f"has more than {MOST_STEPS:,} steps in all its attempts")
-    parsed = (parse_script(one, place, f"{at}[{index}]") for index, one in enumerate(scripts))
+    cycle = isinstance(value, dict) and [*value] == ["cycle"]
+    scripts = value["cycle"] if cycle else value
+    at = f"{place}.cycle" if cycle else place
+    if not (isinstance(scripts, list) and scripts and (cycle or isinstance(scripts[0], list))):
+        return Attempts((parse_script(scripts, place, at),))
+    left = iter(range(MOST_STEPS))
+    parsed = [
+        parse_script(one, place, f"{at}[{index}]", left=left)
+        for index, one in enumerate(scripts)
+    ]
     return Attempts(tuple(parsed), cycle)
 
 
@@ -1918,9 +1907,9 @@ def levels(value: Any) -> Iterator[list[Any]]:
 
 def weight(value: Any) -> int:
     """The bytes a JSON value takes here: a list of nothing is two there and 64 in Python."""
-    parts = list(itertools.chain.from_iterable(levels(value)))
-    keys = itertools.chain.from_iterable(part for part in parts if isinstance(part, dict))
-    return sum(map(sys.getsizeof, itertools.chain(parts, keys)))
+    parts = [*value, *value.values()] if isinstance(value, dict) else value
+    inner = sum(map(weight, parts)) if isinstance(parts, list) else 0
+    return sys.getsizeof(value) + inner
 
 
 @dataclass(frozen=True)
@@ -1948,8 +1937,9 @@ class Scenario:
 
 
 SCENARIO = form(
-    "name", name=that("1 to 64 of a-z, 0-9 and -", re.compile("[a-z0-9-]{1,64}").fullmatch),
+    "name", name=like("[a-z0-9-]{1,64}", "1 to 64 of a-z, 0-9 and -"),
     doc=str, seed=int | float | str, run=Any, trigger=Any, stream=Any)
+PARSERS: Any = {"run": parse_script, "trigger": parse_attempts, "stream": parse_attempts}
 
 
 def parse_scenario(value: Any, *, needs: str = "name") -> Scenario:
@@ -1960,8 +1950,8 @@ def parse_scenario(value: Any, *, needs: str = "name") -> Scenario:
             raise Wrong(f"in a catalogue needs {needs!r}: the symptom, and what the client sees")
     except Wrong as wrong:
         raise Mistake("scenario", value, f"a scenario {wrong}") from None
-    parsers: Any = {"run": parse_script, "trigger": parse_attempts, "stream": parse_attempts}
-    scripts = {at: parse(value[at], at) for at, parse in parsers.items() if at in value}
+    scripts = {place: parse(value[place], place) for place, parse in PARSERS.items()
+               if place in value}
     return Scenario(value["name"], source=value, **scripts)
 
 
@@ -1970,29 +1960,29 @@ def parse_scenario(value: Any, *, needs: str = "name") -> Scenario:
 
 FOREIGN = re.compile(  # what asyncio without its loop, and Trio and Python of it, say
     "event loop|yield message|create_future|can't be (used in 'await'|awaited)")
+UPSTREAM = (  # where the errors of HTTP clients have what was asked, and what came
+    ("url", "request.url"), ("url", "response.url"), ("url", "url"),
+    ("status", "response.status_code"), ("status", "code"),
+)
 
 
 def explained(error: BaseException) -> Failure:
     """What an exception says to a person: its class, its message, and of a call to somebody else
-    its URL and status."""
+    its URL and status. It may be of somebody's own making, and anything in it may raise."""
     error = innermost(error)
-    if isinstance(error, Failure):
-        with contextlib.suppress(Exception):  # it may be one of somebody's own, half made
+    with contextlib.suppress(Exception):
+        if isinstance(error, Failure):
             stage, code, again = error.stage, error.code, error.retryable
             return Failure(error.error, stage=stage, code=code, retryable=again)
-    text, url = type(error).__name__, None
-    with contextlib.suppress(Exception):  # an exception of somebody's own may not even have a text
+    text = type(error).__name__
+    with contextlib.suppress(Exception):
         text += f": {error}"
     if FOREIGN.search(text):
         text += "; an analysis runs on Trio: `async def`, awaiting Trio or anyio, not asyncio"
-    with contextlib.suppress(Exception):  # nor an honest `request`; httpx raises where it has none
-        url = getattr(getattr(error, "request", None), "url", None)
-    with contextlib.suppress(Exception):
-        reply = getattr(error, "response", None)
-        url = url or getattr(reply, "url", None) or getattr(error, "url", None)
-        text += f" (url {url})" if url and str(url) not in text else ""
-        status = getattr(reply, "status_code", getattr(error, "code", None))
-        text += f" (status {status})" if isinstance(status, int) and f"{status}" not in text else ""
+    for what, path in UPSTREAM:
+        with contextlib.suppress(Exception):
+            found = str(operator.attrgetter(path)(error) or text)
+            text += f" ({what} {found})" if found not in text else ""
     return Failure(text[:2000], retryable=False)
 
 
@@ -2011,19 +2001,22 @@ class ScriptedInfo(RunInfo):
     weight: int = 0  # bytes, about, that its request takes here
     kept: int = 0  # and of them, when it has ended
 
-    def when_over(self) -> ScriptedInfo:
-        """These info when the run has ended: of the request, at most its own scenario is left."""
-        return dataclasses.replace(self, body={}, weight=self.kept)
-
     @property
     def names(self) -> dict[str, str]:
         """What templates may name."""
-        return {"runId": self.run_id, "caseId": self.case_id, "tenantId": self.tenant_id or ""}
+        tenant = self.tenant_id or ""
+        return {"{runId}": self.run_id, "{caseId}": self.case_id, "{tenantId}": tenant}
 
 
-def ordinary_stream(settings: DoubleSettings) -> Script:
+HELLO = {"comment": "connected"}
+REST = {"relay": "all"}
+BYE = {"raw": DONE.decode()}
+
+
+def ordinary_stream(settings: DoubleSettings, beat: Any = "heartbeat", *first: Any) -> Script:
     """How a stream is served when nobody asked for trouble."""
-    return _stream(settings, "heartbeat")
+    retry = [{"raw": f"retry: {settings.retry_ms}\n\n"}] if settings.retry_ms else []
+    return parse_script([*first, HELLO, *retry, beat, REST, BYE], "stream")
 
 
 JOB_FRAME = {"id": "{runId}_{n}"}
@@ -2032,73 +2025,60 @@ JOB_BEAT = {"event": "heartbeat", "data": {
 
 
 def job_stream(settings: DoubleSettings) -> Script:
-    """How a generation job is: its ids have its name in front, its heartbeats are events."""
+    """How a generation job is: its ids have its name in front, its heartbeats are events, and it
+    has no [DONE], for its front end parses every message."""
     frame = [{"frame": JOB_FRAME}] if settings.event_ids else []
-    beat = {"every": settings.heartbeat, **JOB_BEAT} if settings.heartbeat else "never"
-    return _stream(settings, {"heartbeat": beat}, *frame)[:-1]  # its front end parses every message
+    beat: Any = {"every": max(settings.heartbeat, 0.001), **JOB_BEAT}
+    beat = {"heartbeat": beat if settings.heartbeat else "never"}
+    return ordinary_stream(settings, beat, *frame)[:-1]
 
 
-def _stream(settings: DoubleSettings, beat: Any, *first: Any) -> Script:
-    retry = [{"raw": f"retry: {settings.retry_ms}\n\n"}] if settings.retry_ms else []
-    hello, bye = {"comment": "connected"}, {"raw": DONE.decode()}
-    return parse_script([*first, hello, *retry, beat, {"relay": "all"}, bye], "stream")
-
-
-COUNTED = {
-    "openItems": "OPEN_ITEMS", "lineage": "LINEAGE", "partyIds": "PARTY_IDS",
-    "policies": "POLICIES",
+EVIDENCE = {  # what Phase2 finds in its request, and where; documents are quoted, the rest counted
+    "DOC_HEADER": "document.header", "DOC_ITEM": "document.items", "OPEN_ITEMS": "openItems",
+    "LINEAGE": "lineage", "PARTY_IDS": "partyIds", "POLICIES": "policies",
 }
+AMOUNTS = ("amount", "totalAmount", "document.header.amount")  # the first number counts
 
 
 def assessed(info: RunInfo) -> Findings:
-    """What Phase2 finds in its request's evidence: at most 30 items, and how unusual it is, by the
-    first amount in it."""
-    evidence = info.body.get("evidence") or {}
+    """What Phase2 finds in its request's evidence, at most 30 items; and how unusual it is, by the
+    amount in it."""
+    evidence = info.body.get("evidence")
     items, anomaly = assumed(info)
-    header, rows = (_at(evidence, "document", part) for part in ("header", "items"))
-    found = [("DOC_HEADER", "document.header", {"content": header})] if header else []
-    for row in rows[:30] if isinstance(rows, list) else []:
-        found.append(("DOC_ITEM", "document.items", {"content": row}))
-    for name, kind in COUNTED.items():
-        if part := evidence.get(name):
-            count = len(part) if isinstance(part, (list, dict)) else 1
-            found.append((kind, name, {"count": count}))
-    if found:
-        items = [{"type": kind, "source": source, **more} for kind, source, more in found[:30]]
-    paths = (("amount",), ("totalAmount",), ("document", "header", "amount"))
-    amounts = [value for path in paths if type(value := _at(evidence, *path)) in (int, float)]
+    found: list[dict[str, Any]] = []
+    for kind, path in EVIDENCE.items():
+        part = inside(evidence, *path.split("."))
+        rows = part if isinstance(part, list) else [part]
+        told = [{"content": row} for row in rows[:30]] if "DOC" in kind else [{"count": len(rows)}]
+        found += [{"type": kind, "source": path, **more} for more in told if part]
+    values = [inside(evidence, *path.split(".")) for path in AMOUNTS]
+    amounts = [value for value in values if type(value) in (int, float)]
     if amounts:
         anomaly = min(0.95, 0.3 + min(max(amounts[0], 0), 1e9) / 1e6 * 0.2)
-    return items, anomaly
+    return found[:30] or items, anomaly
 
 
 async def generation(info: Any, sending: Sending) -> None:
     """The ordinary generation job: 2 s a step, where the events of a run are 0.15 s apart."""
-    title = info.body.get("title") or ""
-    about = info.body.get("description") or ""
-    text = f"# {title[:200] or info.run_id}\n\n{about[:2000]}".strip()
+    say = speech(dataclasses.replace(info, event_delay=info.event_delay * 2 / 0.15), sending)
+    text = (info.body.get("description") or info.run_id)[:2000]
     job = {"jobId": info.run_id}
-    said = []
     for value in (10, 25, 40, 60, 75, 90, 100):
-        now = {"value": value, "currentStep": f"step {value}", "estimatedTime": (100 - value) // 5}
-        said.append(Event("progress", {"type": "progress", **job, **now, "metadata": {}}))
+        now = {"value": value, "currentStep": f"step {value}", "estimatedTime": 20 - value // 5}
+        await say("progress", type="progress", **job, **now, metadata={})
         if value in (40, 75):
-            counts = {"isPartial": True, "wordCount": value, "estimatedTokens": 2 * value}
-            said.append(Event("preview", {"type": "preview", **job, "markdown": text, **counts}))
-    for event in said:
-        await send(sending, event)
-        await info.clock.sleep(2 * info.event_delay / 0.15)
+            now = {"isPartial": True, "wordCount": value, "estimatedTokens": 2 * value}
+            await say("preview", type="preview", **job, markdown=text, **now)
     result = {"markdown": text, "tokens": 200}
-    await send(sending, Event("completed", {"type": "completed", **job, "result": result}))
+    await say("completed", type="completed", **job, result=result)
 
 
-def _failed_job(info: ScriptedInfo, failure: Failure) -> dict[str, Any]:
+def failed_job(info: ScriptedInfo, failure: Failure) -> dict[str, Any]:
     why = {"code": failure.code, "message": failure.error, "retryable": failure.retryable}
     return {"type": "failed", "jobId": info.run_id, "error": why}
 
 
-@dataclass(frozen=True)
-class Phase:
+class Phase(NamedTuple):
     """What differs between kinds of analysis: the ordinary scenario, its scripts, its last
     word."""
 
@@ -2111,48 +2091,42 @@ class Phase:
 PHASES = {
     "phase2": Phase("ok", partial(phase2, assess=assessed), failed2),
     "phase3": Phase("phase3", phase3, failed3),
-    "generation": Phase("generation", generation, _failed_job, job_stream),
+    "generation": Phase("generation", generation, failed_job, job_stream),
 }
 
-@dataclass(frozen=True)
-class AtGate:
+
+class AtGate(NamedTuple):
     """What a performance sends before it waits at a gate (True), and behind it (False): so the
     idle time-out knows when to stand still."""
 
     waits: bool
 
 
+@dataclass(eq=False, kw_only=True)
 class Performance(Player):
     """Plays a run script: an analysis made of data."""
 
-    def __init__(
-        self, info: ScriptedInfo, sending: Sending, gates: Gates, seed: Any, own: Analysis | None
-    ) -> None:
-        super().__init__(info.clock, gates, info.names, seed)
-        self.info, self._sending, self._own = info, sending, own
+    info: ScriptedInfo
+    sending: Sending
+    own: Analysis | None  # one that takes the place of the ordinary ones
 
     async def event(self, step: Step) -> None:
-        if step.modifiers.get("pad", 0) > BIG:
-            async with self._gates.one_by_one:
-                await self._sending.send(self.made(step))
-            return
-        event = self.made(step)
-        try:
-            self._sending.send_nowait(event)  # not `send`: a coroutine more for each event
-        except trio.WouldBlock:
-            await self._sending.send(event)
+        if "pad" in step.modifiers:
+            async with self.gates.one_by_one:
+                await self.sending.send(self.made(step))
+        else:
+            await send(self.sending, self.made(step))
 
     async def wait(self, step: Step) -> None:
-        await self._sending.send(AtGate(True))
+        await self.sending.send(AtGate(True))
         await super().wait(step)
-        await self._sending.send(AtGate(False))
+        await self.sending.send(AtGate(False))
 
     async def ordinary(self, step: Step) -> None:
         """The analysis of this phase; or the one that was passed in, which takes its place."""
-        if self._own is not None and step.argument is None:
-            await self._own(self.info, self._sending)
-            return
-        await PHASES[step.argument or self.info.phase].analysis(self.info, self._sending)
+        own = None if step.argument else self.own
+        analysis = own or PHASES[step.argument or self.info.phase].analysis
+        await analysis(self.info, self.sending)
 
     async def fail(self, step: Step) -> NoReturn:
         said = self.fill(step.argument)
@@ -2162,15 +2136,13 @@ class Performance(Player):
         raise RuntimeError(self.fill(step.argument))
 
 
-ORDINARY_RUN: Script = (Step("ordinary"),)
-
-
 def scripted(scenario: Scenario, gates: Gates, own: Analysis | None = None) -> Analysis:
     """The analysis that plays this scenario's run script."""
-    script = ORDINARY_RUN if scenario.run is None else scenario.run
+    script = (Step("ordinary"),) if scenario.run is None else scenario.run
 
     async def analysis(info: ScriptedInfo, sending: Sending) -> None:
-        await Performance(info, sending, gates, scenario.seed, own).play(script)
+        at = (info.clock, gates, info.names, scenario.seed)
+        await Performance(*at, info=info, sending=sending, own=own).play(script)
 
     return analysis
 
@@ -2279,7 +2251,7 @@ class Entry(Record):
     @property
     def ids(self) -> dict[str, str]:
         """What templates may name where there is no run."""
-        ids = {"runId": self.run_id, "caseId": self.case_id, "tenantId": self.tenant_id}
+        ids = {"{runId}": self.run_id, "{caseId}": self.case_id, "{tenantId}": self.tenant_id}
         return {name: one or "" for name, one in ids.items()}
 
     @property
@@ -2571,7 +2543,7 @@ class BoundedHub(Hub):
 
     def settle(self, run: Any) -> None:
         super().settle(run)
-        run.info = run.info.when_over()
+        run.info = dataclasses.replace(run.info, body={}, weight=run.info.kept)
         self.time_taken(run.ended_clock - run.started_clock)
 
     @contextlib.contextmanager
@@ -4368,7 +4340,7 @@ def control_routes(  # noqa: C901  # likewise
         journal.forget(test_id)
         desk.reset(test_id)
         if test_id is None:
-            hub.gates.close()
+            hub.gates.open.clear()
         return answer({"reset": test_id or "all"})
 
     @app.post("/__aura/shutdown")
@@ -4839,188 +4811,207 @@ def _say(name: str, **data: Any) -> dict[str, Any]:
     return {"event": {"event": name, "data": data}}
 
 
-_HELLO, _REST, _BYE = {"comment": "connected"}, {"relay": "all"}, {"raw": "data: [DONE]\n\n"}
-_USUAL = [_HELLO, "heartbeat", _REST, _BYE]
+def _answer(status: int, body: Any, headers: Any = ()) -> list[Any]:
+    return [{"open": {"status": status, "headers": dict(headers), "body": body}}]
+
+
+_TWO = [HELLO, {"relay": 2}]
+_ALL = [HELLO, "heartbeat", REST]
+_USUAL = [*_ALL, BYE]
+_IDS = {"status": "completed", "runId": "{runId}", "caseId": "{caseId}"}
 _STARTED = _say("started", runId="{runId}", caseId="{caseId}", at="{now}")
-_MADE_UP = _say("completed", status="completed", runId="{runId}", caseId="{caseId}")
-_FOUND = {"summary": "nothing unusual", "score": 0.5, "severity": "LOW"}
-_COMPLETED = _say("completed", **_MADE_UP["event"]["data"], **_FOUND)
-_FOUR = [
-    _STARTED, _say("step", label="INPUT_NORM", detail="", percent=10),
-    _say("step", label="RULE_SCORING", detail="", percent=45), _COMPLETED,
-]
-
-
-def _numbered(number: int) -> dict[str, Any]:
-    """One of the four, as a stream script writes it: with its id."""
-    return {"event": {"id": str(number), **_FOUR[number - 1]["event"]}}
-
-
-def _answers(status: int, body: Any, **headers: str) -> list[Any]:
-    named = {name.replace("_", "-"): value for name, value in headers.items()}
-    return [{"open": {"status": status, "headers": named, "body": body}}]
-
-
-_BUSY = _answers(503, {"error": "temporarily unavailable"}, Retry_After="1")
+_COMPLETED = _say("completed", **_IDS, summary="nothing unusual", score=0.5, severity="LOW")
+_BEGIN = [_STARTED, _say("step", label="INPUT_NORM", detail="", percent=10)]
+_FOUR = [*_BEGIN, _say("step", label="RULE_SCORING", detail="", percent=45), _COMPLETED]
+_FIRST, _SECOND, _THIRD, _LAST = (  # the four, as a stream script writes them: with their ids
+    {"event": {"id": str(number), **step["event"]}} for number, step in enumerate(_FOUR, 1)
+)
+_TICK = _say("step", label="TICK", turn="{n}")
+_SLOW_TICK = [{"sleep": 10}, _TICK]
+_BUSY = _answer(503, {"error": "temporarily unavailable"}, {"Retry-After": "1"})
 _UNKNOWN = {"error": "runId not found or already completed", "runId": "{runId}"}
+_LOST = _answer(404, _UNKNOWN)
 _LOGIN = "<!doctype html><title>Log in</title><p>Your session has expired."
+_HTML = {"Content-Type": "text/html; charset=utf-8"}
 _OFF = {"status": "disabled", "message": "Analysis disabled (DEMO_OFF)"}
 _KOREAN = "증거를 수집하고 규칙을 적용한 뒤 위험도를 설명합니다. " * 40
+_OPAQUE = {"frame": {"id": "opaque:{n}"}}
 
-CATALOGUE: dict[str, tuple[str, dict[str, Any]]] = {
-    # Runs
-    "ok": ("all is well: the ordinary run, the ordinary stream", {}),
-    "phase3": ("all is well: the ordinary Phase3 run, whoever triggers it", {
-        "run": [{"ordinary": "phase3"}]}),
-    "generation": ("a generation job: ids `{jobId}_{n}`, heartbeats as events, no [DONE]", {
-        "run": [{"ordinary": "generation"}],
-        "stream": [{"frame": JOB_FRAME}, _HELLO, {"heartbeat": {"every": 30, **JOB_BEAT}},
-                   _REST]}),
-    "failed": ("the analysis fails: `failed` says why and is the last event, then [DONE]", {
-        "run": [*_FOUR[:2], {"fail": {"error": "the model refused the prompt", "stage": "llm"}}]}),
-    "crash": ("the analysis raises: `failed` names the exception, the server lives", {
-        "run": [*_FOUR[:2], {"crash": "row 7 has no amount"}]}),
-    "slow-first": ("only heartbeats for 30 s, then an ordinary run: is the client patient?", {
-        "run": [{"sleep": 30}, "ordinary"]}),
-    "silent": ("a run that never speaks: heartbeats, then `failed` at the idle time-out", {
-        "run": ["hang"]}),
-    "slow-run": ("an event every 10 s for 70 s: an absolute timer of 65 s gives up too early", {
-        "run": [_STARTED, {"repeat": 7, "steps": [
-            {"sleep": 10}, _say("step", label="SLOW", turn="{n}")]}, _COMPLETED]}),
-    "stepped": ("each event waits for its gate, go-1 to go-4: the test decides when it comes", {
-        "run": [part for n in (1, 2, 3, 4) for part in ({"wait": f"go-{n}"}, _FOUR[n - 1])]}),
-    "flood": ("20 000 events as fast as they come: does the client keep up?", {
-        "run": [_STARTED, {"repeat": 20_000, "steps": [_say("step", label="FLOOD", turn="{n}")]},
-                _COMPLETED]}),
-    "big-event": ("one event of 5 MB on one line: does a line buffer overflow?", {
-        "run": [_STARTED, {**_say("evidence", type="COLLECTED"), "pad": 5_000_000},
-                _COMPLETED]}),
-    "korean": ("long multi-byte text: characters that straddle every buffer", {
-        "run": [_STARTED, {"repeat": 5, "steps": [_say("step", label="설명", detail=_KOREAN)]},
-                _COMPLETED]}),
-    "no-terminal": ("[DONE] comes, but neither completed nor failed did", {"run": _FOUR[:3]}),
-    "progress-regress": ("percent goes 45, 25, 85: a progress bar runs backwards", {
-        "run": [_STARTED, *(_say("step", label="STEP", percent=n) for n in (45, 25, 85)),
-                _COMPLETED]}),
-    "missing-started": ("the first event is a step: `started` never comes", {"run": _FOUR[1:]}),
-    "unknown-events": ("event names that nobody documented, between the known ones", {
-        "run": [_STARTED, _say("telemetry", cpu=1), _say("x-internal", a=1), _COMPLETED]}),
-    # Body
-    "empty": ("200 and an empty body, properly ended: the incident", {"stream": ["open"]}),
-    "empty-truncated": ("200 and no body, and the connection breaks", {"stream": ["open", "drop"]}),
-    "no-response": ("the connection closes before any answer", {"stream": ["drop"]}),
-    "first-chunk-then-close": ("`: connected`, 13 bytes, and a proper end", {"stream": [_HELLO]}),
-    "first-chunk-then-drop": ("`: connected`, 13 bytes, then the connection breaks", {
-        "stream": [_HELLO, "drop"]}),
-    "drop": ("three events, then the connection breaks, every time", {
-        "stream": [_HELLO, {"relay": 3}, "drop"]}),
-    "drop-mid-event": ("two events and half the next one, then the connection breaks", {
-        "stream": [_HELLO, {"relay": 2, "cut": 0.5}, "drop"]}),
-    "drop-resume": ("two events and a break; a resume gets the rest, nothing lost or twice", {
-        "stream": [[_HELLO, {"relay": 2}, "drop"], _USUAL]}),
-    "always-drop": ("`: connected` and a break, however often one tries", {
-        "stream": [_HELLO, "drop"]}),
-    "reset": ("two events, then a TCP reset", {
-        "stream": [_HELLO, {"relay": 2}, "reset"]}),
-    "no-done": ("every event and a proper end, but no [DONE]", {
-        "stream": [_HELLO, "heartbeat", _REST]}),
-    "done-only": ("[DONE] and nothing else", {"stream": [_BYE]}),
-    "unterminated-last-event": ("the last event lacks its blank line: no client may see it", {
-        "run": _FOUR,
-        "stream": [_HELLO, {"relay": 3}, {"raw": "event: completed\ndata: {}\nid: 4\n"}]}),
-    "after-done": ("two empty `data:` blocks after [DONE]", {
-        "stream": [*_USUAL, {"raw": "data:\n\ndata:\n\n"}]}),
-    "fallback-completed": ("the run hangs, and the old server invents a completed without score", {
-        "run": [*_FOUR[:2], "hang"], "stream": [_HELLO, {"relay": 2}, _MADE_UP, _BYE]}),
-    # Time
-    "slow-headers": ("8 s pass before the status line", {"stream": [{"sleep": 8}, *_USUAL]}),
-    "slow-stream": ("an event every 2 s, however fast the run was", {
-        "stream": [_HELLO, "heartbeat", {"relay": "all", "every": 2}, _BYE]}),
-    "idle-cut": ("two events, a minute without a byte, then a proxy cuts the idle stream", {
-        "stream": [_HELLO, {"relay": 2}, {"heartbeat": "never"}, {"sleep": 60}, "drop"]}),
-    "no-heartbeat": ("100 s without a byte in a healthy run: no heartbeats", {
-        "run": [*_FOUR[:2], {"sleep": 100}, *_FOUR[2:]],
-        "stream": [_HELLO, {"heartbeat": "never"}, _REST, _BYE]}),
-    "heartbeat-then-silence": ("three heartbeats, then a connection that is open and dead", {
-        "stream": [_HELLO, {"heartbeat": 15}, {"sleep": 46}, "hang"]}),
-    "gateway-timeout": ("an event every 10 s, and a gateway cuts at 300 s although all is well", {
-        "run": [_STARTED, {"repeat": 60, "steps": [
-            {"sleep": 10}, _say("step", label="LONG", turn="{n}")]}, _COMPLETED],
-        "stream": [_HELLO, "heartbeat", {"relay": 30}, {"sleep": 10}, "drop"]}),
-    # Shape
-    "buffered": ("a proxy holds everything back: one arrival, at the end", {
-        "stream": [{"buffer": "all"}, *_USUAL]}),
-    "buffered-4k": ("a proxy passes on 4096 bytes at a time: events come late, in lumps", {
-        "stream": [{"buffer": 4096}, *_USUAL]}),
-    "dribble": ("every byte comes in a chunk of its own", {"stream": [{"chunk": 1}, *_USUAL]}),
-    "split-utf8": ("chunks end inside every multi-byte character", {
-        "stream": [{"chunk": "utf8"}, *_USUAL]}),
-    "mid-line": ("chunks of 7 bytes end wherever they end", {"stream": [{"chunk": 7}, *_USUAL]}),
-    "coalesced": ("`: connected` and five events come in one chunk, the rest in another", {
-        "stream": [{"buffer": "all"}, _HELLO, {"relay": 5}, "flush", _REST, _BYE]}),
-    "crlf": ("lines end in CR LF", {
-        "stream": [{"frame": {"newline": "\r\n"}}, *_USUAL[:3], {"raw": "data: [DONE]\r\n\r\n"}]}),
-    "cr-only": ("lines end in CR", {
-        "stream": [{"frame": {"newline": "\r"}}, *_USUAL[:3], {"raw": "data: [DONE]\r\r"}]}),
-    "bom": ("a byte order mark comes first", {"stream": [{"raw": {"hex": "efbbbf"}}, *_USUAL]}),
-    "double-wrapped": ("a relay wraps every line again: `data:event: …`, `data:data: …`", {
-        "stream": [{"frame": {"wrap": "data:"}}, *_USUAL[:3], {"raw": "data:data: [DONE]\n\n"}]}),
-    "gateway-ids": ("a gateway puts ids of its own on every block: `gw-1`, `gw-2`, …", {
-        "stream": [{"frame": {"id": "gw-{n}"}}, *_USUAL]}),
-    "duplicate-events": ("the second event comes twice, with the same id", {
-        "run": _FOUR, "stream": [_HELLO, {"relay": 2}, _numbered(2), _REST, _BYE]}),
-    "out-of-order": ("the third event comes before the second", {
-        "run": _FOUR, "stream": [_HELLO, *map(_numbered, (1, 3, 2, 4)), _BYE]}),
-    "bad-json": ("one event's data is JSON cut short", {
-        "stream": [_HELLO, {"relay": 2}, {"event": {"event": "step", "data": '{"label": "RULE_SC'}},
-                   _REST, _BYE]}),
-    # Status
-    "unauthorized": ("the token has expired: 401", {
-        "stream": _answers(401, {"detail": "Token expired"}, WWW_Authenticate="Bearer")}),
-    "forbidden": ("somebody else's case: 403", {
-        "stream": _answers(403, {"detail": "Not your case"})}),
-    "rate-limited": ("too many requests: 429 with Retry-After", {
-        "stream": _answers(429, {"error": "too many requests"}, Retry_After="2")}),
-    "unavailable": ("503 with Retry-After, once; then all is well", {"stream": [_BUSY, _USUAL]}),
-    "refuse-3-then-ok": ("503 three times, then all is well", {
-        "stream": [_BUSY, _BUSY, _BUSY, _USUAL]}),
-    "gone-204": ("204: a native EventSource stops for good", {
-        "stream": [{"open": {"status": 204}}]}),
-    "html": ("200 with a login page where a stream should be", {
-        "stream": _answers(200, _LOGIN, Content_Type="text/html; charset=utf-8")}),
-    "json-instead": ("200 with JSON where a stream should be", {
-        "stream": _answers(200, {"ok": True})}),
-    "sse-500": ("500 with an event-stream type and no body", {
-        "stream": [{"open": {"status": 500}}]}),
-    "unknown-run": ("the old server does not know the run: 200 with an error in JSON", {
-        "stream": _answers(200, _UNKNOWN)}),
-    "unknown-run-404": ("the run is not known: 404", {"stream": _answers(404, _UNKNOWN)}),
-    "expired-run": ("one whole stream, then the run is forgotten: 404", {
-        "stream": [_USUAL, _answers(404, _UNKNOWN)]}),
-    "other-worker": ("every second request lands on a worker that does not know the run: 404", {
-        "stream": {"cycle": [_USUAL, _answers(404, _UNKNOWN)]}}),
-    # Resume
-    "resume-unknown-id": ("ids that no server can resume from: a reconnect replays everything", {
-        "stream": [[{"frame": {"id": "opaque:{n}"}}, _HELLO, {"relay": 2}, "drop"],
-                   [{"frame": {"id": "opaque:{n}"}}, *_USUAL]]}),
-    "resume-gap": ("after a break the server has forgotten an event, and says so with `gap`", {
-        "run": _FOUR, "stream": [[_HELLO, {"relay": 2}, "drop"], [
-            _HELLO, {"event": {"id": "3", "event": "gap", "data": {"from": 3, "to": 3}}},
-            _numbered(4), _BYE]]}),
-    "retry-field": ("`retry: 1500` comes first: the client's back-off changes", {
-        "stream": [{"raw": "retry: 1500\n\n"}, *_USUAL]}),
-    "two-subscribers": ("the old queue: each event goes to one viewer only, the other misses it", {
-        "stream": [_HELLO, "heartbeat", {"relay": "all", "shared": True}, _BYE]}),
-    # Trigger
-    "slow-trigger": ("the 202 takes 6 s: the back end gives up and asks again, the run goes on", {
-        "trigger": [{"sleep": 6}]}),
-    "trigger-503": ("the trigger is refused with 503, nothing starts", {"trigger": _BUSY}),
-    "trigger-lost": ("the first answer is lost in a reset; the retry meets the same run", {
-        "trigger": [["reset"], []]}),
-    "trigger-disabled": ("200 `disabled`, nothing starts", {"trigger": _answers(200, _OFF)}),
-    "duplicate-run": ("two pipelines in one run: every event comes twice, with two ids", {
-        "run": [part for step in _FOUR for part in (step, step)]}),
+# A row: what one sees; then its scripts, as far as they are not the ordinary ones.
+RUNS: dict[str, Any] = {  # run, stream
+    "ok": ["all is well: the ordinary run, the ordinary stream"],
+    "phase3": [
+        "all is well: the ordinary Phase3 run, whoever triggers it", [{"ordinary": "phase3"}]],
+    "generation": [
+        "a generation job: ids `{jobId}_{n}`, heartbeats as events, no [DONE]",
+        [{"ordinary": "generation"}],
+        [{"frame": JOB_FRAME}, HELLO, {"heartbeat": {"every": 30, **JOB_BEAT}}, REST]],
+    "failed": [
+        "the analysis fails: `failed` says why and is the last event, then [DONE]",
+        [*_BEGIN, {"fail": {"error": "the model refused the prompt", "stage": "llm"}}]],
+    "crash": [
+        "the analysis raises: `failed` names the exception, the server lives",
+        [*_BEGIN, {"crash": "row 7 has no amount"}]],
+    "slow-first": [
+        "only heartbeats for 30 s, then an ordinary run: is the client patient?",
+        [{"sleep": 30}, "ordinary"]],
+    "silent": [
+        "a run that never speaks: heartbeats, then `failed` at the idle time-out", ["hang"]],
+    "slow-run": [
+        "an event every 10 s for 70 s: an absolute timer of 65 s gives up too early",
+        [_STARTED, {"repeat": 7, "steps": _SLOW_TICK}, _COMPLETED]],
+    "stepped": [
+        "each event waits for its gate, go-1 to go-4: the test decides when it comes",
+        [part for n in range(4) for part in ({"wait": f"go-{n + 1}"}, _FOUR[n])]],
+    "flood": [
+        "20 000 events as fast as they come: does the client keep up?",
+        [_STARTED, {"repeat": 20_000, "steps": [_TICK]}, _COMPLETED]],
+    "big-event": [
+        "one event of 5 MB on one line: does a line buffer overflow?",
+        [_STARTED, {**_say("evidence", type="COLLECTED"), "pad": 5_000_000}, _COMPLETED]],
+    "korean": [
+        "long multi-byte text: characters that straddle every buffer",
+        [_STARTED, *[_say("step", label="설명", detail=_KOREAN)] * 5, _COMPLETED]],
+    "no-terminal": ["[DONE] comes, but neither completed nor failed did", _FOUR[:3]],
+    "progress-regress": [
+        "percent goes 45, 25, 85: a progress bar runs backwards",
+        [_STARTED, *(_say("step", label="STEP", percent=n) for n in (45, 25, 85)), _COMPLETED]],
+    "missing-started": ["the first event is a step: `started` never comes", _FOUR[1:]],
+    "unknown-events": [
+        "event names that nobody documented, between the known ones",
+        [_STARTED, _say("telemetry", cpu=1), _say("x-internal", a=1), _COMPLETED]],
 }
+STREAMS: dict[str, Any] = {  # stream, run
+    # Body
+    "empty": ["200 and an empty body, properly ended: the incident", ["open"]],
+    "empty-truncated": ["200 and no body, and the connection breaks", ["open", "drop"]],
+    "no-response": ["the connection closes before any answer", ["drop"]],
+    "first-chunk-then-close": ["`: connected`, 13 bytes, and a proper end", [HELLO]],
+    "first-chunk-then-drop": [
+        "`: connected`, 13 bytes, then the connection breaks", [HELLO, "drop"]],
+    "drop": [
+        "three events, then the connection breaks, every time", [HELLO, {"relay": 3}, "drop"]],
+    "drop-mid-event": [
+        "two events and half the next one, then the connection breaks",
+        [HELLO, {"relay": 2, "cut": 0.5}, "drop"]],
+    "drop-resume": [
+        "two events and a break; a resume gets the rest, nothing lost or twice",
+        [[*_TWO, "drop"], _USUAL]],
+    "always-drop": ["`: connected` and a break, however often one tries", [HELLO, "drop"]],
+    "reset": ["two events, then a TCP reset", [*_TWO, "reset"]],
+    "no-done": ["every event and a proper end, but no [DONE]", _ALL],
+    "done-only": ["[DONE] and nothing else", [BYE]],
+    "unterminated-last-event": [
+        "the last event lacks its blank line: no client may see it",
+        [HELLO, {"relay": 3}, {"raw": "event: completed\ndata: {}\nid: 4\n"}], _FOUR],
+    "after-done": [
+        "two empty `data:` blocks after [DONE]", [*_USUAL, {"raw": "data:\n\ndata:\n\n"}]],
+    "fallback-completed": [
+        "the run hangs, and the old server invents a completed without score",
+        [*_TWO, _say("completed", **_IDS), BYE], [*_BEGIN, "hang"]],
+    # Time
+    "slow-headers": ["8 s pass before the status line", [{"sleep": 8}, *_USUAL]],
+    "slow-stream": [
+        "an event every 2 s, however fast the run was",
+        [HELLO, "heartbeat", {"relay": "all", "every": 2}, BYE]],
+    "idle-cut": [
+        "two events, a minute without a byte, then a proxy cuts the idle stream",
+        [*_TWO, {"heartbeat": "never"}, {"sleep": 60}, "drop"]],
+    "no-heartbeat": [
+        "100 s without a byte in a healthy run: no heartbeats",
+        [HELLO, {"heartbeat": "never"}, REST, BYE], [*_BEGIN, {"sleep": 100}, *_FOUR[2:]]],
+    "heartbeat-then-silence": [
+        "three heartbeats, then a connection that is open and dead",
+        [HELLO, {"heartbeat": 15}, {"sleep": 46}, "hang"]],
+    "gateway-timeout": [
+        "an event every 10 s, and a gateway cuts at 300 s although all is well",
+        [HELLO, "heartbeat", {"relay": 30}, {"sleep": 10}, "drop"],
+        [_STARTED, {"repeat": 60, "steps": _SLOW_TICK}, _COMPLETED]],
+    # Shape
+    "buffered": [
+        "a proxy holds everything back: one arrival, at the end", [{"buffer": "all"}, *_USUAL]],
+    "buffered-4k": [
+        "a proxy passes on 4096 bytes at a time: events come late, in lumps",
+        [{"buffer": 4096}, *_USUAL]],
+    "dribble": ["every byte comes in a chunk of its own", [{"chunk": 1}, *_USUAL]],
+    "split-utf8": [
+        "chunks end inside every multi-byte character", [{"chunk": "utf8"}, *_USUAL]],
+    "mid-line": ["chunks of 7 bytes end wherever they end", [{"chunk": 7}, *_USUAL]],
+    "coalesced": [
+        "`: connected` and five events come in one chunk, the rest in another",
+        [{"buffer": "all"}, HELLO, {"relay": 5}, "flush", REST, BYE]],
+    "crlf": [
+        "lines end in CR LF",
+        [{"frame": {"newline": "\r\n"}}, *_ALL, {"raw": "data: [DONE]\r\n\r\n"}]],
+    "cr-only": [
+        "lines end in CR", [{"frame": {"newline": "\r"}}, *_ALL, {"raw": "data: [DONE]\r\r"}]],
+    "bom": ["a byte order mark comes first", [{"raw": {"hex": "efbbbf"}}, *_USUAL]],
+    "double-wrapped": [
+        "a relay wraps every line again: `data:event: …`, `data:data: …`",
+        [{"frame": {"wrap": "data:"}}, *_ALL, {"raw": "data:data: [DONE]\n\n"}]],
+    "gateway-ids": [
+        "a gateway puts ids of its own on every block: `gw-1`, `gw-2`, …",
+        [{"frame": {"id": "gw-{n}"}}, *_USUAL]],
+    "duplicate-events": [
+        "the second event comes twice, with the same id", [*_TWO, _SECOND, REST, BYE], _FOUR],
+    "out-of-order": [
+        "the third event comes before the second",
+        [HELLO, _FIRST, _THIRD, _SECOND, _LAST, BYE], _FOUR],
+    "bad-json": [
+        "one event's data is JSON cut short",
+        [*_TWO, {"event": {"event": "step", "data": '{"label": "RULE_SC'}}, REST, BYE]],
+    # Status
+    "unauthorized": [
+        "the token has expired: 401",
+        _answer(401, {"detail": "Token expired"}, {"WWW-Authenticate": "Bearer"})],
+    "forbidden": ["somebody else's case: 403", _answer(403, {"detail": "Not your case"})],
+    "rate-limited": [
+        "too many requests: 429 with Retry-After",
+        _answer(429, {"error": "too many requests"}, {"Retry-After": "2"})],
+    "unavailable": ["503 with Retry-After, once; then all is well", [_BUSY, _USUAL]],
+    "refuse-3-then-ok": ["503 three times, then all is well", [_BUSY, _BUSY, _BUSY, _USUAL]],
+    "gone-204": ["204: a native EventSource stops for good", [{"open": {"status": 204}}]],
+    "html": ["200 with a login page where a stream should be", _answer(200, _LOGIN, _HTML)],
+    "json-instead": ["200 with JSON where a stream should be", _answer(200, {"ok": True})],
+    "sse-500": ["500 with an event-stream type and no body", [{"open": {"status": 500}}]],
+    "unknown-run": [
+        "the old server does not know the run: 200 with an error in JSON",
+        _answer(200, _UNKNOWN)],
+    "unknown-run-404": ["the run is not known: 404", _LOST],
+    "expired-run": ["one whole stream, then the run is forgotten: 404", [_USUAL, _LOST]],
+    "other-worker": [
+        "every second request lands on a worker that does not know the run: 404",
+        {"cycle": [_USUAL, _LOST]}],
+    # Resume
+    "resume-unknown-id": [
+        "ids that no server can resume from: a reconnect replays everything",
+        [[_OPAQUE, *_TWO, "drop"], [_OPAQUE, *_USUAL]]],
+    "resume-gap": [
+        "after a break the server has forgotten an event, and says so with `gap`",
+        [[*_TWO, "drop"], [
+            HELLO, {"event": {"id": "3", "event": "gap", "data": {"from": 3, "to": 3}}},
+            _LAST, BYE]],
+        _FOUR],
+    "retry-field": [
+        "`retry: 1500` comes first: the client's back-off changes",
+        [{"raw": "retry: 1500\n\n"}, *_USUAL]],
+    "two-subscribers": [
+        "the old queue: each event goes to one viewer only, the other misses it",
+        [HELLO, "heartbeat", {"relay": "all", "shared": True}, BYE]],
+}
+TRIGGERS: dict[str, Any] = {  # trigger, run
+    "slow-trigger": [
+        "the 202 takes 6 s: the back end gives up and asks again, the run goes on",
+        [{"sleep": 6}]],
+    "trigger-503": ["the trigger is refused with 503, nothing starts", _BUSY],
+    "trigger-lost": [
+        "the first answer is lost in a reset; the retry meets the same run", [["reset"], []]],
+    "trigger-disabled": ["200 `disabled`, nothing starts", _answer(200, _OFF)],
+    "duplicate-run": [
+        "two pipelines in one run: every event comes twice, with two ids",
+        None, [part for step in _FOUR for part in (step, step)]],
+}
+TABLES = ((RUNS, "run", "stream"), (STREAMS, "stream", "run"), (TRIGGERS, "trigger", "run"))
 
 
 def documented(value: Any) -> Scenario:
@@ -5030,10 +5021,12 @@ def documented(value: Any) -> Scenario:
 
 def catalogue() -> dict[str, Scenario]:
     """The built-in scenarios, by name."""
-    return {
-        name: documented({"name": name, "doc": doc, **parts})
-        for name, (doc, parts) in CATALOGUE.items()
-    }
+    found = {}
+    for table, *places in TABLES:
+        for name, (doc, *scripts) in table.items():
+            own = {place: script for place, script in zip(places, scripts, strict=False) if script}
+            found[name] = documented({"name": name, "doc": doc, **own})
+    return found
 
 
 # ═══ 20  The page ═════════════════════════════════════════════════════════════════════════════════
@@ -6312,7 +6305,7 @@ def serve_command(words: list[str]) -> int:
 
     shape = "%(asctime)s - %(name)s - %(levelname)s - %(message)s"
     with contextlib.closing(LogWriter()) as lines:
-        logging.basicConfig(stream=lines, level=settings.log_level, format=shape)
+        logging.basicConfig(stream=lines, level=settings.log_level.upper(), format=shape)
         prepare_process()
         try:
             trio.run(serve_until_signalled, settings, partial(greet, settings))
@@ -6443,7 +6436,7 @@ def diagnose_command(words: list[str]) -> int:
     as_json = flags.pop("json")
     pairs = (given.partition(":") for given in flags["headers"])
     flags["headers"] = {name.lower(): text.strip() for name, _, text in pairs}
-    Headers(flags["headers"])  # says no to what is none
+    checked(Headers, flags["headers"])
     if not flags["case"] and urlsplit(flags["url"]).path in ("", "/"):
         raise ValueError("give the URL of a stream, or that of a server and --case ID")
 
