@@ -465,14 +465,18 @@ class Run:
         return float(self.silent_at - self.info.clock.now())
 
     def hear(self, said: Any) -> None:
-        """One thing that came out of the channel. A door: part 2's runs know more than events."""
+        """One thing that came out of the channel."""
         match said:
             case Event(block=_):
                 self.log.append(said)
             case _:
-                text = f"the analysis sent {type(said).__name__}, where an Event belongs"
-                self.failure = self.failure or Failure(text, retryable=False)
-                self.scope.cancel(reason=text)
+                self.hear_else(said)
+
+    def hear_else(self, said: Any) -> None:
+        """A door: part 2's runs know more than events."""
+        text = f"the analysis sent {type(said).__name__}, where an Event belongs"
+        self.failure = self.failure or Failure(text, retryable=False)
+        self.scope.cancel(reason=text)
 
     def give_up(self) -> None:
         """It has said nothing for too long. (The lines are those that Aura's guides look for.)"""
@@ -2221,7 +2225,7 @@ class Entry(Record):
         self.seed = scenario.seed
         self.attempt = attempt
 
-    def carried(self, chunks: int, size: int, names: list[str], last: int | None) -> None:
+    def carried(self, chunks: int, size: int, tally: Mapping[str, int], last: int | None) -> None:
         """So many chunks and bytes went out, and in them events of these names, the last one with
         this id."""
         if self.first_byte is None:
@@ -2231,17 +2235,16 @@ class Entry(Record):
         self.chunks += chunks
         self.bytes += size
         self.last_id_sent = self.last_id_sent if last is None else last
-        beats = names.count(BEAT)
-        self.heartbeats += beats
-        if beats:
-            names = [name for name in names if name != BEAT]
-        if names:
+        for name, count in tally.items():
+            if name == BEAT:
+                self.heartbeats += count
+                continue
+            self.events += count
+            self.tally[name] += count
             if self.first_event is None:
                 self.first_event = trio.current_time()
-            self.events += len(names)
-            self.tally.update(names)
-            if len(self.tally) > 100:  # somebody makes up names
-                fold(self.tally)
+        if len(self.tally) > 100:  # somebody makes up names
+            fold(self.tally)
 
     @property
     def streams(self) -> bool:
@@ -2398,7 +2401,7 @@ class Piece(NamedTuple):
     asked: tuple[int, int]
     chunk: bytes
     size: int
-    names: list[str]
+    tally: Mapping[str, int]  # its events, by name
     last: int
 
 
@@ -2415,8 +2418,8 @@ class BoundedLog(Log):
             if len(data) > WRITE:
                 return None
             chunk = b"%x\r\n%b\r\n" % (len(data), data)
-            names = self.names_of(after, last)
-            self.ready = Piece((after, self.last), chunk, len(data), names, last)
+            tally = collections.Counter(self.names_of(after, last))
+            self.ready = Piece((after, self.last), chunk, len(data), tally, last)
         return self.ready
 
     @property
@@ -2477,9 +2480,9 @@ class ScriptedRun(Run):
         self.hub.bound(self)
         super().announce()
 
-    def hear(self, said: Any) -> None:
+    def hear_else(self, said: Any) -> None:
         if not isinstance(said, AtGate):
-            super().hear(said)
+            super().hear_else(said)
         elif said.waits:
             self.at_gate = self.info.clock.now()
         else:  # who waits at a gate may be silent
@@ -2908,7 +2911,7 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
         self.said_at = trio.current_time()
         self.quiet_since = self.clock.now()
         if not self.connection.unsent:
-            self.entry.carried(1, piece.size, piece.names, piece.last)
+            self.entry.carried(1, piece.size, piece.tally, piece.last)
 
     def wrote(self, said: list[bytes]) -> None:
         self.unsent_head = False
@@ -2916,7 +2919,7 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
         self.quiet_since = self.clock.now()
         if said and not self.connection.unsent:
             size = sum(map(len, said))
-            self.entry.carried(len(said), size, self.names, self.last_said)
+            self.entry.carried(len(said), size, collections.Counter(self.names), self.last_said)
         self.names = []
         self.last_said = None
 
