@@ -4630,8 +4630,9 @@ class Connection:
         if message["type"] == "http.response.start":
             self._open(message["status"], message["headers"])
             return
-        data = message.get("body", b"")
-        await self.put([data] if data else [], message.get("more_body", False))
+        data, more = message.get("body", b""), message.get("more_body", False)
+        if data or not more:  # a head that is all of its answer waits for the end, too
+            await self.put([data] if data else [], more)
 
     async def put(self, said: Iterable[bytes], more: bool = True) -> None:
         """Parts of a body, each a chunk, in one write."""
