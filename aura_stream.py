@@ -50,9 +50,9 @@ from above it. Ten minutes? Read part 1.
     12  Runs of scenarios      gates, limits, forgetting
     13  Scripted deliveries    a script played to one viewer
     14  Faults                 how a delivery goes wrong, at the exact byte
-    15  Choosing               which scenario, which attempt, which script
-    16  Control                what the double can do, is to do, and has done
-    17  Catalogue              the built-in scenarios, as data
+    15  Catalogue              the built-in scenarios, as data
+    16  Choosing               which scenario, which attempt, which script
+    17  Control                what the double can do, is to do, and has done
     18  The double             all of it, served; `running()` for tests
     Part 3  In operation
     19  What ASGI cannot say   the fenced corner: sockets, deadlines, other people's bugs
@@ -3156,877 +3156,7 @@ def close_all(
     return len(chosen)
 
 
-# ═══ 15  Choosing ═════════════════════════════════════════════════════════════════════════════════
-# What a request gets: which scenario, which attempt at it, which script. A service decides, and is
-# done; what takes time is a run or a delivery. Around both stands the request, and its entry in the
-# journal.
-
-RunId = that(
-    "1 to 200 printable characters, no '/'",
-    lambda value: type(value) in (str, int, float) and str(value).isprintable()
-    and re.fullmatch(r"(?!\.\.?\Z)[^/]{0,200}", str(value)))
-Told = dict[str, Any]  # what an answer says, as JSON
-Text = str | None
-_loose = partial(form, strict=False)
-TRIGGER_BODY = {
-    "phase2": _loose(runId=RunId | None, requestedBy=Text, evidence=dict | None,
-                     mode=Text, options=dict | None),
-    "phase3": _loose(runId=RunId | None, requestedBy=Text, artifacts=dict | None,
-                     callbacks=dict | None, options=_loose(
-                         ragTopK=number(int, 1, 20) | None,
-                         temperature=number(float, 0, 1) | None, promptVersion=Text) | None),
-    "generation": _loose(projectId=RunId | None, title=Text, description=Text),
-}
-
-
-def checked_body(raw: Any, kind: Any, where: str = "body") -> Told:
-    """A JSON body, or the Wrong in it, a 422 that names the field. No body is an empty one."""
-    try:
-        body: Told = json.loads(raw.decode().strip() or "{}")
-        sizes = [len(level) for level in itertools.islice(levels(body), DEEPEST + 2)]
-        to_json(body)  # which knows that NaN is no JSON
-    except (RecursionError, ValueError) as error:
-        raise Wrong(f"this is not JSON: {error}", where) from None
-    if len(sizes) > DEEPEST + 1 or sum(sizes) > MOST_VALUES:
-        most = f"{MOST_VALUES:,} values, nested {DEEPEST} levels deep"
-        raise Wrong(f"holds more than {most}, too much to look through", where)
-    checked(kind, body, where)
-    return body
-
-
-async def told(kind: Any) -> Told:
-    """The body of this request."""
-    return checked_body(await request.get_data(cache=False), kind)
-
-
-def uses(script: Script, verb: str) -> list[Step]:
-    """The steps of a script, however deep, that have this verb."""
-    inner = [found for step in script for found in uses(step.steps, verb)]
-    return [step for step in script if step.verb == verb] + inner
-
-
-def refuses(script: Script) -> bool:
-    """Whether a trigger script says no: then no run is started."""
-    return any(step.argument.get("status", 200) != 202 for step in uses(script, "open"))
-
-
-def needs_no_run(scenario: Scenario) -> bool:
-    """Whether its stream can be played where there is no log."""
-    return scenario.stream is not None and not uses(scenario.stream.of(1), "relay")
-
-
-def counted(counts: dict[Any, int], what: Any, most: int) -> int:
-    """One more of this; which it is. So many are remembered: those that were counted last."""
-    number = counts.pop(what, 0) + 1
-    counts[what] = number
-    if len(counts) > most:
-        del counts[next(iter(counts))]
-    return number
-
-
-@dataclass
-class Binding:
-    """A scenario that waits for the triggers it is meant for."""
-
-    scenario: Scenario
-    left: float
-    case_id: str | None = None
-    test_id: str | None = None
-
-    def fit(self, case_id: str | None, test_id: str | None) -> int:
-        """How well it fits: 0 is not at all."""
-        if self.case_id not in (None, case_id) or self.test_id not in (None, test_id):
-            return 0
-        return 1 + (self.case_id is not None) + (self.test_id is not None)
-
-
-# the ordinary streams, as a catalogue writes them
-PLAIN = [phase.stream(DoubleSettings()) for phase in PHASES.values()]
-
-
-class Desk:
-    """How a test chooses what happens to it, and which attempt it is at."""
-
-    def __init__(self, settings: DoubleSettings, catalogue: Mapping[str, Scenario]) -> None:
-        self.settings = settings
-        self.catalogue = catalogue
-        self.default = self.from_start("scenario", settings.scenario) if settings.scenario else None
-        self.usual = {name: self.ordinary(phase) for name, phase in PHASES.items()}
-        self.reset()
-
-    def reset(self, test_id: str | None = None) -> None:
-        """Forget what was bound and counted for one test; or all, but what was said at the
-        start."""
-        if test_id is None:
-            self.bindings = [self.bound(pair) for pair in parts(self.settings.case)]
-            self.counts: dict[tuple[str | None, int], int] = {}
-            return
-        self.bindings = [one for one in self.bindings if one.test_id != test_id]
-        self.counts = {what: count for what, count in self.counts.items() if what[0] != test_id}
-
-    def bound(self, pair: str) -> Binding:
-        """A binding of `--case`, which no trigger uses up."""
-        case_id, _, name = pair.partition("=")
-        if not case_id or not name:
-            raise ValueError(f"--case takes CASE=SCENARIO, not {pair!r}")
-        return Binding(self.from_start("case", name), math.inf, case_id)
-
-    def from_start(self, flag: str, name: str) -> Scenario:
-        if name not in self.catalogue:
-            close = did_you_mean(name, self.catalogue)
-            raise ValueError(f"--{flag}: there is no scenario {name!r}{close}")
-        return self.catalogue[name]
-
-    def ordinary(self, phase: Phase) -> Scenario:
-        """What happens where nobody has chosen. What is ordinary in it follows the settings."""
-        found = self.catalogue.get(phase.scenario) or Scenario(phase.scenario)
-        run = None if all(step.verb == "ordinary" for step in found.run or ()) else found.run
-        plain = found.stream is None or found.stream.of(1) in PLAIN
-        stream = None if plain else found.stream
-        return dataclasses.replace(found, run=run, stream=stream)
-
-    def named(self, name: str) -> Scenario:
-        """The scenario of this name, or the 400 that helps."""
-        if name in self.catalogue:
-            return self.catalogue[name]
-        close = difflib.get_close_matches(name[:64], self.catalogue)
-        known = list(self.catalogue)
-        raise Refusal(
-            400, "unknown scenario", scenario=name[:200], didYouMean=close, known=known)
-
-    def read(self, wanted: Any) -> Scenario:
-        """The scenario of this name, or that this is: as JSON, or as a text of it."""
-        if isinstance(wanted, str) and not wanted.startswith("{"):
-            return self.named(wanted)
-        if isinstance(wanted, str):
-            wanted = checked_body(to_bytes(wanted), dict, "scenario")
-        return parse_scenario(wanted)
-
-    def meant(
-        self, ids: tuple[str, str | None], test_id: str | None, able: Callable[[Scenario], bool]
-    ) -> Scenario | None:
-        """What was chosen beforehand and is able: in the run's or the case's id, by a binding
-        (which this uses up), by default."""
-        for text in filter(None, ids):
-            if "~" in text and not self.settings.no_magic:
-                return self.named(text.rpartition("~")[2])
-
-        whose = (ids[1], test_id)
-        fits = [one for one in self.bindings if one.fit(*whose) and able(one.scenario)]
-        if not fits:
-            return self.default
-        best = max(fits, key=lambda one: one.fit(*whose))
-        best.left -= 1
-        self.bindings = [one for one in self.bindings if one.left > 0]
-        return best.scenario
-
-    def bind(self, binding: Binding) -> None:
-        if len(self.bindings) >= (most := self.settings.max_bindings):
-            error = f"{most} bindings are waiting already; POST /__aura/reset forgets them"
-            raise Refusal(409, error)
-        self.bindings.append(binding)
-
-    def weight(self) -> int:
-        """The bytes that bound scenarios hold."""
-        return sum(one.scenario.weight for one in self.bindings)
-
-    def attempts(self, *what: str) -> int:
-        """How many there have been at this, in the test at hand."""
-        return self.counts.get((entry().test_id, hash(what)), 0)
-
-    def count(self, *what: str) -> int:
-        """One attempt more; which it is. What it is at is kept as a number: names may be long."""
-        return counted(self.counts, (entry().test_id, hash(what)), 10_000)
-
-
-class Below(NoSocket):
-    """What is below a request, as far as that matters here: in memory, nothing."""
-
-    half_closed = False
-
-    def stream_begins(self) -> None:
-        """What was asked for is a stream."""
-
-    def blame(self) -> Ending:
-        """Who ended the request that has not ended itself."""
-        return LEFT
-
-
-def below(scope: Any) -> Any:
-    """The connection below a request: a `Below`, or part 3's own."""
-    return scope.get("state", {}).get("connection") or Below()
-
-
-class JournaledRequest(Exchange):
-    """One request and its answer: here the journal's entry begins and ends."""
-
-    def __init__(self, journal: Journal, app: QuartTrio, scope: Any) -> None:
-        super().__init__(app, scope)
-        self.journal = journal
-        given = scope["aura.headers"] = dict(scope["headers"])
-        shown = {name: as_text(given[name])[:200] for name in RECORDED if name in given}
-        if b"authorization" in shown:
-            shown[b"authorization"] = "present"
-
-        host, port = scope.get("client") or ("<local>", 0)
-        path = "/" + scope["path"].lstrip("/")  # as the routes see it
-        self.kept = scope["method"] != "OPTIONS" and not path.startswith("/__aura/")
-        tenant = as_text(given.get(b"x-tenant-id", b"")).strip() if self.kept else ""
-        self.entry = scope["aura.entry"] = Entry(
-            scope["method"], path, f"{host}:{port}", known_as(shown, b"x-request-id"),
-            http_version=scope["http_version"], headers=shown, tenant_id=tenant or None,
-            user_id=shown.get(b"x-user-id"), agent_id=shown.get(b"x-agent-id"),
-            test_id=shown.get(b"x-test-id"))
-
-    async def __call__(self, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
-        trio.lowlevel.current_task().name = "request"
-        entry, connection = self.entry, below(self.scope)
-        self.journal.open(entry, kept=self.kept)
-        try:
-            await super().__call__(receive, send)
-        finally:
-            cause = sys.exception()
-            if connection.unsent and (entry.end or LEFT).how == "end":
-                entry.end = None  # an end that could not be written was none
-            if isinstance(cause, Exception):
-                entry.finish("server", "error", explained(cause).error)
-            entry.finish(*connection.blame()[:3])
-            if connection.half_closed:
-                entry.notes.append("the client had closed its side by then")
-            self.journal.close(entry)
-
-    async def _send_response(self, send: ASGISendCallable, response: Any) -> None:
-        entry = self.entry
-        if isinstance(response, Streamed):
-            if entry.streams:
-                below(self.scope).stream_begins()
-            # not as long as a stream
-            self.scope["aura.headers"] = self.scope["headers"] = {}  # type: ignore
-            await response.delivery.deliver(send, response.headers.items())
-        else:
-            entry.status = response.status_code
-            entry.bytes = 0 if entry.method == "HEAD" else response.content_length or 0
-            entry.finish("server", "end", "answered")
-            await super()._send_response(send, response)
-
-
-def as_text(value: bytes) -> str:
-    return value.decode("utf-8", "replace")
-
-
-def known_as(headers: Mapping[bytes, str], name: bytes) -> str:
-    """The id that a caller gave its request in this header, if it can be one; else a new one."""
-    given = headers.get(name, "")
-    return given if re.fullmatch(r"[A-Za-z0-9._-]{1,128}", given) else uuid.uuid4().hex
-
-
-def entry() -> Entry:
-    """The journal's entry of the request at hand."""
-    found: Entry = request.scope["aura.entry"]  # type: ignore[typeddict-item]  # put there above
-    return found
-
-
-def header(name: bytes) -> str:
-    """A header of the request at hand, or nothing. (Werkzeug makes an exception of each it has
-    not.)"""
-    return as_text(request.scope["aura.headers"].get(name, b""))  # type: ignore[typeddict-item]
-
-
-def header_value(value: str) -> str:
-    """Anything beyond visible ASCII, and `%` itself, percent-encoded."""
-    return quote(value, safe="!\"#$&'()*+,-./:;<=>?@[\\]^_`{|}~")
-
-
-def refusal_of(error: Exception) -> Refusal:
-    """What may go wrong with a request, as the refusal it is."""
-    match error:
-        case Wrong():  # in the form FastAPI gives it, which Aura's clients know
-            detail = {"loc": list(error.path), "msg": error.says, "type": "value_error"}
-            return Refusal(422, detail=[detail])
-        case Mistake():
-            return Refusal(422, str(error), **vars(error))
-        case HTTPException():
-            says = f"{error.name}: {error.description}"
-            if error.code == 404:
-                rules = [rule.rule for rule in current_app.url_map.iter_rules()]
-                says = "there is no such path" + did_you_mean(request.path, rules)
-            allowed = {name: value for name, value in error.get_headers() if name == "Allow"}
-            return Refusal(error.code or 500, says, allowed, path=entry().path)
-        case Refusal():
-            return error
-    raise error
-
-
-def cause_of(refusal: Refusal) -> str:
-    """Its cause, for log and journal."""
-    body = refusal.body or {}
-    said = body.get("error") or body.get("detail") or body.get("message")
-    if isinstance(said, list):
-        said = f"{'.'.join(said[0]['loc'])}: {said[0]['msg']}"
-    said = said or {204: "finished and fully seen"}.get(refusal.status, "no tenant")
-    return said + (f", the limit is {body['limit']}" if "limit" in body else "")
-
-
-def query(kind: Any) -> Any:
-    """The query of this request, its numbers as numbers, or the 400 in a sentence."""
-    try:
-        return checked(kind, request.args.to_dict(), strict=False)
-    except Wrong as wrong:
-        raise Refusal(400, f"the query {wrong}") from None
-
-
-class Reception(Service):
-    """Which scenario a trigger starts, and which one a viewer gets."""
-
-    make_request: ClassVar[Any] = JournaledRequest  # a door
-
-    def __init__(
-        self, settings: DoubleSettings, analysis: Analysis | None = None,
-        catalogue: Mapping[str, Scenario] | None = None,
-    ) -> None:
-        super().__init__(settings, analysis)
-        self.journal = Journal(settings.max_journal)
-        self.desk = Desk(settings, catalogue or {})
-        self.ordinary = {
-            name: Attempts((phase.stream(settings),)) for name, phase in PHASES.items()
-        }
-
-    def application(
-        self, hub: BoundedHub, url: str = "", stop: Callable[[], None] | None = None
-    ) -> QuartTrio:
-        """All its doors, over the runs of this hub; in memory there is no URL, and no stop."""
-        self.hub = hub
-        self.url = url
-        self.stop = stop
-        self.began = hub.clock.now()
-        hub.also = self.desk.weight
-        app = make_app(self)
-        app.config["MAX_CONTENT_LENGTH"] = self.settings.max_body
-        app.config["BODY_TIMEOUT"] = self.settings.body_timeout
-        app.asgi_http_class = partial(self.make_request, self.journal)  # type: ignore[assignment]
-        app.before_request(self.admit)
-        app.after_request(self.sign)
-        for error in (Refusal, Wrong, Mistake, HTTPException):
-            app.register_error_handler(error, self.refuse)
-
-        for way, method in self.doors.items():
-            verb, path = way.split()
-            view = partial(self.enter, method)
-            app.add_url_rule(path, f"{method.__name__} {way}", view, methods=[verb])
-        return app
-
-    async def enter(self, method: Callable[..., Any], **path: Any) -> Response:
-        """By one of its doors: a method answers, with a response or with what a 200 tells."""
-        said = method(self, **path)
-        if inspect.isawaitable(said):
-            said = await said
-        return said if isinstance(said, Response) else answer(said)
-
-    async def admit(self) -> Response | None:
-        """Before every request: which route it takes, and whose run it is about. A door: part 3
-        lets in whom it may."""
-        this = entry()
-        if request.method == "GET":  # nobody reads its body, which would stay as long as a stream
-            request.body.append = lambda data: None  # type: ignore[method-assign]
-        named = request.view_args or {}
-        this.case_id = named.get("case_id")
-        this.run_id = named.get("run_id", named.get("job_id"))
-        this.pattern = request.url_rule.rule if request.url_rule else this.pattern
-        this.route = (request.endpoint or "").partition(" ")[0]
-        kind = this.route.rpartition("_")[2]  # routes are called by what they are
-        if kind in ("stream", "trigger") and request.method in ("GET", "POST"):
-            this.kind = kind
-        return None
-
-    async def sign(self, response: Response) -> Response:
-        """What every answer carries. A door."""
-        response.headers["X-Request-ID"] = entry().request_id
-        return response
-
-    async def refuse(self, error: Exception) -> Response:
-        """How a refusal leaves, wherever it was made: where a stream was asked for, as a script
-        like any other."""
-        this, refusal = entry(), refusal_of(error)
-        why = f"refused: {cause_of(refusal)}"
-        logger.info("[%s] %d %s", this.request_id, refusal.status, safe(why))
-        this.notes.append(safe(why))
-        this.attempt = None  # no script of a scenario plays
-        if this.kind != "stream":
-            return answer(refusal.body, refusal.status, refusal.headers)
-        head = {
-            "status": refusal.status, "headers": refusal.headers, "body": refusal.body or "",
-        }
-        script = refusal.script or (Step("open", literal(head)),)
-        delivery = Faulty(script, this, self.hub, connection=below(request.scope))
-        delivery.reason = why
-        return Streamed(delivery)
-
-    def wanted(self, body: Any = None) -> Any:
-        """What the request itself chooses, if anything. A door."""
-        return header(b"x-aura-scenario") or request.args.get("scenario") or body
-
-    def chosen(self, body: Any = None) -> Scenario | None:
-        wanted = self.wanted(body)
-        return None if wanted is None else self.desk.read(wanted)
-
-    async def asked(self, case_id: str, phase: str) -> TriggerRequest:
-        body = await told(TRIGGER_BODY[phase])
-        given = body.get("runId") not in (None, "")
-        run_id = body["runId"] if given else uuid.uuid4()
-        return TriggerRequest(str(run_id), case_id, phase, body, given)
-
-    def trigger(self, order: TriggerRequest) -> tuple[ScriptedRun | None, str, Script | None]:
-        """The run a trigger asks for, if it may start; whether it was `started` or `known`; and
-        how the scenario answers, if it does."""
-        this, desk = entry(), self.desk
-        this.run_id = order.run_id
-        asked = self.chosen(order.body.get("scenario"))
-        run = self.known(order, asked)
-        scenario = run.scenario if run else asked
-        if scenario is None:
-            ids = (order.run_id, order.case_id)
-            scenario = desk.meant(ids, this.test_id, lambda _: True) or desk.usual[order.phase]
-        whose = ("run", order.run_id) if order.given else ("case", order.case_id)
-        attempt = desk.count("trigger", scenario.name, *whose, this.tenant_id or "")
-        this.plays(scenario, attempt)
-        script = scenario.trigger.of(attempt) if scenario.trigger else None
-        if run:
-            return run, "known", script
-        if not (script and refuses(script)):
-            run = self.start(order, scenario)
-        return run, "started", script
-
-    def known(self, order: TriggerRequest, asked: Scenario | None) -> ScriptedRun | None:
-        """The run that this trigger means, if there is one; or why it can neither have that nor
-        start another. The order of these refusals is the contract's."""
-        this, run_id = entry(), order.run_id
-        run: ScriptedRun | None = self.hub.find(run_id)
-        if run and not may_see(this.tenant_id, run.info.tenant_id):
-            raise self.unknown(run_id)
-        if this.kind == "stream":
-            self.make_room()
-        if self.settings.demo_off:
-            off = {"accepted": False, "runId": run_id} if order.phase == "phase3" else {
-                "status": "disabled"}
-            raise Refusal(200, **off, message="Analysis disabled (DEMO_OFF)")
-        if run and trio.current_time() - run.ended_clock >= self.settings.retrigger_window:
-            run = None
-        if run and asked and asked.source != run.scenario.source:
-            error = f"this run goes with scenario {run.scenario.name!r}; take another runId"
-            raise Refusal(409, error, runId=run_id)
-        if run is None and self.hub.refusal:
-            raise Refusal(503, self.hub.refusal, {"Retry-After": "5"})
-        return run
-
-    def start(self, order: TriggerRequest, scenario: Scenario) -> ScriptedRun:
-        known = self.desk.catalogue.get(scenario.name)
-        kept = 0 if scenario.source is (known and known.source) else scenario.weight
-        evidence = 2 * weight(order.body.get("evidence"))  # in the request, and in its event
-        info = ScriptedInfo(**{
-            **vars(self.info(order)), "tenant_id": entry().tenant_id, "test_id": entry().test_id,
-            "weight": weight(order.body) + evidence + kept, "kept": kept,
-        })
-        analysis = scripted(scenario, self.hub.gates, self.analysis)
-        run: ScriptedRun = self.hub.start(info, scenario, analysis)
-        return run
-
-    def accepted(
-        self, order: TriggerRequest, status: int = 202, told: Told | None = None
-    ) -> Response:
-        run, how, script = self.trigger(order)
-        told = told or ACCEPTED[order.phase](order, run.info.case_id if run else order.case_id)
-        headers = self.echo() | ({"x-aura-run": how} if run else {})
-        if script is None:
-            return answer(told, status, headers)
-        usual = Step("open", literal({"status": status, "body": told}))
-        return self.played(script, headers=headers, usual=usual)
-
-    def stream(self, run_id: str | None) -> Response:
-        """One viewer's stream of this run: which script, from where."""
-        this = entry()
-        this.run_id = run_id
-        if run_id is None:
-            raise Wrong("the query needs runId=…", "query", "runId")
-        if not run_id:
-            raise Refusal(400, "runId is required", runId=None)
-        asked = self.chosen() if request.method != "POST" else None
-        run = self.hub.find(run_id, tenant=this.tenant_id)
-        if request.method != "HEAD" and (run or self.hub.find(run_id) is None):
-            self.make_room()  # another tenant's run is unknown, whether there is room or not
-        if run is None:
-            return self.without_a_run(run_id, asked)
-
-        given = request.args.get("lastEventId") or request.args.get("last-event-id")
-        this.last_event_id = header(b"last-event-id") or given
-        this.resumed_after = resume_point(this.last_event_id, run.log.last)
-        this.case_id = this.case_id or run.info.case_id
-        scenario = asked or run.scenario
-        before = run.attempts.get(scenario.name, 0)
-        attempts = scenario.stream or self.ordinary[run.info.phase]
-        script = attempts.of(before + 1)
-        plain = scenario.stream is None or (attempts.repeats(before + 1) and script in PLAIN)
-        if plain and run.ended and 0 < this.resumed_after == run.log.last:
-            raise Refusal(204)  # finished and fully seen: this stops a native EventSource
-        this.plays(scenario, before)
-        if request.method == "HEAD":
-            return head_only(STREAM_HEAD | self.echo())
-        # a thousand, for inline scenarios have names that anybody can make up
-        this.attempt = counted(run.attempts, scenario.name, 1000)
-        self.say_begun(this)
-        return self.played(script, run)
-
-    def say_begun(self, this: Entry) -> None:
-        say_of(this, "start consuming")
-        if not this.last_event_id:
-            return
-        text = "SSE connection established (client reconnected) run_id=%s last_event_id=%s"
-        logger.info(text, safe(this.run_id), safe(this.last_event_id))
-        if not this.resumed_after and this.last_event_id != "0":
-            this.notes.append("its Last-Event-ID is no event of this run: from the start")
-
-    def make_room(self) -> None:
-        """Refuse a viewer too many. (What is decided here has opened its delivery before anybody
-        else is asked: there is no checkpoint in between.) An EventSource, which sends no token,
-        ends for good at a 503; so it gets a short stream, and the time at which to come again."""
-        limit = self.settings.max_sse_connections
-        if self.hub.streams < limit:
-            return
-        pause = random.randint(1000, 10_000)  # ms: each client its own
-        again = {"Retry-After": str(pause // 1000)}
-        refusal = Refusal(503, "too many open streams", again, limit=limit)
-        text = "%s (--max-sse-connections) run_id=%s"
-        logger.warning(text, cause_of(refusal), safe(entry().run_id))
-        if "text/event-stream" in header(b"accept") and not header(b"authorization"):
-            soft = [{"raw": f"retry: {pause}\n\n"}, {"comment": cause_of(refusal)}]
-            refusal.status = 200
-            refusal.script = parse_script(soft, "stream")
-        raise refusal
-
-    def without_a_run(self, run_id: str, asked: Scenario | None) -> Response:
-        """A script that needs no log plays for an unknown run too."""
-        this, desk = entry(), self.desk
-        if request.method == "HEAD":
-            raise self.unknown(run_id)
-        scenario = asked or desk.meant((run_id, this.case_id), this.test_id, needs_no_run)
-        if scenario and scenario.stream:
-            what = ("stream", scenario.name, run_id, this.tenant_id or "")
-            script = scenario.stream.of(desk.attempts(*what) + 1)
-            if not uses(script, "relay"):
-                self.make_room()
-                this.plays(scenario, desk.count(*what))
-                return self.played(script)
-        say_of(this, "runId not found or already completed")
-        raise self.unknown(run_id)
-
-    def played(
-        self, script: Script, run: ScriptedRun | None = None,
-        headers: Mapping[str, str] | None = None, usual: Step | None = None,
-    ) -> Response:
-        """The answer that this script is."""
-        job = run and run.info.phase == "generation" and self.settings.event_ids
-        play = JobDelivery if job else Faulty
-        connection = below(request.scope)
-        return Streamed(
-            play(script, entry(), self.hub, run, headers or self.echo(), connection, usual))
-
-    def echo(self) -> dict[str, str]:
-        """What an answer says of the choice that was made."""
-        this = entry()
-        return {
-            "x-aura-run-id": header_value(this.run_id or ""),
-            "x-aura-instance": header_value(self.instance),
-            "x-aura-scenario": this.scenario or "",
-            "x-aura-attempt": str(this.attempt),
-        }
-
-    def seen(self, run_id: str) -> Any:
-        run = self.hub.find(run_id, tenant=entry().tenant_id)
-        if run is None:
-            raise self.unknown(run_id)
-        return run
-
-    def unknown(self, run_id: str) -> Refusal:
-        tenant = entry().tenant_id
-        live = [run.info.run_id for run in self.hub.seen_by(tenant) if not run.ended]
-        # to compare is slow: only with short ones, and with few
-        alike = [one for one in live if len(one) <= 64
-                 and (one[:3] == run_id[:3] or one[-3:] == run_id[-3:])]
-        close = difflib.get_close_matches(run_id[:64], alike[-50:], n=1)
-        hint = f"no such run on instance {self.instance}, where {len(live)} live"
-        hint += f"; did you mean {close[0]!r}?" if close else ""
-        if self.hub.was_here(run_id, tenant=tenant):
-            hint = f"it has ended and was forgotten by instance {self.instance}; trigger it again"
-        status = int(self.settings.unknown_run) if entry().kind == "stream" else 404
-        return Refusal(status, "runId not found or already completed", runId=run_id, hint=hint)
-
-    async def trigger_stream(self, case_id: str) -> Response:
-        """To trigger and watch at once."""
-        return self.triggered(await self.asked(case_id, "phase2"))
-
-    def triggered(self, order: TriggerRequest) -> Response:
-        """The stream of the run that this starts, or the trigger script's own answer."""
-        run, _, script = self.trigger(order)
-        if run is None or (script and refuses(script)):
-            return self.played(script or ())
-        return self.stream(run.info.run_id)
-
-    def last_result(self, case_id: str) -> Told:
-        """The last result of a case."""
-        visible = self.hub.seen_by(entry().tenant_id)
-        runs = [run for run in visible if run.info.case_id == case_id]
-        run = next((run for run in reversed(runs) if run.status == "completed"), None)
-        if run is None:
-            hint = f"{len(runs)} of its runs are here, none completed; trigger one and wait for it"
-            raise Refusal(404, "no completed analysis of this case", caseId=case_id, hint=hint)
-        return result_of(run)
-
-    doors: ClassVar[dict[str, Callable[..., Any]]] = {
-        "POST /aura/cases/<case_id>/analysis/trigger": trigger_stream,
-        "GET /aura/cases/<case_id>/analysis": last_result,
-    }
-
-
-def head_only(headers: Mapping[str, str]) -> Response:
-    """The head a stream would have, to a HEAD request: it opens no delivery."""
-    response = Response(b"", 200, dict(headers))
-    response.headers.remove("content-length")
-    return response
-
-
-def said_last(log: BoundedLog, name: str, count: int = 1) -> list[Any]:
-    """The data of the last events of this name, read back from the bytes that viewers get; only
-    objects: text is not a result."""
-    first = max(log.first, log.last - 10_000)  # further back is too far to look
-    places = [at for at, one in enumerate(log.names(first - 1, log.last), first) if one == name]
-    found = []
-    for place in places[-count:]:
-        block = log.read(place - 1, most=1)[0].decode()
-        with contextlib.suppress(ValueError):
-            found += [json.loads(text) for _, _, text in read_events(LINE_END.split(block))]
-    return [data for data in found if isinstance(data, dict)]
-
-
-def result_of(run: ScriptedRun) -> Told:
-    """The result of a run, read from its log: what was streamed is what was found."""
-    last = (said_last(run.log, "completed") or [{}])[0]
-    breakdown = (said_last(run.log, "confidence") or [None])[0]
-    return {
-        "caseId": run.info.case_id, "reasonText": last.get("summary"),
-        "proposals": said_last(run.log, "proposal", 100) or None,
-        "confidenceBreakdown": breakdown, "ragRefs": [], "similarCases": [],
-        "score": last.get("score"), "severity": last.get("severity"),
-    }
-
-
-# ═══ 16  Control ══════════════════════════════════════════════════════════════════════════════════
-# `/__aura`: what the double can do, what is to happen, what has happened. Each way in is a row of
-# the table at the end, and a method that returns what is told.
-
-Word = that("a text that is not empty", bool)
-HOW = form(how=like("end|drop|reset"))
-RESET = form(testId=Word)
-JOURNAL = form(
-    runId=Word, testId=Word, kind=like("stream|trigger|request"), since=number(int, 0, 10**15),
-    count=Some, within=number(float, 0, 3600), view=like("calls"))
-NEXT = form(
-    "scenario", scenario=str | dict, times=Some | None, caseId=RunId | None, testId=Text)
-SIGNAL = form("gate", gate=str, runId=RunId | None)
-EMIT = form("runId event data", runId=RunId, event=Line, data=Any)
-CLOCK = form("advance", advance=number(float, 0, 10**9))
-
-
-class Control(Reception):
-    """The control of the double."""
-
-    def now(self) -> float:
-        """Script seconds since the start."""
-        return float(round(self.hub.clock.now() - self.began, 3))
-
-    def control_health(self) -> Told:
-        rate = self.hub.clock.rate
-        mode = {1.0: "real", math.inf: "max"}.get(rate, f"x{rate:g}")
-        return {
-            "status": "ok", "version": __version__, "pid": os.getpid(), "url": self.url,
-            "instance": self.instance, "clock": {"mode": mode, "now": self.now()},
-        }
-
-    def list_scenarios(self) -> Told:
-        known = self.desk.catalogue.values()
-        return {"scenarios": [{"name": one.name, "doc": one.doc} for one in known]}
-
-    def show_scenario(self, name: str) -> Told:
-        return dict(self.desk.named(name).source)
-
-    async def check_scenario(self) -> Told:
-        parse_scenario(await told(Any))
-        return {"ok": True}
-
-    async def bind_next(self) -> Told:
-        body = await told(NEXT)
-        scenario, times = self.desk.read(body["scenario"]), body.get("times", 1)
-        case_id = checked(RunId | None, body.get("caseId"))  # as a text
-        most = self.settings.max_log_bytes
-        if scenario.weight + self.hub.held > most:
-            error = f"this would hold too much, the limit is {most} bytes; a reset forgets all"
-            raise Refusal(409, error)
-        self.desk.bind(Binding(scenario, times or math.inf, case_id, body.get("testId")))
-        return {"scenario": scenario.name, "times": times, "caseId": case_id}
-
-    async def signal_gate(self) -> Told:
-        body, gates = await told(SIGNAL), self.hub.gates
-        run_id = checked(RunId | None, body.get("runId"))
-        if run_id is not None:
-            self.seen(run_id)
-        if not gates.signal(body["gate"], run_id):
-            error = f"{gates.most} gates are open already; POST /__aura/reset closes them"
-            raise Refusal(409, error)
-        return {"open": body["gate"], "runId": run_id}
-
-    async def move_clock(self) -> Told:
-        await self.hub.clock.advance((await told(CLOCK))["advance"])
-        return {"now": self.now()}
-
-    def list_runs(self) -> Told:
-        return {"runs": [state_of(run) for run in self.hub.seen_by(None)]}
-
-    def show_run(self, run_id: str) -> Told:
-        return state_of(self.seen(run_id))
-
-    async def emit(self) -> Told:
-        body = await told(EMIT)
-        run = self.seen(str(body["runId"]))
-        try:
-            if run.last_word is not None:
-                raise trio.ClosedResourceError
-            with run.sending.clone() as sending:
-                await sending.send(Event(body["event"], body["data"]))
-        except (trio.ClosedResourceError, trio.BrokenResourceError):
-            error = f"this run has ended ({run.status}), nobody listens any more"
-            raise Refusal(409, error, runId=body["runId"]) from None
-        return {"emitted": body["event"]}
-
-    def list_connections(self) -> Told:
-        entries = [one.entry for one in self.hub.deliveries]
-        shown = [{"id": one.seq, **self.journal.show(one)} for one in entries]
-        return {"connections": shown}
-
-    def close_connections(self, number: int | None = None) -> Told:
-        """One of them, or all."""
-        how = query(HOW).how or "end"
-        chosen = (one for one in self.hub.deliveries if number in (None, one.entry.seq))
-        count = close_all(chosen, how)
-        if number is not None and not count:
-            raise Refusal(404, f"no open connection has the id {number}")
-        return {"closed": count, "how": how}
-
-    def show_tasks(self) -> Response:
-        return Response(task_tree(), content_type="text/plain; charset=utf-8")
-
-    async def read_journal(self) -> Told:
-        """What is there; or with `count`, the first so many that are finished, within the time."""
-        journal, asked = self.journal, query(JOURNAL)
-        wanted = {"run_id": asked.runId, "test_id": asked.testId, "kind": asked.kind}
-        since, count = asked.since or 0, asked.count or 0
-        within = 5 if asked.within is None else asked.within
-        if count > journal.most:
-            raise Refusal(400, f"'count' is too much: the journal keeps {journal.most} entries")
-        found = journal.find(wanted, since=since)
-        if count:
-            found = await journal.wait(count, wanted, since=since, within=within)
-        show = self.as_call if asked.view else journal.show
-        entries = [show(one) for one in found]
-        if len(found) < count:
-            open = len(journal.find(wanted, since=since)) - len(found)
-            missing = f"{len(found)} of {count} finished entries came within {within:g} s"
-            missing += f", {open} more match and are still open"
-            raise Refusal(408, missing, entries=entries)
-        return {"entries": entries}
-
-    def as_call(self, entry: Entry) -> Told:
-        """The entry as the gateway's call history has it."""
-        shown = {**self.journal.show(entry), "statusCode": entry.status}
-        names = ("path", "statusCode", "latency", "tenantId", "userId", "agentId", "end")
-        return {name: shown[name] for name in names}
-
-    def reset(self) -> Told:
-        """Forget everything, or what is of one test."""
-        test_id = query(RESET).testId
-        why = Failure("the control API forgot the run", stage="cancelled", retryable=False)
-        self.hub.reset(why, test_id)
-        self.journal.forget(test_id)
-        self.desk.reset(test_id)
-        if test_id is None:
-            self.hub.gates.close()
-        return {"reset": test_id or "all"}
-
-    def shut_down(self) -> Response:
-        if self.stop is None:
-            raise Refusal(409, "this application runs in memory: end its nursery")
-        self.stop()
-        return answer({"status": "stopping"}, 202)
-
-    doors = Reception.doors | {
-        "GET /__aura/health": control_health,
-        "GET /__aura/scenarios": list_scenarios,
-        "GET /__aura/scenarios/<name>": show_scenario,
-        "POST /__aura/check": check_scenario,
-        "POST /__aura/next": bind_next,
-        "POST /__aura/signal": signal_gate,
-        "POST /__aura/emit": emit,
-        "POST /__aura/clock": move_clock,
-        "GET /__aura/runs": list_runs,
-        "GET /__aura/runs/<run_id>": show_run,
-        "GET /__aura/connections": list_connections,
-        "DELETE /__aura/connections": close_connections,
-        "DELETE /__aura/connections/<int:number>": close_connections,
-        "GET /__aura/tasks": show_tasks,
-        "GET /__aura/journal": read_journal,
-        "POST /__aura/reset": reset,
-        "POST /__aura/shutdown": shut_down,
-    }
-
-
-def task_tree() -> str:
-    """Trio's own tree, as far as it is ours: nurseries, in them tasks, and where each waits."""
-    lines: list[str] = []
-    draw(trio.lowlevel.current_root_task(), 0, lines)
-    return "\n".join([*lines, ""])
-
-
-def draw(task: Any, depth: int, lines: list[str]) -> None:
-    """A task that is ours, and under it the nurseries that it has opened."""
-    ours = [frame for frame in frames_of(task) if frame.f_code.co_filename == __file__]
-    name = task.name.removeprefix(f"{__name__}.")
-    if ours or re.match(r"[a-z]+\b(?!\.)", name):  # a name of ours has no dots
-        place = ours[-1].f_code.co_qualname.replace(".<locals>", "") if ours else name
-        lines.append(f"{'   ' * depth}{name}" + (f"  <- {place}" if place != name else ""))
-        depth += 1
-    for nursery in task.child_nurseries:
-        if opened := name_of(nursery, ours):
-            lines.append(f"{'   ' * depth}nursery {opened}")
-            depth += 1  # whatever the task opens behind it is inside it
-        for child in sorted(nursery.child_tasks, key=lambda one: one.name):
-            draw(child, depth, lines)
-
-
-def name_of(nursery: trio.Nursery, frames: Iterable[types.FrameType]) -> str:
-    """The variable that holds it; where that says only "nursery", the function that opened it."""
-    for frame in frames:
-        for name, value in frame.f_locals.items():
-            if value is nursery:
-                return f"of {frame.f_code.co_name}" if name == "nursery" else name
-    return ""
-
-
-def frames_of(task: Any) -> Iterator[types.FrameType]:
-    """The frames of its coroutines, outermost first."""
-    step = task.coro
-    while (frame := getattr(step, "cr_frame", None)) is not None:
-        yield frame
-        step = step.cr_await
-
-
-# ═══ 17  Catalogue ════════════════════════════════════════════════════════════════════════════════
+# ═══ 15  Catalogue ════════════════════════════════════════════════════════════════════════════════
 # The built-in scenarios, as data: name, the symptom and what a client sees, the scripts for it.
 
 
@@ -4231,6 +3361,851 @@ def catalogue() -> dict[str, Scenario]:
     }
 
 
+def known_scenarios(settings: DoubleSettings) -> dict[str, Scenario]:
+    """The catalogue and, over it, the scenarios of the user's own file; a ValueError says what is
+    wrong with that."""
+    known = catalogue()
+    if not settings.scenarios:
+        return known
+    where = f"--scenarios {settings.scenarios}"
+    try:
+        own = json.loads(Path(settings.scenarios).read_text("utf-8"), parse_constant=int)
+        for index, value in enumerate(own if isinstance(own, list) else [own]):
+            where = f"--scenarios {settings.scenarios}, [{index}]"
+            one = documented(value)
+            known[one.name] = one
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: {error}") from None
+    return known
+
+
+# ═══ 16  Choosing ═════════════════════════════════════════════════════════════════════════════════
+# What a request gets: which scenario, which attempt at it, which script. A service decides, and is
+# done; what takes time is a run or a delivery. Around both stands the request, and its entry in the
+# journal.
+
+RunId = that(
+    "1 to 200 printable characters, no '/'",
+    lambda value: type(value) in (str, int, float) and str(value).isprintable()
+    and re.fullmatch(r"(?!\.\.?\Z)[^/]{0,200}", str(value)))
+Told = dict[str, Any]  # what an answer says, as JSON
+Text = str | None
+_loose = partial(form, strict=False)
+TRIGGER_BODY = {
+    "phase2": _loose(runId=RunId | None, requestedBy=Text, evidence=dict | None,
+                     mode=Text, options=dict | None),
+    "phase3": _loose(runId=RunId | None, requestedBy=Text, artifacts=dict | None,
+                     callbacks=dict | None, options=_loose(
+                         ragTopK=number(int, 1, 20) | None,
+                         temperature=number(float, 0, 1) | None, promptVersion=Text) | None),
+    "generation": _loose(projectId=RunId | None, title=Text, description=Text),
+}
+
+
+def checked_body(raw: Any, kind: Any, where: str = "body") -> Told:
+    """A JSON body, or the Wrong in it, a 422 that names the field. No body is an empty one."""
+    try:
+        body: Told = json.loads(raw.decode().strip() or "{}")
+        sizes = [len(level) for level in itertools.islice(levels(body), DEEPEST + 2)]
+        to_json(body)  # which knows that NaN is no JSON
+    except (RecursionError, ValueError) as error:
+        raise Wrong(f"this is not JSON: {error}", where) from None
+    if len(sizes) > DEEPEST + 1 or sum(sizes) > MOST_VALUES:
+        most = f"{MOST_VALUES:,} values, nested {DEEPEST} levels deep"
+        raise Wrong(f"holds more than {most}, too much to look through", where)
+    checked(kind, body, where)
+    return body
+
+
+async def told(kind: Any) -> Told:
+    """The body of this request."""
+    return checked_body(await request.get_data(cache=False), kind)
+
+
+def relays(script: Script) -> bool:
+    """Whether it needs a run's log."""
+    return any(step.verb == "relay" or relays(step.steps) for step in script)
+
+
+def needs_no_run(scenario: Scenario) -> bool:
+    return scenario.stream is not None and not relays(scenario.stream.of(1))
+
+
+def refuses(script: Script) -> bool:
+    """Whether a trigger script says no: then no run is started."""
+    heads = [step.argument for step in script if step.verb == "open"]
+    return any(head.get("status", 200) != 202 for head in heads)
+
+
+def counted(counts: dict[Any, int], what: Any, most: int, more: int = 1) -> int:
+    """How many of this, with one more. So many are remembered: those that were counted last."""
+    number = counts.pop(what, 0) + more
+    counts[what] = number
+    if len(counts) > most:
+        del counts[next(iter(counts))]
+    return number
+
+
+@dataclass
+class Binding:
+    """A scenario that waits for the triggers it is meant for."""
+
+    scenario: Scenario
+    left: float
+    case_id: str | None = None
+    test_id: str | None = None
+
+    def aim(self) -> int:
+        """How closely: the closest one counts."""
+        return (self.case_id is not None) + (self.test_id is not None)
+
+
+# the ordinary streams, as a catalogue writes them
+PLAIN = [phase.stream(DoubleSettings()) for phase in PHASES.values()]
+
+
+class Desk:
+    """How a test chooses what happens to it, and which attempt it is at."""
+
+    def __init__(self, settings: DoubleSettings, catalogue: Mapping[str, Scenario]) -> None:
+        self.settings = settings
+        self.catalogue = catalogue
+        self.default = self.from_start("scenario", settings.scenario) if settings.scenario else None
+        self.usual = {name: self.ordinary(phase.scenario) for name, phase in PHASES.items()}
+        self.reset()
+
+    def reset(self, test_id: str | None = None) -> None:
+        """Forget what was bound and counted for one test; or all, but what was said at the
+        start."""
+        if test_id is None:
+            pairs = [pair.partition("=") for pair in parts(self.settings.case)]
+            self.bindings = [
+                Binding(self.from_start("case", name), math.inf, case) for case, _, name in pairs
+            ]
+            self.counts: dict[tuple[str | None, int], int] = {}
+            return
+        self.bindings = [one for one in self.bindings if one.test_id != test_id]
+        self.counts = {what: count for what, count in self.counts.items() if what[0] != test_id}
+
+    def from_start(self, flag: str, name: str) -> Scenario:
+        if name not in self.catalogue:
+            close = did_you_mean(name, self.catalogue)
+            raise ValueError(f"--{flag}: there is no scenario {name!r}{close}")
+        return self.catalogue[name]
+
+    def ordinary(self, name: str) -> Scenario:
+        """What happens where nobody has chosen: what is ordinary in it follows the settings; but
+        somebody may have put a scenario of his own in its place."""
+        found = self.catalogue[name]
+        doc, scripts = CATALOGUE[name]
+        if found.source == {"name": name, "doc": doc, **scripts}:
+            return Scenario(name, source=found.source)
+        return found
+
+    def named(self, name: str) -> Scenario:
+        """The scenario of this name, or the 400 that helps."""
+        if name in self.catalogue:
+            return self.catalogue[name]
+        close = difflib.get_close_matches(name[:64], self.catalogue)
+        known = list(self.catalogue)
+        raise Refusal(
+            400, "unknown scenario", scenario=name[:200], didYouMean=close, known=known)
+
+    def read(self, wanted: Any) -> Scenario:
+        """The scenario of this name, or that this is: as JSON, or as a text of it."""
+        if isinstance(wanted, str):
+            if not wanted.startswith("{"):
+                return self.named(wanted)
+            wanted = checked_body(to_bytes(wanted), dict, "scenario")
+        return parse_scenario(wanted)
+
+    def meant(
+        self, run_id: str, case_id: str | None, able: Callable[[Scenario], object] = bool
+    ) -> Scenario | None:
+        """What was chosen beforehand and is able: in the run's or the case's id, by a binding
+        (which this uses up), by default."""
+        for text in (run_id, case_id or ""):
+            if "~" in text and not self.settings.no_magic:
+                return self.named(text.rpartition("~")[2])
+
+        fits = [
+            one for one in self.bindings
+            if one.case_id in (None, case_id) and one.test_id in (None, entry().test_id)
+            and able(one.scenario)
+        ]
+        if not fits:
+            return self.default
+        best = max(fits, key=Binding.aim)
+        best.left -= 1
+        self.bindings = [one for one in self.bindings if one.left > 0]
+        return best.scenario
+
+    def weight(self) -> int:
+        """The bytes that bound scenarios hold."""
+        return sum(one.scenario.weight for one in self.bindings)
+
+    def count(self, *what: str, more: int = 1) -> int:
+        """How many attempts at this there have been, in the test at hand, and with one more. What
+        it is at is kept as a number: names may be long."""
+        return counted(self.counts, (entry().test_id, hash(what)), 10_000, more)
+
+
+class Below(NoSocket):
+    """What is below a request, as far as that matters here: in memory, nothing."""
+
+    def stream_begins(self) -> None:
+        """What was asked for is a stream."""
+
+    def blame(self) -> Ending:
+        """Who ended the request that has not ended itself."""
+        return LEFT
+
+
+def below(scope: Any) -> Any:
+    """The connection below a request: a `Below`, or part 3's own."""
+    return scope.get("state", {}).get("connection") or Below()
+
+
+class JournaledRequest(Exchange):
+    """One request and its answer: here the journal's entry begins and ends."""
+
+    def __init__(self, journal: Journal, app: QuartTrio, scope: Any) -> None:
+        super().__init__(app, scope)
+        self.journal = journal
+        given = scope["aura.headers"] = dict(scope["headers"])
+        shown = {name: as_text(given[name])[:200] for name in RECORDED if name in given}
+        if b"authorization" in shown:
+            shown[b"authorization"] = "present"
+
+        host, port = scope["client"]
+        path = "/" + scope["path"].lstrip("/")  # as the routes see it
+        self.kept = scope["method"] != "OPTIONS" and not path.startswith("/__aura/")
+        tenant = as_text(given.get(b"x-tenant-id", b"")).strip() if self.kept else ""
+        self.entry = scope["aura.entry"] = Entry(
+            scope["method"], path, f"{host}:{port}", known_as(shown, b"x-request-id"),
+            http_version=scope["http_version"], headers=shown, tenant_id=tenant or None,
+            user_id=shown.get(b"x-user-id"), agent_id=shown.get(b"x-agent-id"),
+            test_id=shown.get(b"x-test-id"))
+
+    async def __call__(self, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
+        trio.lowlevel.current_task().name = "request"
+        entry, connection = self.entry, below(self.scope)
+        self.journal.open(entry, kept=self.kept)
+        try:
+            await super().__call__(receive, send)
+        finally:
+            cause = sys.exception()
+            if connection.unsent and (entry.end or LEFT).how == "end":
+                entry.end = None  # an end that could not be written was none
+            if isinstance(cause, Exception):
+                entry.finish("server", "error", explained(cause).error)
+            entry.finish(*connection.blame()[:3])
+            self.journal.close(entry)
+
+    async def _send_response(self, send: ASGISendCallable, response: Any) -> None:
+        entry = self.entry
+        if isinstance(response, Streamed):
+            if entry.streams:
+                below(self.scope).stream_begins()
+            # not as long as a stream
+            self.scope["aura.headers"] = self.scope["headers"] = {}  # type: ignore
+            await response.delivery.deliver(send, response.headers.items())
+        else:
+            entry.status = response.status_code
+            entry.bytes = 0 if entry.method == "HEAD" else response.content_length or 0
+            entry.finish("server", "end", *(entry.notes[-1:] or ["answered"]))
+            await super()._send_response(send, response)
+
+
+def as_text(value: bytes) -> str:
+    return value.decode("utf-8", "replace")
+
+
+def known_as(headers: Mapping[bytes, str], name: bytes) -> str:
+    """The id that a caller gave its request in this header, if it can be one; else a new one."""
+    given = headers.get(name, "")
+    return given if re.fullmatch(r"[A-Za-z0-9._-]{1,128}", given) else uuid.uuid4().hex
+
+
+def entry() -> Entry:
+    """The journal's entry of the request at hand."""
+    return request.scope["aura.entry"]  # type: ignore[typeddict-item, no-any-return]
+
+
+def header(name: bytes) -> str:
+    """A header of the request at hand, or nothing. (Werkzeug makes an exception of each it has
+    not.)"""
+    return as_text(request.scope["aura.headers"].get(name, b""))  # type: ignore[typeddict-item]
+
+
+def header_value(value: str) -> str:
+    """Anything beyond visible ASCII, and `%` itself, percent-encoded."""
+    return quote(value, safe="!\"#$&'()*+,-./:;<=>?@[\\]^_`{|}~")
+
+
+def refusal_of(error: Any) -> Refusal:
+    """What may go wrong with a request, as the refusal it is."""
+    match error:
+        case Wrong():  # in the form FastAPI gives it, which Aura's clients know
+            detail = {"loc": list(error.path), "msg": error.says, "type": "value_error"}
+            return Refusal(422, detail=[detail])
+        case Mistake():
+            return Refusal(422, str(error), **vars(error))
+        case HTTPException():
+            says = f"{error.name}: {error.description}"
+            if error.code == 404:
+                rules = [rule.rule for rule in current_app.url_map.iter_rules()]
+                says = "there is no such path" + did_you_mean(request.path, rules)
+            allowed = {name: value for name, value in error.get_headers() if name == "Allow"}
+            return Refusal(error.code or 500, says, allowed)
+    return error  # type: ignore[no-any-return]
+
+
+def cause_of(refusal: Refusal) -> str:
+    """Its cause, for log and journal."""
+    body = refusal.body or {}
+    said = body.get("error") or body.get("detail") or body.get("message")
+    if isinstance(said, list):
+        said = f"{'.'.join(said[0]['loc'])}: {said[0]['msg']}"
+    said = said or {204: "finished and fully seen"}.get(refusal.status, "no tenant")
+    return said + (f", the limit is {body['limit']}" if "limit" in body else "")
+
+
+def query(kind: Any) -> Any:
+    """The query of this request, its numbers as numbers, or the 400 in a sentence."""
+    try:
+        return checked(kind, request.args.to_dict(), strict=False)
+    except Wrong as wrong:
+        raise Refusal(400, f"the query {wrong}") from None
+
+
+class Reception(Service):
+    """Which scenario a trigger starts, and which one a viewer gets."""
+
+    make_request: ClassVar[Any] = JournaledRequest  # a door
+
+    def __init__(self, settings: Any, analysis: Any = None, catalogue: Any = None) -> None:
+        super().__init__(settings, analysis)
+        self.journal = Journal(settings.max_journal)
+        self.desk = Desk(settings, catalogue or known_scenarios(settings))
+        self.ordinary = {
+            name: Attempts((phase.stream(settings),)) for name, phase in PHASES.items()
+        }
+
+    def application(
+        self, hub: BoundedHub, url: str = "", stop: Callable[[], None] | None = None
+    ) -> QuartTrio:
+        """All its doors, over the runs of this hub; in memory there is no URL, and no stop."""
+        self.hub = hub
+        self.url = url
+        self.stop = stop
+        self.began = hub.clock.now()
+        hub.also = self.desk.weight
+        app = make_app(self)
+        app.config["MAX_CONTENT_LENGTH"] = self.settings.max_body
+        app.config["BODY_TIMEOUT"] = self.settings.body_timeout
+        app.asgi_http_class = partial(self.make_request, self.journal)  # type: ignore[assignment]
+        app.before_request(self.admit)
+        app.after_request(self.sign)
+        for error in (Refusal, Wrong, Mistake, HTTPException):
+            app.register_error_handler(error, self.refuse)
+
+        for way, method in self.doors.items():
+            verb, path = way.split()
+            view = partial(self.enter, method)
+            app.add_url_rule(path, f"{method.__name__} {way}", view, methods=[verb])
+        return app
+
+    async def enter(self, method: Callable[..., Any], **path: Any) -> Response:
+        """By one of its doors: a method answers, with a response or with what a 200 tells."""
+        said = method(self, **path)
+        if inspect.isawaitable(said):
+            said = await said
+        return said if isinstance(said, Response) else answer(said)
+
+    async def admit(self) -> Response | None:
+        """Before every request: which route it takes, and whose run it is about. A door: part 3
+        lets in whom it may."""
+        this = entry()
+        if request.method == "GET":  # nobody reads its body, which would stay as long as a stream
+            request.body.append = lambda data: None  # type: ignore[method-assign]
+        named = request.view_args or {}
+        this.case_id = named.get("case_id")
+        this.run_id = named.get("run_id", named.get("job_id"))
+        if request.url_rule:
+            this.pattern = request.url_rule.rule
+        this.route = (request.endpoint or "").partition(" ")[0]
+        kind = this.route.rpartition("_")[2]  # routes are called by what they are
+        if kind in ("stream", "trigger") and request.method in ("GET", "POST"):
+            this.kind = kind
+        return None
+
+    async def sign(self, response: Response) -> Response:
+        """What every answer carries. A door."""
+        response.headers["X-Request-ID"] = entry().request_id
+        return response
+
+    async def refuse(self, error: Any) -> Any:
+        """How a refusal leaves, wherever it was made."""
+        this, refusal = entry(), refusal_of(error)
+        why = safe(f"refused: {cause_of(refusal)}")
+        logger.info("[%s] %d %s", this.request_id, refusal.status, why)
+        this.notes.append(why)
+        this.attempt = None  # no script of a scenario plays
+        plain = answer(refusal.body, refusal.status, refusal.headers)
+        return plain if refusal.script == () else refusal.script
+
+    def chosen(self, body: Any = None) -> Scenario | None:
+        """What the request itself chooses, if anything. Where anybody may come without a token,
+        which is below /api, that is a scenario that is known here."""
+        wanted = header(b"x-aura-scenario") or request.args.get("scenario") or body
+        if wanted is None:
+            return None
+        name = isinstance(wanted, str) and not wanted.startswith("{")
+        if not name and request.path.startswith("/api/"):
+            error = "where no token is needed, a scenario is a name of the catalogue"
+            hint = "put yours into --scenarios FILE, or bind it to a job: POST /__aura/next"
+            raise Refusal(400, error, hint=hint)
+        return self.desk.read(wanted)
+
+    async def asked(self, case_id: str, phase: str) -> TriggerRequest:
+        body = await told(TRIGGER_BODY[phase])
+        given = body.get("runId") not in (None, "")
+        run_id = body["runId"] if given else uuid.uuid4()
+        return TriggerRequest(str(run_id), case_id, phase, body, given)
+
+    def trigger(self, order: TriggerRequest) -> tuple[Any, str, Any]:
+        """The run a trigger asks for, if it may start; whether it was `started` or `known`; and
+        how the scenario answers, if it does."""
+        this, desk = entry(), self.desk
+        this.run_id = order.run_id
+        asked = self.chosen(order.body.get("scenario"))
+        run = self.known(order, asked)
+        scenario = run.scenario if run else asked
+        if scenario is None:
+            meant = desk.meant(order.run_id, order.case_id)
+            scenario = meant or desk.usual[order.phase]
+        whose = ("run", order.run_id) if order.given else ("case", order.case_id)
+        attempt = desk.count("trigger", scenario.name, *whose, this.tenant_id or "")
+        this.plays(scenario, attempt)
+        script = scenario.trigger.of(attempt) if scenario.trigger else None
+        if run:
+            return run, "known", script
+        if not (script and refuses(script)):
+            run = self.start(order, scenario)
+        return run, "started", script
+
+    def known(self, order: TriggerRequest, asked: Scenario | None) -> Any:
+        """The run that this trigger means, if there is one; or why it can neither have that nor
+        start another. The order of these refusals is the contract's."""
+        this, run_id = entry(), order.run_id
+        run = self.hub.find(run_id)
+        if run and not may_see(this.tenant_id, run.info.tenant_id):
+            raise self.unknown(run_id)
+        if this.kind == "stream":
+            self.make_room()
+        if self.settings.demo_off:
+            off = {"accepted": False, "runId": run_id} if order.phase == "phase3" else {
+                "status": "disabled"}
+            raise Refusal(200, **off, message="Analysis disabled (DEMO_OFF)")
+        if run and trio.current_time() - run.ended_clock >= self.settings.retrigger_window:
+            run = None
+        if run and asked and asked.source != run.scenario.source:
+            error = f"this run goes with scenario {run.scenario.name!r}; take another runId"
+            raise Refusal(409, error, runId=run_id)
+        if run is None and self.hub.refusal:
+            raise Refusal(503, self.hub.refusal, {"Retry-After": "5"})
+        return run
+
+    def start(self, order: TriggerRequest, scenario: Scenario) -> Any:
+        kept = 0 if scenario in self.desk.catalogue.values() else scenario.weight
+        evidence = 2 * weight(order.body.get("evidence"))  # in the request, and in its event
+        info = ScriptedInfo(**{
+            **vars(self.info(order)), "tenant_id": entry().tenant_id, "test_id": entry().test_id,
+            "weight": weight(order.body) + evidence + kept, "kept": kept,
+        })
+        analysis = scripted(scenario, self.hub.gates, self.analysis)
+        return self.hub.start(info, scenario, analysis)
+
+    def accepted(
+        self, order: TriggerRequest, status: int = 202, told: Told | None = None
+    ) -> Response:
+        run, how, script = self.trigger(order)
+        told = told or ACCEPTED[order.phase](order, run.info.case_id if run else order.case_id)
+        headers = self.echo() | ({"x-aura-run": how} if run else {})
+        if script is None:
+            return answer(told, status, headers)
+        usual = Step("open", literal({"status": status, "body": told}))
+        return self.played(script, headers=headers, usual=usual)
+
+    def stream(self, run_id: str | None) -> Response:
+        """One viewer's stream of this run: which script, from where."""
+        this = entry()
+        this.run_id = run_id
+        if run_id is None:
+            raise Wrong("the query needs runId=…", "query", "runId")
+        if not run_id:
+            raise Refusal(400, "runId is required", runId=None)
+        asked = self.chosen() if request.method != "POST" else None
+        run = self.hub.find(run_id, tenant=this.tenant_id)
+        if request.method != "HEAD" and (run or self.hub.find(run_id) is None):
+            self.make_room()  # another tenant's run is unknown, whether there is room or not
+        if run is None:
+            return self.without_a_run(run_id, asked)
+
+        given = request.args.get("lastEventId") or request.args.get("last-event-id")
+        this.last_event_id = header(b"last-event-id") or given
+        this.resumed_after = resume_point(this.last_event_id, run.log.last)
+        this.case_id = this.case_id or run.info.case_id
+        scenario = asked or run.scenario
+        before = run.attempts.get(scenario.name, 0)
+        attempts = scenario.stream or self.ordinary[run.info.phase]
+        script = attempts.of(before + 1)
+        plain = scenario.stream is None or (attempts.repeats(before + 1) and script in PLAIN)
+        if plain and run.ended and 0 < this.resumed_after == run.log.last:
+            raise Refusal(204)  # finished and fully seen: this stops a native EventSource
+        this.plays(scenario, before)
+        if request.method == "HEAD":
+            return Response(b"", 200, STREAM_HEAD | self.echo())  # opens no delivery
+        # a thousand, for inline scenarios have names that anybody can make up
+        this.attempt = counted(run.attempts, scenario.name, 1000)
+        self.say_begun(this)
+        return self.played(script, run)
+
+    def say_begun(self, this: Entry) -> None:
+        say_of(this, "start consuming")
+        if not this.last_event_id:
+            return
+        text = "SSE connection established (client reconnected) run_id=%s last_event_id=%s"
+        logger.info(text, safe(this.run_id), safe(this.last_event_id))
+        if not this.resumed_after and this.last_event_id != "0":
+            this.notes.append("its Last-Event-ID is no event of this run: from the start")
+
+    def make_room(self) -> None:
+        """Refuse a viewer too many. (What is decided here has opened its delivery before anybody
+        else is asked: there is no checkpoint in between.) An EventSource, which sends no token,
+        ends for good at a 503; so it gets a short stream, and the time at which to come again."""
+        limit = self.settings.max_sse_connections
+        if self.hub.streams < limit:
+            return
+        pause = random.randint(1000, 10_000)  # ms: each client its own
+        again = {"Retry-After": str(pause // 1000)}
+        refusal = Refusal(503, "too many open streams", again, limit=limit)
+        text = "%s (--max-sse-connections) run_id=%s"
+        logger.warning(text, cause_of(refusal), safe(entry().run_id))
+        if "text/event-stream" in header(b"accept") and not header(b"authorization"):
+            text = f"retry: {pause}\n\n: {cause_of(refusal)}\n\n"
+            refusal.script = Response(text, 200, STREAM_HEAD)
+        raise refusal
+
+    def without_a_run(self, run_id: str, asked: Scenario | None) -> Response:
+        """A script that needs no log plays for an unknown run too."""
+        this, desk = entry(), self.desk
+        if request.method == "HEAD":
+            raise self.unknown(run_id)
+        scenario = asked or desk.meant(run_id, this.case_id, needs_no_run)
+        if scenario and scenario.stream:
+            what = ("stream", scenario.name, run_id, this.tenant_id or "")
+            script = scenario.stream.of(desk.count(*what, more=0) + 1)
+            if not relays(script):
+                self.make_room()
+                this.plays(scenario, desk.count(*what))
+                return self.played(script)
+        say_of(this, "runId not found or already completed")
+        raise self.unknown(run_id)
+
+    def played(
+        self, script: Script, run: ScriptedRun | None = None, **more: Any
+    ) -> Response:
+        """The answer that this script is."""
+        job = run and run.info.phase == "generation" and self.settings.event_ids
+        play = JobDelivery if job else Faulty
+        known = {"headers": self.echo(), "connection": below(request.scope), **more}
+        return Streamed(play(script, entry(), self.hub, run, **known))
+
+    def echo(self) -> dict[str, str]:
+        """What an answer says of the choice that was made."""
+        this = entry()
+        return {
+            "x-aura-run-id": header_value(this.run_id or ""),
+            "x-aura-instance": header_value(self.instance),
+            "x-aura-scenario": this.scenario or "",
+            "x-aura-attempt": str(this.attempt),
+        }
+
+    def seen(self, run_id: str) -> Any:
+        run = self.hub.find(run_id, tenant=entry().tenant_id)
+        if run is None:
+            raise self.unknown(run_id)
+        return run
+
+    def unknown(self, run_id: str) -> Refusal:
+        tenant = entry().tenant_id
+        live = [run.info.run_id for run in self.hub.seen_by(tenant) if not run.ended]
+        short = [one for one in live if len(one) <= 64]  # to compare is slow
+        close = difflib.get_close_matches(run_id[:64], short[-200:], n=1)
+        hint = f"no such run on instance {self.instance}, where {len(live)} live"
+        hint += f"; did you mean {close[0]!r}?" if close else ""
+        if self.hub.was_here(run_id, tenant=tenant):
+            hint = f"it has ended and was forgotten by instance {self.instance}; trigger it again"
+        status = int(self.settings.unknown_run) if entry().kind == "stream" else 404
+        return Refusal(status, "runId not found or already completed", runId=run_id, hint=hint)
+
+    async def trigger_stream(self, case_id: str) -> Response:
+        """To trigger and watch at once."""
+        return self.triggered(await self.asked(case_id, "phase2"))
+
+    def triggered(self, order: TriggerRequest) -> Response:
+        """The stream of the run that this starts, or the trigger script's own answer."""
+        run, _, script = self.trigger(order)
+        if run is None or (script and refuses(script)):
+            return self.played(script or ())
+        return self.stream(run.info.run_id)
+
+    def last_result(self, case_id: str) -> Told:
+        """The last result of a case."""
+        visible = self.hub.seen_by(entry().tenant_id)
+        runs = [run for run in visible if run.info.case_id == case_id]
+        done = [run for run in runs if run.status == "completed"]
+        if not done:
+            hint = f"{len(runs)} of its runs are here, none completed; trigger one and wait for it"
+            raise Refusal(404, "no completed analysis of this case", caseId=case_id, hint=hint)
+        return result_of(done[-1])
+
+    doors: ClassVar[dict[str, Callable[..., Any]]] = {
+        "POST /aura/cases/<case_id>/analysis/trigger": trigger_stream,
+        "GET /aura/cases/<case_id>/analysis": last_result,
+    }
+
+
+def said_last(log: BoundedLog, name: str, count: int = 1) -> list[Any]:
+    """The data of the last events of this name, read back from the bytes that viewers get; only
+    objects: text is not a result."""
+    first = max(log.first, log.last - 10_000)  # further back is too far to look
+    places = [at for at, one in enumerate(log.names(first - 1, log.last), first) if one == name]
+    found = []
+    for place in places[-count:]:
+        block = log.read(place - 1, most=1)[0].decode()
+        with contextlib.suppress(ValueError):
+            found += [json.loads(text) for _, _, text in read_events(LINE_END.split(block))]
+    return [data for data in found if isinstance(data, dict)]
+
+
+def result_of(run: ScriptedRun) -> Told:
+    """The result of a run, read from its log: what was streamed is what was found."""
+    last = (said_last(run.log, "completed") or [{}])[0]
+    breakdown = (said_last(run.log, "confidence") or [None])[0]
+    return {
+        "caseId": run.info.case_id, "reasonText": last.get("summary"),
+        "proposals": said_last(run.log, "proposal", 100) or None,
+        "confidenceBreakdown": breakdown, "ragRefs": [], "similarCases": [],
+        "score": last.get("score"), "severity": last.get("severity"),
+    }
+
+
+# ═══ 17  Control ══════════════════════════════════════════════════════════════════════════════════
+# `/__aura`: what the double can do, what is to happen, what has happened. Each way in is a row of
+# the table at the end, and a method that returns what is told.
+
+Word = that("a text that is not empty", bool)
+HOW = form(how=like("end|drop|reset"))
+RESET = form(testId=Word)
+JOURNAL = form(
+    runId=Word, testId=Word, kind=like("stream|trigger|request"), since=number(int, 0, 10**15),
+    count=Some, within=number(float, 0, 3600), view=like("calls"))
+NEXT = form(
+    "scenario", scenario=str | dict, times=Some | None, caseId=RunId | None, testId=Text)
+SIGNAL = form("gate", gate=str, runId=RunId | None)
+EMIT = form("runId event data", runId=RunId, event=Line, data=Any)
+CLOCK = form("advance", advance=number(float, 0, 10**9))
+
+
+class Control(Reception):
+    """The control of the double."""
+
+    def now(self) -> float:
+        """Script seconds since the start."""
+        return float(round(self.hub.clock.now() - self.began, 3))
+
+    def control_health(self) -> Told:
+        rate = self.hub.clock.rate
+        mode = {1.0: "real", math.inf: "max"}.get(rate, f"x{rate:g}")
+        return {
+            "status": "ok", "version": __version__, "pid": os.getpid(), "url": self.url,
+            "instance": self.instance, "clock": {"mode": mode, "now": self.now()},
+        }
+
+    def list_scenarios(self) -> Told:
+        known = self.desk.catalogue.values()
+        return {"scenarios": [{"name": one.name, "doc": one.doc} for one in known]}
+
+    def show_scenario(self, name: str) -> Told:
+        return dict(self.desk.named(name).source)
+
+    async def check_scenario(self) -> Told:
+        parse_scenario(await told(Any))
+        return {"ok": True}
+
+    async def bind_next(self) -> Told:
+        body = await told(NEXT)
+        scenario, times = self.desk.read(body["scenario"]), body.get("times", 1)
+        case_id = checked(RunId | None, body.get("caseId"))  # as a text
+        bindings, most = self.desk.bindings, self.settings.max_bindings
+        limit = self.settings.max_log_bytes
+        if len(bindings) >= most or scenario.weight + self.hub.held > limit:
+            error = f"at most {most} bindings wait, and the limit is {limit} bytes"
+            raise Refusal(409, error + "; POST /__aura/reset forgets them")
+        bindings.append(Binding(scenario, times or math.inf, case_id, body.get("testId")))
+        return {"scenario": scenario.name, "times": times, "caseId": case_id}
+
+    async def signal_gate(self) -> Told:
+        body, gates = await told(SIGNAL), self.hub.gates
+        run_id = checked(RunId | None, body.get("runId"))
+        if run_id is not None:
+            self.seen(run_id)
+        if not gates.signal(body["gate"], run_id):
+            error = f"{gates.most} gates are open already; POST /__aura/reset closes them"
+            raise Refusal(409, error)
+        return {"open": body["gate"], "runId": run_id}
+
+    async def move_clock(self) -> Told:
+        await self.hub.clock.advance((await told(CLOCK))["advance"])
+        return {"now": self.now()}
+
+    def list_runs(self) -> Told:
+        return {"runs": [state_of(run) for run in self.hub.seen_by(None)]}
+
+    def show_run(self, run_id: str) -> Told:
+        return state_of(self.seen(run_id))
+
+    async def emit(self) -> Told:
+        body = await told(EMIT)
+        run = self.seen(str(body["runId"]))
+        try:
+            if run.last_word is not None:
+                raise trio.ClosedResourceError
+            with run.sending.clone() as sending:
+                await sending.send(Event(body["event"], body["data"]))
+        except (trio.ClosedResourceError, trio.BrokenResourceError):
+            error = f"this run has ended ({run.status}), nobody listens any more"
+            raise Refusal(409, error, runId=body["runId"]) from None
+        return {"emitted": body["event"]}
+
+    def list_connections(self) -> Told:
+        entries = [one.entry for one in self.hub.deliveries]
+        shown = [{"id": one.seq, **self.journal.show(one)} for one in entries]
+        return {"connections": shown}
+
+    def close_connections(self, number: int | None = None) -> Told:
+        """One of them, or all."""
+        how = query(HOW).how or "end"
+        chosen = (one for one in self.hub.deliveries if number in (None, one.entry.seq))
+        count = close_all(chosen, how)
+        if number is not None and not count:
+            raise Refusal(404, f"no open connection has the id {number}")
+        return {"closed": count, "how": how}
+
+    def show_tasks(self) -> Response:
+        return Response(task_tree(), content_type="text/plain; charset=utf-8")
+
+    async def read_journal(self) -> Told:
+        """What is there; or with `count`, the first so many that are finished, within the time."""
+        journal, asked = self.journal, query(JOURNAL)
+        wanted = {"run_id": asked.runId, "test_id": asked.testId, "kind": asked.kind}
+        since, count = asked.since or 0, asked.count or 0
+        within = 5 if asked.within is None else asked.within
+        found = journal.find(wanted, since=since)
+        if count:
+            found = await journal.wait(count, wanted, since=since, within=within)
+        show = self.as_call if asked.view else journal.show
+        entries = [show(one) for one in found]
+        if len(found) < count:
+            missing = f"{len(found)} of {count} finished entries came within {within:g} s"
+            raise Refusal(408, missing, entries=entries)
+        return {"entries": entries}
+
+    def as_call(self, entry: Entry) -> Told:
+        """The entry as the gateway's call history has it."""
+        shown = {**self.journal.show(entry), "statusCode": entry.status}
+        names = ("path", "statusCode", "latency", "tenantId", "userId", "agentId", "end")
+        return {name: shown[name] for name in names}
+
+    def reset(self) -> Told:
+        """Forget everything, or what is of one test."""
+        test_id = query(RESET).testId
+        why = Failure("the control API forgot the run", stage="cancelled", retryable=False)
+        self.hub.reset(why, test_id)
+        self.journal.forget(test_id)
+        self.desk.reset(test_id)
+        if test_id is None:
+            self.hub.gates.close()
+        return {"reset": test_id or "all"}
+
+    def shut_down(self) -> Response:
+        if self.stop is None:
+            raise Refusal(409, "this application runs in memory: end its nursery")
+        self.stop()
+        return answer({"status": "stopping"}, 202)
+
+    doors = Reception.doors | {
+        "GET /__aura/health": control_health,
+        "GET /__aura/scenarios": list_scenarios,
+        "GET /__aura/scenarios/<name>": show_scenario,
+        "POST /__aura/check": check_scenario,
+        "POST /__aura/next": bind_next,
+        "POST /__aura/signal": signal_gate,
+        "POST /__aura/emit": emit,
+        "POST /__aura/clock": move_clock,
+        "GET /__aura/runs": list_runs,
+        "GET /__aura/runs/<run_id>": show_run,
+        "GET /__aura/connections": list_connections,
+        "DELETE /__aura/connections": close_connections,
+        "DELETE /__aura/connections/<int:number>": close_connections,
+        "GET /__aura/tasks": show_tasks,
+        "GET /__aura/journal": read_journal,
+        "POST /__aura/reset": reset,
+        "POST /__aura/shutdown": shut_down,
+    }
+
+
+def task_tree() -> str:
+    """Trio's own tree, as far as it is ours: nurseries, in them tasks, and where each waits."""
+    return "\n".join([*drawn(trio.lowlevel.current_root_task()), ""])
+
+
+def drawn(task: Any, depth: int = 0) -> Iterator[str]:
+    """A task, and under it the nurseries that it has opened; of others' tasks, what they hold."""
+    ours = [frame for frame in frames_of(task) if frame.f_code.co_filename == __file__]
+    name = task.name.removeprefix(f"{__name__}.")
+    if ours or re.match(r"[a-z]+\b(?!\.)", name):  # a name of ours has no dots
+        place = ours[-1].f_code.co_qualname.replace(".<locals>", "") if ours else name
+        yield "   " * depth + name + (f"  <- {place}" if place != name else "")
+        depth += 1
+    for nursery in task.child_nurseries:
+        if opened := name_of(nursery, ours):
+            yield f"{'   ' * depth}nursery {opened}"
+            depth += 1  # whatever the task opens behind it is inside it
+        for child in sorted(nursery.child_tasks, key=lambda one: one.name):
+            yield from drawn(child, depth)
+
+
+def name_of(nursery: trio.Nursery, frames: Iterable[types.FrameType]) -> str:
+    """The variable that holds it; where that says only "nursery", the function that opened it."""
+    for frame in frames:
+        for name, value in frame.f_locals.items():
+            if value is nursery:
+                return f"of {frame.f_code.co_name}" if name == "nursery" else name
+    return ""
+
+
+def frames_of(task: Any) -> Iterator[types.FrameType]:
+    """The frames of its coroutines, outermost first."""
+    step = task.coro
+    while (frame := getattr(step, "cr_frame", None)) is not None:
+        yield frame
+        step = step.cr_await
+
+
 # ═══ 18  The double ═══════════════════════════════════════════════════════════════════════════════
 # All of part 2, served; and `running()`, for tests.
 
@@ -4257,11 +4232,11 @@ class Aura:
 
     def journal(
         self, run_id: str | None = None, *, kind: str | None = "stream", count: int | None = None,
-        within: float = 5, test_id: str | None = None,
+        within: float = 5,
     ) -> list[Any]:
         """The journal's entries, oldest first; with `count` it waits for so many that are
         finished. Attributes are the JSON names in snake_case."""
-        wanted = {"runId": run_id, "kind": kind, "count": count, "testId": test_id}
+        wanted = {"runId": run_id, "kind": kind, "count": count}
         given = {name: value for name, value in wanted.items() if value is not None}
         path = "/__aura/journal?" + urlencode({"within": within, **given})
         return list(self._ask("GET", path, patience=within).entries)
@@ -4313,24 +4288,6 @@ def attributes(said: Mapping[str, Any]) -> types.SimpleNamespace:
         **{re.sub("([A-Z])", r"_\1", name).lower(): value for name, value in said.items()})
 
 
-def known_scenarios(settings: DoubleSettings) -> dict[str, Scenario]:
-    """The catalogue and, over it, the scenarios of the user's own file; a ValueError says what is
-    wrong with that."""
-    known = catalogue()
-    if not settings.scenarios:
-        return known
-    where = f"--scenarios {settings.scenarios}"
-    try:
-        own = json.loads(Path(settings.scenarios).read_text("utf-8"), parse_constant=int)
-        for index, value in enumerate(own if isinstance(own, list) else [own]):
-            where = f"--scenarios {settings.scenarios}, [{index}]"
-            one = documented(value)
-            known[one.name] = one
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: {error}") from None
-    return known
-
-
 class StockConnection(Below):
     """Hypercorn's connection, as it comes, and a way to cut it. (Part 3 has one that a client
     cannot harm.)"""
@@ -4359,12 +4316,6 @@ def cut_off(raw: Any, *, reset: bool) -> None:
 
 class Double(Control):
     """The double, on connections as Hypercorn makes them."""
-
-    def __init__(
-        self, settings: DoubleSettings, analysis: Analysis | None = None,
-        catalogue: Mapping[str, Scenario] | None = None,
-    ) -> None:
-        super().__init__(settings, analysis, catalogue or known_scenarios(settings))
 
     def open(
         self, runs: trio.Nursery, clocks: trio.Nursery, url: str, stop: Callable[[], None]
@@ -4401,8 +4352,7 @@ def create_app(
     analysis: Analysis | None = None,
 ) -> QuartTrio:
     """The application in memory, over the runs of this hub."""
-    service: Reception = Settings.make_service(settings, analysis, catalogue)
-    return service.application(hub)
+    return Settings.make_service(settings, analysis, catalogue).application(hub)  # type: ignore[no-any-return]
 
 
 @contextlib.contextmanager
@@ -4754,8 +4704,7 @@ def engine(settings: DoubleSettings) -> Config:
 
 CONTROL = re.compile(r"/(__aura(?!/health\Z)|api/admin)(/.*)?", re.DOTALL)
 JOBS = re.compile(r"/api/(generation|v1/generations)(/.*)?", re.DOTALL)
-GATEWAY = re.compile(
-    r"/api(?:(/aura(?:/.*)?)|/synapse(?:(/analysis-runs/[^/]*/stream)|/.*))", re.DOTALL)
+GATEWAY = re.compile(r"/api/(?:aura|synapse)((?:/.*)?)", re.DOTALL)
 GATEWAY_SAYS = {b"x-dwp-source": "FRONTEND", b"x-dwp-caller-type": "USER"}  # where nobody does
 LOCAL = ("localhost", "127.0.0.1", "::1")
 LOCAL_PEER = re.compile(r"(127\..*|::1|<local>):\d+")
@@ -4769,37 +4718,23 @@ CORS = {
 PREFLIGHT = {
     "Access-Control-Allow-Methods": "GET, POST, PUT, DELETE, PATCH, OPTIONS",
     "Access-Control-Allow-Headers": "Authorization, X-Tenant-ID, X-User-ID, X-Agent-ID, "
-    "X-DWP-Source, X-DWP-Caller-Type, X-Aura-Scenario, X-Aura-Test-Fail, X-Test-Id, X-Trace-ID, "
-    "X-Request-ID, Content-Type, Accept, Accept-Language, Last-Event-ID, Cache-Control",
+    "X-DWP-Source, X-DWP-Caller-Type, X-Aura-Scenario, X-Aura-Test-Fail, X-Test-Id, "
+    "X-Trace-ID, X-Request-ID, Content-Type, Accept, Accept-Language, Last-Event-ID, "
+    "Cache-Control",
     "Access-Control-Max-Age": "3600",
 }
 
 
-def hosts_of(settings: DoubleSettings) -> set[str]:
-    """The names it answers to; none if it listens everywhere, for then nobody knows them."""
-    if settings.host in ("0.0.0.0", "::"):
-        return set()
-    names = (*LOCAL, settings.host, *parts(settings.allow_host))
-    return {name.strip("[]").lower() for name in names}
-
-
-def known_host(authority: str, hosts: set[str]) -> None:
+def known_host(authority: str, settings: DoubleSettings) -> None:
     """The 421 for a name that is not ours: a page on a name of its own, made to lead here, must not
     read a server on this machine."""
+    if settings.host in ("0.0.0.0", "::"):
+        return  # it listens everywhere, and nobody knows under which names
     name = re.sub(r":\d*$", "", authority).strip("[]").lower()
-    if hosts and name not in hosts:
+    known = (*LOCAL, settings.host, *parts(settings.allow_host))
+    if name not in [one.strip("[]").lower() for one in known]:
         error = f"this server does not answer to the name {name[:200]!r}"
         raise Refusal(421, error, hint="start it with --allow-host NAME if it should")
-
-
-def origins(text: str) -> re.Pattern[str]:
-    """The origins in a list like `localhost:*,https://app.test`, as one pattern."""
-    found = []
-    for one in parts(text):
-        scheme = "" if "://" in one else "https?://"
-        known = scheme + re.escape(one).replace(r":\*", r"(:\d{1,5})?")
-        found.append(".+" if one == "*" else known)
-    return re.compile("|".join(found) or "(?!)", re.IGNORECASE)
 
 
 def bearer(headers: Mapping[bytes, bytes]) -> bytes:
@@ -4816,15 +4751,12 @@ def operate(headers: Mapping[bytes, bytes], client: str, settings: DoubleSetting
             needs = "this needs 'Authorization: Bearer <the server's ADMIN_TOKEN>'"
             raise Refusal(401, headers=CHALLENGE, detail=needs)
         return
-    origin = as_text(headers.get(b"origin", b"http://localhost"))
+    page = LOCAL_PAGE.fullmatch(as_text(headers.get(b"origin", b"http://localhost")))
     proxied = headers.keys() & {b"forwarded", b"x-forwarded-for", b"via"}
-    for allowed, why in (
-        (LOCAL_PEER.fullmatch(client), "this is for callers on the server's own machine"),
-        (not proxied, "this came through a proxy, and is for direct callers on its machine"),
-        (LOCAL_PAGE.fullmatch(origin), "this is not for pages of another site"),
-    ):
-        if not allowed:
-            raise Refusal(403, f"{why}; with ADMIN_TOKEN set, the token lets anybody in")
+    if proxied or not page or not LOCAL_PEER.fullmatch(client):
+        raise Refusal(
+            403, "this is for callers on the server's own machine: neither through a proxy, nor "
+            "for pages of another site; with ADMIN_TOKEN set, the token lets anybody in")
 
 
 def identify(headers: Mapping[bytes, bytes], query: Any) -> None:
@@ -4852,11 +4784,11 @@ class GatewayRequest(JournaledRequest):
 
     def __init__(self, journal: Journal, app: QuartTrio, scope: Any) -> None:
         asked = "/" + scope["path"].lstrip("/")
-        inner = GATEWAY.fullmatch(asked)
-        if inner and (inner[1] or inner[2]):
-            scope = {**scope, "path": inner[1] or f"/aura{inner[2]}"}
+        face = GATEWAY.fullmatch(asked)
+        if face:
+            scope = {**scope, "path": f"/aura{face[1]}"}
         super().__init__(journal, app, scope)
-        if inner:
+        if face:
             entry, shown = self.entry, self.entry.headers
             entry.path = asked
             entry.trace_id = known_as(shown, b"x-trace-id")
@@ -4891,16 +4823,11 @@ class Access(Double):
 
     make_request = GatewayRequest
 
-    def __init__(self, settings: DoubleSettings, *more: Any) -> None:
-        super().__init__(settings, *more)
-        self.hosts = hosts_of(settings)
-        self.readers = origins(settings.cors_origin)
-
     async def admit(self) -> Response | None:
         await super().admit()
         this, path, headers = entry(), request.path, request.scope["aura.headers"]  # type: ignore[typeddict-item]
         if b"host" in headers:  # in HTTP/1.0 there may be none
-            known_host(header(b"host"), self.hosts)
+            known_host(header(b"host"), self.settings)
         if request.method == "OPTIONS":
             asks = b"access-control-request-method" in headers
             return Response(b"", 204, PREFLIGHT) if asks else None
@@ -4914,6 +4841,15 @@ class Access(Double):
             identify(headers, request.args)
         return None
 
+    def reads(self, origin: str) -> bool:
+        """Whether a page of this origin may read what is said here: `:*` is any port."""
+        for one in parts(self.settings.cors_origin):
+            scheme = "" if "://" in one else "https?://"
+            known = scheme + re.escape(one).replace(r":\*", r"(:\d{1,5})?")
+            if origin and (one == "*" or re.fullmatch(known, origin, re.IGNORECASE)):
+                return True
+        return False
+
     def refuse_foreign_pages(self) -> None:
         """Where no token is needed, keep out other sites' pages: each can make a browser send a GET
         or a plain POST. This server's own page is at home, under whatever name."""
@@ -4921,7 +4857,7 @@ class Access(Double):
         foreign = header(b"sec-fetch-site") == "cross-site"
         if origin:
             own = origin.endswith(f"://{header(b'host')}")
-            foreign = not (own or self.readers.fullmatch(origin))
+            foreign = not (own or self.reads(origin))
         if foreign:
             error = "this needs no token, so it is not for pages of another site"
             raise Refusal(403, error, hint="start it with --cors-origin ORIGIN if it should be")
@@ -4931,7 +4867,7 @@ class Access(Double):
         headers |= traces(entry())
         if origin:
             headers["Vary"] = "Origin"
-        if origin and self.readers.fullmatch(origin):
+        if self.reads(origin):
             headers |= {"Access-Control-Allow-Origin": origin, **CORS}
         return response
 
@@ -4957,17 +4893,6 @@ def job_of(run: ScriptedRun) -> Told:
 
 class Jobs(Access):
     """The double, and its generation jobs."""
-
-    def wanted(self, body: Any = None) -> Any:
-        """Where anybody may come without a token, a scenario is one that is known here."""
-        wanted = super().wanted(body)
-        if wanted is None or not JOBS.fullmatch(request.path):
-            return wanted
-        if not isinstance(wanted, str) or wanted.startswith("{"):
-            error = "where no token is needed, a scenario is a name of the catalogue"
-            hint = "put yours into --scenarios FILE, or bind it to a job: POST /__aura/next"
-            raise Refusal(400, error, hint=hint)
-        return wanted
 
     def jobs(self) -> list[ScriptedRun]:
         visible = self.hub.seen_by(entry().tenant_id)
@@ -5013,7 +4938,7 @@ class Jobs(Access):
         if LOCAL_PEER.fullmatch(entry().client):
             with contextlib.suppress(Refusal):
                 forwarded = header(b"x-forwarded-host").partition(",")[0] or host
-                known_host(forwarded, self.hosts)
+                known_host(forwarded, self.settings)
                 host = forwarded
                 scheme = "https" if header(b"x-forwarded-proto").startswith("https") else scheme
         return f"{scheme}://{host}"
@@ -5074,7 +4999,7 @@ class Metrics:
         self.hub = hub
         self.journal = journal
         self.registry = CollectorRegistry()
-        self.due = self.written = 0
+        self.due = self.written = 0  # events of streams that are over
         spread = partial(Histogram, buckets=BOUNDS)
         self.of: dict[str, Any] = {
             name: kind(name, says, labels, registry=self.registry)
@@ -5104,13 +5029,13 @@ class Metrics:
 
     def look(self, entry: Entry) -> None:
         """Count what has come of a stream since the last look."""
-        begun = entry.first_event is not None
-        now = (1, entry.last_event_id is not None, entry.bytes, entry.heartbeats, begun)
+        first = entry.first_event
+        again = entry.last_event_id is not None
+        now = (1, again, entry.bytes, entry.heartbeats, first is not None)
         for name, after, before in zip(STREAM_SUMS, now, entry.counted, strict=False):
             self.of[name].inc(after - before)
-        if begun > entry.counted[-1]:
-            took = (entry.first_event or 0.0) - entry.opened
-            self.of["sse_time_to_first_event_seconds"].observe(took)
+        if first and not entry.counted[-1]:
+            self.of["sse_time_to_first_event_seconds"].observe(first - entry.opened)
         entry.counted = now
 
     def over(self, entry: Entry) -> None:
@@ -5156,13 +5081,12 @@ def shown_path(pattern: str) -> str:
 def policy(page: str) -> str:
     """What a browser may do with this page: run the script and the style that are in it, known by
     their hashes, and ask this server. Nothing from elsewhere, and in nobody's frame."""
-    own = ""
-    for tag in ("script", "style"):
-        (text,) = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+    own = "default-src 'none'; base-uri 'none'; form-action 'none'; "
+    own += "frame-ancestors 'none'; connect-src 'self'; img-src data:"
+    for tag, text in re.findall(r"<(script|style)>(.*?)</\1>", page, re.DOTALL):
         digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
         own += f"; {tag}-src 'sha256-{digest}'"
-    nothing = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    return f"{nothing}{own}; connect-src 'self'; img-src data:"
+    return own
 
 
 class Admin(Jobs):
@@ -5261,11 +5185,8 @@ def warn(settings: DoubleSettings) -> None:
 class InOperation(Admin):
     """The whole double."""
 
-    def __init__(self, settings: DoubleSettings, *more: Any) -> None:
-        super().__init__(settings, *more)
-        self.connections: set[Connection] = set()
-
     async def listen(self) -> list[trio.SocketListener]:
+        self.connections: set[Connection] = set()
         warn(self.settings)
         return await listen(self.settings)
 
