@@ -3402,10 +3402,10 @@ TRIGGER_BODY = {
 }
 
 
-def checked_body(raw: Any, kind: Any, where: str = "body") -> Told:
+def checked_body(raw: Any, kind: Any, where: str = "body") -> Any:
     """A JSON body, or the Wrong in it, a 422 that names the field. No body is an empty one."""
     try:
-        body: Told = json.loads(raw.decode().strip() or "{}")
+        body = json.loads(raw.decode().strip() or "{}")
         sizes = [len(level) for level in itertools.islice(levels(body), DEEPEST + 2)]
         to_json(body)  # which knows that NaN is no JSON
     except (RecursionError, ValueError) as error:
@@ -3417,7 +3417,7 @@ def checked_body(raw: Any, kind: Any, where: str = "body") -> Told:
     return body
 
 
-async def told(kind: Any) -> Told:
+async def told(kind: Any) -> Any:
     """The body of this request."""
     return checked_body(await request.get_data(cache=False), kind)
 
@@ -3454,10 +3454,6 @@ class Binding:
     left: float
     case_id: str | None = None
     test_id: str | None = None
-
-    def aim(self) -> int:
-        """How closely: the closest one counts."""
-        return (self.case_id is not None) + (self.test_id is not None)
 
 
 # the ordinary streams, as a catalogue writes them
@@ -3535,7 +3531,7 @@ class Desk:
         ]
         if not fits:
             return self.default
-        best = max(fits, key=Binding.aim)
+        best = min(fits, key=lambda one: [one.case_id, one.test_id].count(None))
         best.left -= 1
         self.bindings = [one for one in self.bindings if one.left > 0]
         return best.scenario
@@ -3693,7 +3689,7 @@ class Reception(Service):
         }
 
     def application(
-        self, hub: BoundedHub, url: str = "", stop: Callable[[], None] | None = None
+        self, hub: BoundedHub, url: str = "", stop: Any = None
     ) -> QuartTrio:
         """All its doors, over the runs of this hub; in memory there is no URL, and no stop."""
         self.hub = hub
@@ -3702,8 +3698,8 @@ class Reception(Service):
         self.began = hub.clock.now()
         hub.also = self.desk.weight
         app = make_app(self)
-        app.config["MAX_CONTENT_LENGTH"] = self.settings.max_body
-        app.config["BODY_TIMEOUT"] = self.settings.body_timeout
+        limits = self.settings
+        app.config.update(MAX_CONTENT_LENGTH=limits.max_body, BODY_TIMEOUT=limits.body_timeout)
         app.asgi_http_class = partial(self.make_request, self.journal)  # type: ignore[assignment]
         app.before_request(self.admit)
         app.after_request(self.sign)
@@ -3752,8 +3748,7 @@ class Reception(Service):
         logger.info("[%s] %d %s", this.request_id, refusal.status, why)
         this.notes.append(why)
         this.attempt = None  # no script of a scenario plays
-        plain = answer(refusal.body, refusal.status, refusal.headers)
-        return plain if refusal.script == () else refusal.script
+        return refusal.script or answer(refusal.body, refusal.status, refusal.headers)
 
     def chosen(self, body: Any = None) -> Scenario | None:
         """What the request itself chooses, if anything. Where anybody may come without a token,
@@ -3789,11 +3784,9 @@ class Reception(Service):
         attempt = desk.count("trigger", scenario.name, *whose, this.tenant_id or "")
         this.plays(scenario, attempt)
         script = scenario.trigger.of(attempt) if scenario.trigger else None
-        if run:
-            return run, "known", script
-        if not (script and refuses(script)):
-            run = self.start(order, scenario)
-        return run, "started", script
+        if run is None and not (script and refuses(script)):
+            return self.start(order, scenario), "started", script
+        return run, "known", script
 
     def known(self, order: TriggerRequest, asked: Scenario | None) -> Any:
         """The run that this trigger means, if there is one; or why it can neither have that nor
@@ -3824,8 +3817,7 @@ class Reception(Service):
             **vars(self.info(order)), "tenant_id": entry().tenant_id, "test_id": entry().test_id,
             "weight": weight(order.body) + evidence + kept, "kept": kept,
         })
-        analysis = scripted(scenario, self.hub.gates, self.analysis)
-        return self.hub.start(info, scenario, analysis)
+        return self.hub.start(info, scenario, scripted(scenario, self.hub.gates, self.analysis))
 
     def accepted(
         self, order: TriggerRequest, status: int = 202, told: Told | None = None
@@ -3914,16 +3906,14 @@ class Reception(Service):
         say_of(this, "runId not found or already completed")
         raise self.unknown(run_id)
 
-    def played(
-        self, script: Script, run: ScriptedRun | None = None, **more: Any
-    ) -> Response:
+    def played(self, script: Script, run: Any = None, **more: Any) -> Response:
         """The answer that this script is."""
         job = run and run.info.phase == "generation" and self.settings.event_ids
         play = JobDelivery if job else Faulty
         known = {"headers": self.echo(), "connection": below(request.scope), **more}
         return Streamed(play(script, entry(), self.hub, run, **known))
 
-    def echo(self) -> dict[str, str]:
+    def echo(self) -> Told:
         """What an answer says of the choice that was made."""
         this = entry()
         return {
@@ -3972,7 +3962,7 @@ class Reception(Service):
             raise Refusal(404, "no completed analysis of this case", caseId=case_id, hint=hint)
         return result_of(done[-1])
 
-    doors: ClassVar[dict[str, Callable[..., Any]]] = {
+    doors: ClassVar[Any] = {
         "POST /aura/cases/<case_id>/analysis/trigger": trigger_stream,
         "GET /aura/cases/<case_id>/analysis": last_result,
     }
@@ -4177,8 +4167,8 @@ def drawn(task: Any, depth: int = 0) -> Iterator[str]:
     """A task, and under it the nurseries that it has opened; of others' tasks, what they hold."""
     ours = [frame for frame in frames_of(task) if frame.f_code.co_filename == __file__]
     name = task.name.removeprefix(f"{__name__}.")
-    if ours or re.match(r"[a-z]+\b(?!\.)", name):  # a name of ours has no dots
-        place = ours[-1].f_code.co_qualname.replace(".<locals>", "") if ours else name
+    if ours or name.isidentifier():  # others' tasks are called by what they run
+        place = ours[-1].f_code.co_qualname if ours else name
         yield "   " * depth + name + (f"  <- {place}" if place != name else "")
         depth += 1
     for nursery in task.child_nurseries:
@@ -4217,7 +4207,7 @@ class Aura:
 
     url: str
     port: int
-    stop: Callable[[], None] = field(repr=False)
+    stop: Callable[[], None]
     bearer: str = field(default="aura", repr=False)  # the admin token, if there is one
 
     def trigger(
@@ -4288,13 +4278,13 @@ def attributes(said: Mapping[str, Any]) -> types.SimpleNamespace:
         **{re.sub("([A-Z])", r"_\1", name).lower(): value for name, value in said.items()})
 
 
+@dataclass
 class StockConnection(Below):
     """Hypercorn's connection, as it comes, and a way to cut it. (Part 3 has one that a client
     cannot harm.)"""
 
-    def __init__(self, service: Service, stream: trio.SocketStream) -> None:
-        self.service = service
-        self.stream = stream
+    service: Service
+    stream: trio.SocketStream
 
     def blame(self) -> Ending:
         return CUT if self.service.hub.stopping else LEFT
@@ -4317,9 +4307,7 @@ def cut_off(raw: Any, *, reset: bool) -> None:
 class Double(Control):
     """The double, on connections as Hypercorn makes them."""
 
-    def open(
-        self, runs: trio.Nursery, clocks: trio.Nursery, url: str, stop: Callable[[], None]
-    ) -> Any:
+    def open(self, runs: trio.Nursery, clocks: trio.Nursery, url: str, stop: Any) -> Any:
         hub: Any = BoundedHub(self.settings, runs)
         if hub.clock.rate == math.inf:
             clocks.start_soon(hub.clock.jump, name="clock")
@@ -4348,8 +4336,7 @@ class Settings(DoubleSettings):
 
 
 def create_app(
-    settings: DoubleSettings, hub: BoundedHub, catalogue: Mapping[str, Scenario] | None = None, *,
-    analysis: Analysis | None = None,
+    settings: Any, hub: BoundedHub, catalogue: Any = None, *, analysis: Analysis | None = None
 ) -> QuartTrio:
     """The application in memory, over the runs of this hub."""
     return Settings.make_service(settings, analysis, catalogue).application(hub)  # type: ignore[no-any-return]
@@ -4363,11 +4350,12 @@ def running(
 
     A failed start raises here, as the OSError it was; a crash of the server raises at the end.
     """
-    if "speed" in fields:
-        fields["speed"] = str(fields["speed"]).replace("inf", "max")
     settings = settings or Settings()
     port = 0 if settings.port == Settings.port else settings.port  # the usual one may be taken
-    settings = dataclasses.replace(settings, **{"port": port, **fields})
+    given = {name: value for name, value in fields.items() if value is not None}
+    if "speed" in given:
+        given["speed"] = str(given["speed"]).replace("inf", "max")
+    settings = dataclasses.replace(settings, **{"port": port, **given})
     started: Future[Aura] = Future()
     crashes: list[BaseException] = []
     status: Any = types.SimpleNamespace(started=started.set_result)
@@ -4702,12 +4690,12 @@ def engine(settings: DoubleSettings) -> Config:
 # gateway wants a tenant; control, an operator; everything else a token, or where none is needed, no
 # foreign page. What a request asks for, its route looks at.
 
-CONTROL = re.compile(r"/(__aura(?!/health\Z)|api/admin)(/.*)?", re.DOTALL)
-JOBS = re.compile(r"/api/(generation|v1/generations)(/.*)?", re.DOTALL)
+CONTROL = ("/__aura/", "/api/admin/")
+JOBS = ("/api/generation/", "/api/v1/generations")
 GATEWAY = re.compile(r"/api/(?:aura|synapse)((?:/.*)?)", re.DOTALL)
 GATEWAY_SAYS = {b"x-dwp-source": "FRONTEND", b"x-dwp-caller-type": "USER"}  # where nobody does
 LOCAL = ("localhost", "127.0.0.1", "::1")
-LOCAL_PEER = re.compile(r"(127\..*|::1|<local>):\d+")
+LOCAL_PEER = re.compile(r"(127\..*|::1):\d+")
 LOCAL_PAGE = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?", re.IGNORECASE)
 CHALLENGE = {"WWW-Authenticate": "Bearer"}
 CORS = {
@@ -4771,14 +4759,6 @@ def identify(headers: Mapping[bytes, bytes], query: Any) -> None:
         raise Refusal(401, headers=CHALLENGE, detail=missing, hint=hint)
 
 
-def numbered_tenant(tenant: str | None) -> None:
-    """The gateway's own rule: 400 without a tenant that is a number."""
-    if tenant is None:
-        raise Refusal(400)
-    if not re.fullmatch("[0-9]{1,19}", tenant):
-        raise Refusal(400, "X-Tenant-ID must be numeric (e.g. 1) for Aura API.")
-
-
 class GatewayRequest(JournaledRequest):
     """A request, perhaps to the gateway's face: that leads to the same routes."""
 
@@ -4831,11 +4811,13 @@ class Access(Double):
         if request.method == "OPTIONS":
             asks = b"access-control-request-method" in headers
             return Response(b"", 204, PREFLIGHT) if asks else None
-        if this.trace_id is not None:
-            numbered_tenant(this.tenant_id)
-        if CONTROL.fullmatch(path):
+        if this.trace_id and this.tenant_id is None:
+            raise Refusal(400)
+        if this.trace_id and not re.fullmatch("[0-9]{1,19}", this.tenant_id or ""):
+            raise Refusal(400, "X-Tenant-ID must be numeric (e.g. 1) for Aura API.")
+        if path.startswith(CONTROL) and path != "/__aura/health":
             operate(headers, this.client, self.settings)
-        elif JOBS.fullmatch(path):
+        elif path.startswith(JOBS):
             self.refuse_foreign_pages()
         elif self.settings.auth == "on" and path.startswith("/aura/"):
             identify(headers, request.args)
@@ -4898,9 +4880,9 @@ class Jobs(Access):
         visible = self.hub.seen_by(entry().tenant_id)
         return [run for run in visible if run.info.phase == "generation"]
 
-    def job(self, job_id: str) -> ScriptedRun:
+    def job(self, job_id: str) -> Any:
         """The job; or a 404 that does not say what else has this id."""
-        run: ScriptedRun | None = self.hub.find(job_id, tenant=entry().tenant_id)
+        run = self.hub.find(job_id, tenant=entry().tenant_id)
         if run is None or run.info.phase != "generation":
             hint = "POST /api/v1/generations starts a job, and says where its events are"
             raise Refusal(404, "there is no such job", jobId=job_id, hint=hint)
@@ -5001,7 +4983,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.due = self.written = 0  # events of streams that are over
         spread = partial(Histogram, buckets=BOUNDS)
-        self.of: dict[str, Any] = {
+        self.of: Any = {
             name: kind(name, says, labels, registry=self.registry)
             for kind, name, says, *labels in (
                 (Counter, "sse_connections_total", "streams opened"),
@@ -5095,7 +5077,7 @@ class Admin(Jobs):
     metrics: Metrics | None = None
     page = ""  # for browsers; a door: part 4 has one
 
-    def application(self, hub: BoundedHub, *more: Any) -> QuartTrio:
+    def application(self, hub: Any, *more: Any) -> QuartTrio:
         with contextlib.suppress(ImportError):
             self.metrics = Metrics(hub, self.journal)
         return super().application(hub, *more)
@@ -5103,13 +5085,11 @@ class Admin(Jobs):
     def front(self) -> Response:
         if self.page and "text/html" in header(b"accept").lower():
             page = self.page.replace("{tries}", str(self.settings.max_retries))
-            guard = {
-                "Vary": "Accept", "X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache",
-                "Referrer-Policy": "no-referrer", "Content-Security-Policy": policy(page),
-            }
+            guard = {"Vary": "Accept", "Content-Security-Policy": policy(page)}
             return Response(page, headers=guard, content_type="text/html; charset=utf-8")
-        told = {"message": "Aura analysis stream", "version": __version__, "status": "operational"}
-        return answer(told)
+        return answer({
+            "message": "Aura analysis stream", "version": __version__, "status": "operational",
+        })
 
     def health(self) -> Told:
         return {
@@ -5118,24 +5098,24 @@ class Admin(Jobs):
             "uptime": round(time.perf_counter() - self.journal.began, 3),
         }
 
-    def close_streams(self, how: str, farewell: Callable[[], bytes] = bytes) -> int:
-        """Every stream that plays a script; the run of each goes on."""
-        return close_all((one for one in self.hub.deliveries if one.entry.streams), how, farewell)
+    def close_streams(self, latest: int = 0) -> int:
+        """Close every stream that plays a script, with a `retry:` of each viewer's own, 1 s to so
+        many ms, if any; the runs go on. They drop: some clients take a proper end for the end."""
+        streams = (one for one in self.hub.deliveries if one.entry.streams)
 
-    def come_back(self, latest: int) -> int:
-        """Close them with a `retry:` of each viewer's own, 1 s to so many ms. They drop: some
-        clients take a proper end for the end."""
-        how = query(HOW).how or "drop"
-        return self.close_streams(how, lambda: b"retry: %d\n\n" % random.randint(1000, latest))
+        def farewell() -> bytes:
+            return b"retry: %d\n\n" % random.randint(1000, latest) if latest else b""
+
+        return close_all(streams, query(HOW).how or "drop", farewell)
 
     def restart_streams(self) -> Told:
-        return {"closed": self.come_back(1000)}
+        return {"closed": self.close_streams(1000)}
 
     def broadcast_reconnect(self) -> Told:
-        return {"notified": self.come_back(5000)}
+        return {"notified": self.close_streams(5000)}
 
     def reset_connections(self) -> Told:
-        return {"dropped": self.close_streams("drop")}
+        return {"dropped": self.close_streams()}
 
     def show_metrics(self) -> Response:
         if self.metrics is None:
