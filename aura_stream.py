@@ -59,7 +59,7 @@ from above it. Ten minutes? Read part 1.
     20  Access                 who may ask for what
     21  Jobs                   generation jobs: runs of their own kind
     22  Metrics and admin      for whoever is on call
-    23  In operation           all of it, on connections that nothing kills
+    23  The whole double       all of it, on connections that nothing kills
     Part 4  For people
     24  The page               a client with its eyes open: one run, live
     25  The careful client     hears a stream of anybody's, whatever it sends
@@ -3463,7 +3463,7 @@ PLAIN = [phase.stream(DoubleSettings()) for phase in PHASES.values()]
 class Desk:
     """How a test chooses what happens to it, and which attempt it is at."""
 
-    def __init__(self, settings: DoubleSettings, catalogue: Mapping[str, Scenario]) -> None:
+    def __init__(self, settings: Any, catalogue: Mapping[str, Scenario]) -> None:
         self.settings = settings
         self.catalogue = catalogue
         self.default = self.from_start("scenario", settings.scenario) if settings.scenario else None
@@ -3628,10 +3628,9 @@ def entry() -> Entry:
     return request.scope["aura.entry"]  # type: ignore[typeddict-item, no-any-return]
 
 
-def header(name: bytes) -> str:
-    """A header of the request at hand, or nothing. (Werkzeug makes an exception of each it has
-    not.)"""
-    return as_text(request.scope["aura.headers"].get(name, b""))  # type: ignore[typeddict-item]
+def header(name: bytes, default: bytes = b"") -> str:
+    """A header of the request at hand. (Werkzeug makes an exception of each that is not there.)"""
+    return as_text(request.scope["aura.headers"].get(name, default))  # type: ignore[typeddict-item]
 
 
 def header_value(value: str) -> str:
@@ -4029,9 +4028,6 @@ class Control(Reception):
         known = self.desk.catalogue.values()
         return {"scenarios": [{"name": one.name, "doc": one.doc} for one in known]}
 
-    def show_scenario(self, name: str) -> Told:
-        return dict(self.desk.named(name).source)
-
     async def check_scenario(self) -> Told:
         parse_scenario(await told(Any))
         return {"ok": True}
@@ -4062,24 +4058,16 @@ class Control(Reception):
         await self.hub.clock.advance((await told(CLOCK))["advance"])
         return {"now": self.now()}
 
-    def list_runs(self) -> Told:
-        return {"runs": [state_of(run) for run in self.hub.seen_by(None)]}
-
-    def show_run(self, run_id: str) -> Told:
-        return state_of(self.seen(run_id))
-
     async def emit(self) -> Told:
         body = await told(EMIT)
         run = self.seen(str(body["runId"]))
-        try:
-            if run.last_word is not None:
-                raise trio.ClosedResourceError
-            with run.sending.clone() as sending:
-                await sending.send(Event(body["event"], body["data"]))
-        except (trio.ClosedResourceError, trio.BrokenResourceError):
-            error = f"this run has ended ({run.status}), nobody listens any more"
-            raise Refusal(409, error, runId=body["runId"]) from None
-        return {"emitted": body["event"]}
+        with contextlib.suppress(trio.ClosedResourceError, trio.BrokenResourceError):
+            if run.last_word is None:
+                with run.sending.clone() as sending:
+                    await sending.send(Event(body["event"], body["data"]))
+                return {"emitted": body["event"]}
+        error = f"this run has ended ({run.status}), nobody listens any more"
+        raise Refusal(409, error, runId=body["runId"])
 
     def list_connections(self) -> Told:
         entries = [one.entry for one in self.hub.deliveries]
@@ -4140,14 +4128,15 @@ class Control(Reception):
     doors = Reception.doors | {
         "GET /__aura/health": control_health,
         "GET /__aura/scenarios": list_scenarios,
-        "GET /__aura/scenarios/<name>": show_scenario,
+        "GET /__aura/scenarios/<name>": lambda self, name: self.desk.named(name).source,
         "POST /__aura/check": check_scenario,
         "POST /__aura/next": bind_next,
         "POST /__aura/signal": signal_gate,
         "POST /__aura/emit": emit,
         "POST /__aura/clock": move_clock,
-        "GET /__aura/runs": list_runs,
-        "GET /__aura/runs/<run_id>": show_run,
+        "GET /__aura/runs":
+            lambda self: {"runs": [state_of(run) for run in self.hub.seen_by(None)]},
+        "GET /__aura/runs/<run_id>": lambda self, run_id: state_of(self.seen(run_id)),
         "GET /__aura/connections": list_connections,
         "DELETE /__aura/connections": close_connections,
         "DELETE /__aura/connections/<int:number>": close_connections,
@@ -4713,46 +4702,17 @@ PREFLIGHT = {
 }
 
 
-def known_host(authority: str, settings: DoubleSettings) -> None:
-    """The 421 for a name that is not ours: a page on a name of its own, made to lead here, must not
-    read a server on this machine."""
-    if settings.host in ("0.0.0.0", "::"):
-        return  # it listens everywhere, and nobody knows under which names
-    name = re.sub(r":\d*$", "", authority).strip("[]").lower()
-    known = (*LOCAL, settings.host, *parts(settings.allow_host))
-    if name not in [one.strip("[]").lower() for one in known]:
-        error = f"this server does not answer to the name {name[:200]!r}"
-        raise Refusal(421, error, hint="start it with --allow-host NAME if it should")
+def bearer() -> str:
+    """The token that the request at hand brings, if it is a bearer's."""
+    scheme, _, token = header(b"authorization").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else ""
 
 
-def bearer(headers: Mapping[bytes, bytes]) -> bytes:
-    """The token that a request brings, if it is a bearer's."""
-    scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
-    return token.strip() if scheme.lower() == b"bearer" else b""
-
-
-def operate(headers: Mapping[bytes, bytes], client: str, settings: DoubleSettings) -> None:
-    """Let in who may control the server: who knows the token; without one, who is on this machine,
-    and neither a proxy nor another site's page."""
-    if settings.admin_token:
-        if not hmac.compare_digest(bearer(headers), os.fsencode(settings.admin_token)):
-            needs = "this needs 'Authorization: Bearer <the server's ADMIN_TOKEN>'"
-            raise Refusal(401, headers=CHALLENGE, detail=needs)
-        return
-    page = LOCAL_PAGE.fullmatch(as_text(headers.get(b"origin", b"http://localhost")))
-    proxied = headers.keys() & {b"forwarded", b"x-forwarded-for", b"via"}
-    if proxied or not page or not LOCAL_PEER.fullmatch(client):
-        raise Refusal(
-            403, "this is for callers on the server's own machine: neither through a proxy, nor "
-            "for pages of another site; with ADMIN_TOKEN set, the token lets anybody in")
-
-
-def identify(headers: Mapping[bytes, bytes], query: Any) -> None:
+def identify() -> None:
     """Let everybody in who brings a token, any token, or raise the 401."""
-    if headers.get(b"authorization"):
-        if not bearer(headers):
-            raise Refusal(401, headers=CHALLENGE, detail="Invalid authorization header format")
-    elif not query.get("access_token"):  # a native EventSource cannot send headers
+    if header(b"authorization") and not bearer():
+        raise Refusal(401, headers=CHALLENGE, detail="Invalid authorization header format")
+    if not (bearer() or request.args.get("access_token")):  # a native EventSource sends no headers
         hint = "send 'Authorization: Bearer <any token>'; an EventSource, which cannot,"
         hint += " adds ?access_token=<any token> to the URL"
         missing = "Missing authorization header"
@@ -4805,23 +4765,50 @@ class Access(Double):
 
     async def admit(self) -> Response | None:
         await super().admit()
-        this, path, headers = entry(), request.path, request.scope["aura.headers"]  # type: ignore[typeddict-item]
-        if b"host" in headers:  # in HTTP/1.0 there may be none
-            known_host(header(b"host"), self.settings)
+        this, path = entry(), request.path
+        self.known_host(header(b"host", b"localhost"))  # in HTTP/1.0 there may be none
         if request.method == "OPTIONS":
-            asks = b"access-control-request-method" in headers
+            asks = header(b"access-control-request-method")
             return Response(b"", 204, PREFLIGHT) if asks else None
         if this.trace_id and this.tenant_id is None:
             raise Refusal(400)
         if this.trace_id and not re.fullmatch("[0-9]{1,19}", this.tenant_id or ""):
             raise Refusal(400, "X-Tenant-ID must be numeric (e.g. 1) for Aura API.")
         if path.startswith(CONTROL) and path != "/__aura/health":
-            operate(headers, this.client, self.settings)
+            self.operate()
         elif path.startswith(JOBS):
             self.refuse_foreign_pages()
         elif self.settings.auth == "on" and path.startswith("/aura/"):
-            identify(headers, request.args)
+            identify()
         return None
+
+    def known_host(self, authority: str) -> None:
+        """The 421 for a name that is not ours: a page on a name of its own, made to lead here, must
+        not read a server on this machine."""
+        if self.settings.host in ("0.0.0.0", "::"):
+            return  # it listens everywhere, and nobody knows under which names
+        name = re.sub(r":\d*$", "", authority).strip("[]").lower()
+        known = (*LOCAL, self.settings.host, *parts(self.settings.allow_host))
+        if name not in [one.strip("[]").lower() for one in known]:
+            error = f"this server does not answer to the name {name[:200]!r}"
+            raise Refusal(421, error, hint="start it with --allow-host NAME if it should")
+
+    def operate(self) -> None:
+        """Let in who may control the server: who knows the token; without one, who is on this
+        machine, and neither a proxy nor another site's page."""
+        if self.settings.admin_token:
+            token = os.fsencode(self.settings.admin_token)
+            if not hmac.compare_digest(to_bytes(bearer()), token):
+                needs = "this needs 'Authorization: Bearer <the server's ADMIN_TOKEN>'"
+                raise Refusal(401, headers=CHALLENGE, detail=needs)
+            return
+        given = request.scope["aura.headers"].keys()  # type: ignore[typeddict-item]
+        page = LOCAL_PAGE.fullmatch(header(b"origin", b"http://localhost"))
+        proxied = given & {b"forwarded", b"x-forwarded-for", b"via"}
+        if proxied or not page or not LOCAL_PEER.fullmatch(entry().client):
+            raise Refusal(
+                403, "this is for callers on the server's own machine: neither through a proxy, "
+                "nor for pages of another site; with ADMIN_TOKEN set, the token lets anybody in")
 
     def reads(self, origin: str) -> bool:
         """Whether a page of this origin may read what is said here: `:*` is any port."""
@@ -4920,13 +4907,10 @@ class Jobs(Access):
         if LOCAL_PEER.fullmatch(entry().client):
             with contextlib.suppress(Refusal):
                 forwarded = header(b"x-forwarded-host").partition(",")[0] or host
-                known_host(forwarded, self.settings)
+                self.known_host(forwarded)
                 host = forwarded
                 scheme = "https" if header(b"x-forwarded-proto").startswith("https") else scheme
         return f"{scheme}://{host}"
-
-    def show_job(self, job_id: str) -> Told:
-        return job_of(self.job(job_id))
 
     def cancel_job(self, job_id: str) -> Response:
         why = "the job was cancelled by a DELETE"
@@ -4954,7 +4938,7 @@ class Jobs(Access):
         "POST /api/v1/generations": job_trigger,
         "GET /api/v1/generations/_stats": job_statistics,
         "GET /api/v1/generations/active": active_jobs,
-        "GET /api/v1/generations/<job_id>": show_job,
+        "GET /api/v1/generations/<job_id>": lambda self, job_id: job_of(self.job(job_id)),
         "DELETE /api/v1/generations/<job_id>": cancel_job,
         "GET /api/v1/generations/<job_id>/events": job_events_stream,
     }
@@ -5108,15 +5092,6 @@ class Admin(Jobs):
 
         return close_all(streams, query(HOW).how or "drop", farewell)
 
-    def restart_streams(self) -> Told:
-        return {"closed": self.close_streams(1000)}
-
-    def broadcast_reconnect(self) -> Told:
-        return {"notified": self.close_streams(5000)}
-
-    def reset_connections(self) -> Told:
-        return {"dropped": self.close_streams()}
-
     def show_metrics(self) -> Response:
         if self.metrics is None:
             raise Refusal(501, "metrics need an extra: pip install 'aura-stream[metrics]'")
@@ -5127,30 +5102,18 @@ class Admin(Jobs):
         "GET /": front,
         "GET /health": health,
         "GET /api/generation/health": health,
-        "POST /api/admin/sse/restart": restart_streams,
-        "POST /api/admin/sse/broadcast-reconnect": broadcast_reconnect,
-        "POST /api/admin/connections/reset": reset_connections,
+        "POST /api/admin/sse/restart": lambda self: {"closed": self.close_streams(1000)},
+        "POST /api/admin/sse/broadcast-reconnect":
+            lambda self: {"notified": self.close_streams(5000)},
+        "POST /api/admin/connections/reset": lambda self: {"dropped": self.close_streams()},
         "GET /metrics": show_metrics,
     }
 
 
-# ═══ 23  In operation ═════════════════════════════════════════════════════════════════════════════
+# ═══ 23  The whole double ═════════════════════════════════════════════════════════════════════════
 # All of it, on connections that nothing kills.
 
 SEGMENT = 16 * 2**10  # bytes: two are acknowledged at once; one that fills the buffer, after 40 ms
-
-
-async def listen(settings: DoubleSettings) -> list[trio.SocketListener]:
-    """The listening sockets; the sockets they accept inherit the options."""
-    listeners = await trio.open_tcp_listeners(settings.port, host=settings.host, backlog=4096)
-    for raw in (listener.socket for listener in listeners):
-        # the kernel doubles it
-        raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, min(settings.send_buffer // 2, 2**30))
-        if hasattr(socket, "TCP_USER_TIMEOUT"):  # the kernel's own eviction, a second line
-            patience = int(min(2000 * settings.send_timeout, 2**31 - 1))
-            raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, patience)
-            raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, SEGMENT)
-    return listeners
 
 
 def warn(settings: DoubleSettings) -> None:
@@ -5166,9 +5129,19 @@ class InOperation(Admin):
     """The whole double."""
 
     async def listen(self) -> list[trio.SocketListener]:
+        """The listening sockets; the sockets they accept inherit the options."""
         self.connections: set[Connection] = set()
-        warn(self.settings)
-        return await listen(self.settings)
+        limits = self.settings
+        warn(limits)
+        listeners = await trio.open_tcp_listeners(limits.port, host=limits.host, backlog=4096)
+        for raw in (listener.socket for listener in listeners):
+            size = min(limits.send_buffer // 2, 2**30)  # the kernel doubles it
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
+            if hasattr(socket, "TCP_USER_TIMEOUT"):  # the kernel's own eviction, a second line
+                patience = int(min(2000 * limits.send_timeout, 2**31 - 1))
+                raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, patience)
+                raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, SEGMENT)
+        return listeners
 
     async def attend(self, app: ASGIWrapper, context: WorkerContext, stream: Any) -> None:
         trio.lowlevel.current_task().name = "connection"

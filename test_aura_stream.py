@@ -72,7 +72,6 @@ from aura_stream import (
     Time,
     comment,
     create_app,
-    listen,
     main,
     parse_scenario,
     parse_script,
@@ -4379,7 +4378,7 @@ def test_an_idle_connection_that_is_closed_is_in_the_log_for_who_looks_closely(h
 
 
 async def test_accepted_sockets_inherit_their_bounds():  # traps 5 and 10
-    listeners = await listen(Settings(port=0))
+    listeners = await Settings.make_service(Settings(port=0)).listen()
     port = listeners[0].socket.getsockname()[1]
     with socket.create_connection(("127.0.0.1", port)):
         accepted = await listeners[0].accept()
