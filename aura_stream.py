@@ -3427,10 +3427,6 @@ def relays(script: Script) -> bool:
     return any(step.verb == "relay" or relays(step.steps) for step in script)
 
 
-def needs_no_run(scenario: Scenario) -> bool:
-    return scenario.stream is not None and not relays(scenario.stream.of(1))
-
-
 def refuses(script: Script) -> bool:
     """Whether a trigger script says no: then no run is started."""
     heads = [step.argument for step in script if step.verb == "open"]
@@ -3894,7 +3890,8 @@ class Reception(Service):
         this, desk = entry(), self.desk
         if request.method == "HEAD":
             raise self.unknown(run_id)
-        scenario = asked or desk.meant(run_id, this.case_id, needs_no_run)
+        scenario = asked or desk.meant(
+            run_id, this.case_id, lambda one: one.stream and not relays(one.stream.of(1)))
         if scenario and scenario.stream:
             what = ("stream", scenario.name, run_id, this.tenant_id or "")
             script = scenario.stream.of(desk.count(*what, more=0) + 1)
