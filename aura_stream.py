@@ -3380,9 +3380,10 @@ def known_scenarios(settings: DoubleSettings) -> dict[str, Scenario]:
 
 
 # ═══ 16  Choosing ═════════════════════════════════════════════════════════════════════════════════
-# What a request gets: which scenario, which attempt at it, which script. A service decides, and is
-# done; what takes time is a run or a delivery. Around both stands the request, and its entry in the
-# journal.
+# What a request gets: which scenario, which attempt at it, which script. The first of these counts:
+# what the request itself names; what stands in an id, behind a `~`; what was bound beforehand; the
+# default. A service decides, at once, and is done; what takes time is a run or a delivery. Around
+# both stands the request, where its entry in the journal begins and ends.
 
 RunId = that(
     "1 to 200 printable characters, no '/'",
@@ -3390,6 +3391,8 @@ RunId = that(
     and re.fullmatch(r"(?!\.\.?\Z)[^/]{0,200}", str(value)))
 Told = dict[str, Any]  # what an answer says, as JSON
 Text = str | None
+
+# Fields that we know must be what they are; fields that we do not know are nobody's business.
 _loose = partial(form, strict=False)
 TRIGGER_BODY = {
     "phase2": _loose(runId=RunId | None, requestedBy=Text, evidence=dict | None,
@@ -3404,6 +3407,8 @@ TRIGGER_BODY = {
 
 def checked_body(raw: Any, kind: Any, where: str = "body") -> Any:
     """A JSON body, or the Wrong in it, a 422 that names the field. No body is an empty one."""
+    # It is looked through level by level, before anything that calls itself may meet it: Python's
+    # recursion limit would be a 500, and a megabyte of `[],` holds up everybody.
     try:
         body = json.loads(raw.decode().strip() or "{}")
         sizes = [len(level) for level in itertools.islice(levels(body), DEEPEST + 2)]
@@ -3434,7 +3439,8 @@ def refuses(script: Script) -> bool:
 
 
 def counted(counts: dict[Any, int], what: Any, most: int, more: int = 1) -> int:
-    """How many of this, with one more. So many are remembered: those that were counted last."""
+    """How many of this, with one more. So many are remembered: those that were counted last, for
+    a dict knows in which order its keys came."""
     number = counts.pop(what, 0) + more
     counts[what] = number
     if len(counts) > most:
@@ -3444,7 +3450,8 @@ def counted(counts: dict[Any, int], what: Any, most: int, more: int = 1) -> int:
 
 @dataclass
 class Binding:
-    """A scenario that waits for the triggers it is meant for."""
+    """A scenario that waits for the triggers it is meant for: so many more of them, of this case,
+    of this test; where one of these is None, of any."""
 
     scenario: Scenario
     left: float
@@ -3452,12 +3459,16 @@ class Binding:
     test_id: str | None = None
 
 
-# the ordinary streams, as a catalogue writes them
+# The ordinary streams, as a catalogue writes them: who has seen everything need not see one again.
 PLAIN = [phase.stream(DoubleSettings()) for phase in PHASES.values()]
 
 
 class Desk:
-    """How a test chooses what happens to it, and which attempt it is at."""
+    """How a test chooses what happens to it, and which attempt it is at.
+
+    What belongs to a test is kept under its `X-Test-Id`, so that tests can share a server: each
+    forgets what is its own, and finds its own first attempt.
+    """
 
     def __init__(self, settings: Any, catalogue: Mapping[str, Scenario]) -> None:
         self.settings = settings
@@ -3480,6 +3491,7 @@ class Desk:
         self.counts = {what: count for what, count in self.counts.items() if what[0] != test_id}
 
     def from_start(self, flag: str, name: str) -> Scenario:
+        """A scenario that was named at the start; a ValueError is a sentence about the flag."""
         if name not in self.catalogue:
             close = did_you_mean(name, self.catalogue)
             raise ValueError(f"--{flag}: there is no scenario {name!r}{close}")
@@ -3516,6 +3528,8 @@ class Desk:
     ) -> Scenario | None:
         """What was chosen beforehand and is able: in the run's or the case's id, by a binding
         (which this uses up), by default."""
+        # An id passes unchanged through a browser, a gateway and a back end that build their own
+        # headers and bodies: so a test can choose from the other end of them all.
         for text in (run_id, case_id or ""):
             if "~" in text and not self.settings.no_magic:
                 return self.named(text.rpartition("~")[2])
@@ -3527,13 +3541,14 @@ class Desk:
         ]
         if not fits:
             return self.default
+        # the one that leaves least open fits best, and of these the oldest
         best = min(fits, key=lambda one: [one.case_id, one.test_id].count(None))
         best.left -= 1
         self.bindings = [one for one in self.bindings if one.left > 0]
         return best.scenario
 
     def weight(self) -> int:
-        """The bytes that bound scenarios hold."""
+        """The bytes that bound scenarios hold; they count against the limit of all logs."""
         return sum(one.scenario.weight for one in self.bindings)
 
     def count(self, *what: str, more: int = 1) -> int:
@@ -3543,7 +3558,8 @@ class Desk:
 
 
 class Below(NoSocket):
-    """What is below a request, as far as that matters here: in memory, nothing."""
+    """What is below a request, as far as that matters here: in memory, nothing. The connections of
+    a server say more: whom to blame, and whether the last bytes have gone out."""
 
     def stream_begins(self) -> None:
         """What was asked for is a stream."""
@@ -3559,7 +3575,11 @@ def below(scope: Any) -> Any:
 
 
 class JournaledRequest(Exchange):
-    """One request and its answer: here the journal's entry begins and ends."""
+    """One request and its answer: here the journal's entry begins and ends.
+
+    Only what is on the allow-list gets into an entry, and of a token only that there is one. What
+    is asked of the double's own control is not journaled, for it would push out what is.
+    """
 
     def __init__(self, journal: Journal, app: QuartTrio, scope: Any) -> None:
         super().__init__(app, scope)
@@ -3580,8 +3600,11 @@ class JournaledRequest(Exchange):
             test_id=shown.get(b"x-test-id"))
 
     async def __call__(self, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
+        """Serve it, and close its entry in the one `finally` that there is. Who wrote down an end
+        before has the last word; then who raised; then whoever the connection blames."""
         trio.lowlevel.current_task().name = "request"
-        entry, connection = self.entry, below(self.scope)
+        entry = self.entry
+        connection = below(self.scope)
         self.journal.open(entry, kept=self.kept)
         try:
             await super().__call__(receive, send)
@@ -3595,11 +3618,12 @@ class JournaledRequest(Exchange):
             self.journal.close(entry)
 
     async def _send_response(self, send: ASGISendCallable, response: Any) -> None:
+        """A delivery writes down its own end; here is that of a plain answer, before its bytes."""
         entry = self.entry
         if isinstance(response, Streamed):
             if entry.streams:
                 below(self.scope).stream_begins()
-            # not as long as a stream
+            # nobody needs them any more, and a stream may last for hours
             self.scope["aura.headers"] = self.scope["headers"] = {}  # type: ignore
             await response.delivery.deliver(send, response.headers.items())
         else:
@@ -3671,7 +3695,11 @@ def query(kind: Any) -> Any:
 
 
 class Reception(Service):
-    """Which scenario a trigger starts, and which one a viewer gets."""
+    """Which scenario a trigger starts, and which one a viewer gets.
+
+    `doors` is its table of ways in, beside those of part 1: a method and a path, and what answers
+    there. Later classes add rows.
+    """
 
     make_request: ClassVar[Any] = JournaledRequest  # a door
 
@@ -3708,7 +3736,8 @@ class Reception(Service):
         return app
 
     async def enter(self, method: Callable[..., Any], **path: Any) -> Response:
-        """By one of its doors: a method answers, with a response or with what a 200 tells."""
+        """By one of its doors: a method answers, at once or when it is awaited, with a response or
+        with what a 200 tells."""
         said = method(self, **path)
         if inspect.isawaitable(said):
             said = await said
@@ -3732,13 +3761,15 @@ class Reception(Service):
         return None
 
     async def sign(self, response: Response) -> Response:
-        """What every answer carries. A door."""
+        """What every answer carries. A door: part 3 says who may read it."""
         response.headers["X-Request-ID"] = entry().request_id
         return response
 
     async def refuse(self, error: Any) -> Any:
-        """How a refusal leaves, wherever it was made."""
-        this, refusal = entry(), refusal_of(error)
+        """How a refusal leaves, wherever it was made: said in the log and in the journal, and no
+        attempt at anything."""
+        this = entry()
+        refusal = refusal_of(error)
         why = safe(f"refused: {cause_of(refusal)}")
         logger.info("[%s] %d %s", this.request_id, refusal.status, why)
         this.notes.append(why)
@@ -3759,6 +3790,7 @@ class Reception(Service):
         return self.desk.read(wanted)
 
     async def asked(self, case_id: str, phase: str) -> TriggerRequest:
+        """What this trigger asks for, its known fields checked; a missing runId is minted."""
         body = await told(TRIGGER_BODY[phase])
         given = body.get("runId") not in (None, "")
         run_id = body["runId"] if given else uuid.uuid4()
@@ -3767,7 +3799,8 @@ class Reception(Service):
     def trigger(self, order: TriggerRequest) -> tuple[Any, str, Any]:
         """The run a trigger asks for, if it may start; whether it was `started` or `known`; and
         how the scenario answers, if it does."""
-        this, desk = entry(), self.desk
+        this = entry()
+        desk = self.desk
         this.run_id = order.run_id
         asked = self.chosen(order.body.get("scenario"))
         run = self.known(order, asked)
@@ -3786,7 +3819,8 @@ class Reception(Service):
     def known(self, order: TriggerRequest, asked: Scenario | None) -> Any:
         """The run that this trigger means, if there is one; or why it can neither have that nor
         start another. The order of these refusals is the contract's."""
-        this, run_id = entry(), order.run_id
+        this = entry()
+        run_id = order.run_id
         run = self.hub.find(run_id)
         if run and not may_see(this.tenant_id, run.info.tenant_id):
             raise self.unknown(run_id)
@@ -3806,6 +3840,8 @@ class Reception(Service):
         return run
 
     def start(self, order: TriggerRequest, scenario: Scenario) -> Any:
+        """Start the run. It weighs what its request does, and its scenario, if that is its own: so
+        what is held in memory is what is counted."""
         kept = 0 if scenario in self.desk.catalogue.values() else scenario.weight
         evidence = 2 * weight(order.body.get("evidence"))  # in the request, and in its event
         info = ScriptedInfo(**{
@@ -3817,6 +3853,8 @@ class Reception(Service):
     def accepted(
         self, order: TriggerRequest, status: int = 202, told: Told | None = None
     ) -> Response:
+        """The answer to a trigger: what `told` says, or the usual; as the scenario wants it, if it
+        wants something."""
         run, how, script = self.trigger(order)
         told = told or ACCEPTED[order.phase](order, run.info.case_id if run else order.case_id)
         headers = self.echo() | ({"x-aura-run": how} if run else {})
@@ -3840,14 +3878,19 @@ class Reception(Service):
         if run is None:
             return self.without_a_run(run_id, asked)
 
+        # where it left off; the query is for those who cannot send a header
         given = request.args.get("lastEventId") or request.args.get("last-event-id")
         this.last_event_id = header(b"last-event-id") or given
         this.resumed_after = resume_point(this.last_event_id, run.log.last)
         this.case_id = this.case_id or run.info.case_id
+
+        # which attempt at which scenario: another than the run's own has a count of its own
         scenario = asked or run.scenario
         before = run.attempts.get(scenario.name, 0)
         attempts = scenario.stream or self.ordinary[run.info.phase]
         script = attempts.of(before + 1)
+
+        # where a script is meant, it plays; where the stream is the ordinary one, a 204 is kinder
         plain = scenario.stream is None or (attempts.repeats(before + 1) and script in PLAIN)
         if plain and run.ended and 0 < this.resumed_after == run.log.last:
             raise Refusal(204)  # finished and fully seen: this stops a native EventSource
@@ -3860,6 +3903,7 @@ class Reception(Service):
         return self.played(script, run)
 
     def say_begun(self, this: Entry) -> None:
+        """The lines that Aura's guides tell people to look for."""
         say_of(this, "start consuming")
         if not this.last_event_id:
             return
@@ -3886,8 +3930,10 @@ class Reception(Service):
         raise refusal
 
     def without_a_run(self, run_id: str, asked: Scenario | None) -> Response:
-        """A script that needs no log plays for an unknown run too."""
-        this, desk = entry(), self.desk
+        """A script that needs no log plays for an unknown run too, and only then it is an attempt.
+        What could not play is not used up."""
+        this = entry()
+        desk = self.desk
         if request.method == "HEAD":
             raise self.unknown(run_id)
         scenario = asked or desk.meant(
@@ -3903,7 +3949,7 @@ class Reception(Service):
         raise self.unknown(run_id)
 
     def played(self, script: Script, run: Any = None, **more: Any) -> Response:
-        """The answer that this script is."""
+        """The answer that this script is. A job's ids have its name in front."""
         job = run and run.info.phase == "generation" and self.settings.event_ids
         play = JobDelivery if job else Faulty
         known = {"headers": self.echo(), "connection": below(request.scope), **more}
@@ -3920,12 +3966,16 @@ class Reception(Service):
         }
 
     def seen(self, run_id: str) -> Any:
+        """The run, or the 404 that helps: also to a run of another tenant, which must not learn
+        that it is there."""
         run = self.hub.find(run_id, tenant=entry().tenant_id)
         if run is None:
             raise self.unknown(run_id)
         return run
 
     def unknown(self, run_id: str) -> Refusal:
+        """The 404 that helps: where it was looked for, what is like it, or that it has been
+        forgotten. It counts and names only runs that this caller may see."""
         tenant = entry().tenant_id
         live = [run.info.run_id for run in self.hub.seen_by(tenant) if not run.ended]
         short = [one for one in live if len(one) <= 64]  # to compare is slow
@@ -3949,7 +3999,7 @@ class Reception(Service):
         return self.stream(run.info.run_id)
 
     def last_result(self, case_id: str) -> Told:
-        """The last result of a case."""
+        """The last result of a case: of its newest run that has completed."""
         visible = self.hub.seen_by(entry().tenant_id)
         runs = [run for run in visible if run.info.case_id == case_id]
         done = [run for run in runs if run.status == "completed"]
@@ -3991,7 +4041,8 @@ def result_of(run: ScriptedRun) -> Told:
 
 # ═══ 17  Control ══════════════════════════════════════════════════════════════════════════════════
 # `/__aura`: what the double can do, what is to happen, what has happened. Each way in is a row of
-# the table at the end, and a method that returns what is told.
+# the table at the end of the class, and a method that returns what is told; what is asked has its
+# form here. A mistake in a body is a 422 that names the field, one in a query a 400.
 
 Word = that("a text that is not empty", bool)
 HOW = form(how=like("end|drop|reset"))
@@ -4007,13 +4058,14 @@ CLOCK = form("advance", advance=number(float, 0, 10**9))
 
 
 class Control(Reception):
-    """The control of the double."""
+    """The control of the double, for the one who tests with it: it sees the runs of all tenants."""
 
     def now(self) -> float:
         """Script seconds since the start."""
         return float(round(self.hub.clock.now() - self.began, 3))
 
     def control_health(self) -> Told:
+        """Always open: who has started it waits for this."""
         rate = self.hub.clock.rate
         mode = {1.0: "real", math.inf: "max"}.get(rate, f"x{rate:g}")
         return {
@@ -4026,14 +4078,18 @@ class Control(Reception):
         return {"scenarios": [{"name": one.name, "doc": one.doc} for one in known]}
 
     async def check_scenario(self) -> Told:
+        """Whether it would play; else the 422 says where the mistake is."""
         parse_scenario(await told(Any))
         return {"ok": True}
 
     async def bind_next(self) -> Told:
+        """The next triggers get this scenario: one, so many, or with null all until a reset."""
         body = await told(NEXT)
-        scenario, times = self.desk.read(body["scenario"]), body.get("times", 1)
+        scenario = self.desk.read(body["scenario"])
+        times = body.get("times", 1)
         case_id = checked(RunId | None, body.get("caseId"))  # as a text
-        bindings, most = self.desk.bindings, self.settings.max_bindings
+        bindings = self.desk.bindings
+        most = self.settings.max_bindings
         limit = self.settings.max_log_bytes
         if len(bindings) >= most or scenario.weight + self.hub.held > limit:
             error = f"at most {most} bindings wait, and the limit is {limit} bytes"
@@ -4042,7 +4098,9 @@ class Control(Reception):
         return {"scenario": scenario.name, "times": times, "caseId": case_id}
 
     async def signal_gate(self) -> Told:
-        body, gates = await told(SIGNAL), self.hub.gates
+        """Open a gate, for one run or for all, for good."""
+        body = await told(SIGNAL)
+        gates = self.hub.gates
         run_id = checked(RunId | None, body.get("runId"))
         if run_id is not None:
             self.seen(run_id)
@@ -4052,10 +4110,13 @@ class Control(Reception):
         return {"open": body["gate"], "runId": run_id}
 
     async def move_clock(self) -> Told:
+        """Move script time ahead; whatever is due on the way comes in its turn."""
         await self.hub.clock.advance((await told(CLOCK))["advance"])
         return {"now": self.now()}
 
     async def emit(self) -> Told:
+        """Speak into a live run's channel, as its analysis does; where that has said its last word,
+        nobody listens any more."""
         body = await told(EMIT)
         run = self.seen(str(body["runId"]))
         with contextlib.suppress(trio.ClosedResourceError, trio.BrokenResourceError):
@@ -4067,12 +4128,13 @@ class Control(Reception):
         raise Refusal(409, error, runId=body["runId"])
 
     def list_connections(self) -> Told:
+        """What is open now, oldest first."""
         entries = [one.entry for one in self.hub.deliveries]
         shown = [{"id": one.seq, **self.journal.show(one)} for one in entries]
         return {"connections": shown}
 
     def close_connections(self, number: int | None = None) -> Told:
-        """One of them, or all."""
+        """End, drop or reset one of them, or all."""
         how = query(HOW).how or "end"
         chosen = (one for one in self.hub.deliveries if number in (None, one.entry.seq))
         count = close_all(chosen, how)
@@ -4085,9 +4147,11 @@ class Control(Reception):
 
     async def read_journal(self) -> Told:
         """What is there; or with `count`, the first so many that are finished, within the time."""
-        journal, asked = self.journal, query(JOURNAL)
+        journal = self.journal
+        asked = query(JOURNAL)
         wanted = {"run_id": asked.runId, "test_id": asked.testId, "kind": asked.kind}
-        since, count = asked.since or 0, asked.count or 0
+        since = asked.since or 0
+        count = asked.count or 0
         within = 5 if asked.within is None else asked.within
         found = journal.find(wanted, since=since)
         if count:
@@ -4117,6 +4181,7 @@ class Control(Reception):
         return {"reset": test_id or "all"}
 
     def shut_down(self) -> Response:
+        """Stop, as SIGTERM does."""
         if self.stop is None:
             raise Refusal(409, "this application runs in memory: end its nursery")
         self.stop()
@@ -4175,7 +4240,7 @@ def name_of(nursery: trio.Nursery, frames: Iterable[types.FrameType]) -> str:
 
 
 def frames_of(task: Any) -> Iterator[types.FrameType]:
-    """The frames of its coroutines, outermost first."""
+    """The frames of its coroutines, outermost first; each coroutine knows the one it awaits."""
     step = task.coro
     while (frame := getattr(step, "cr_frame", None)) is not None:
         yield frame
@@ -4183,7 +4248,9 @@ def frames_of(task: Any) -> Iterator[types.FrameType]:
 
 
 # ═══ 18  The double ═══════════════════════════════════════════════════════════════════════════════
-# All of part 2, served; and `running()`, for tests.
+# All of part 2, served; and `running()`, for tests. What this part needs of a connection, beside
+# what Hypercorn has, is to break it: so it plays every scenario, and says who closed first. That no
+# client can harm it is part 3's concern.
 
 
 @dataclass(frozen=True)
@@ -4245,6 +4312,7 @@ class Aura:
         self._ask("POST", f"/__aura/{what}", body)
 
     def _ask(self, method: str, path: str, body: Any = None, *, patience: float = 0) -> Any:
+        """Ask, and wait. A refusal is a RuntimeError with what was answered."""
         token = os.fsencode(f"Bearer {self.bearer}")
         headers: Any = {"Authorization": token, "Content-Type": "application/json"}
         content = None if body is None else to_bytes(to_json(body))
@@ -4273,6 +4341,7 @@ class StockConnection(Below):
     stream: trio.SocketStream
 
     def blame(self) -> Ending:
+        """Who has not ended by the end of the grace was cut; before that, it left."""
         return CUT if self.service.hub.stopping else LEFT
 
     def cut(self, *, reset: bool = False) -> None:  # type: ignore[override]
@@ -4291,7 +4360,7 @@ def cut_off(raw: Any, *, reset: bool) -> None:
 
 
 class Double(Control):
-    """The double, on connections as Hypercorn makes them."""
+    """The double, on connections as Hypercorn makes them; its clock may jump."""
 
     def open(self, runs: trio.Nursery, clocks: trio.Nursery, url: str, stop: Any) -> Any:
         hub: Any = BoundedHub(self.settings, runs)
@@ -4305,6 +4374,7 @@ class Double(Control):
         await TCPServer(app, Config(), context, state, stream).run()
 
     def handle(self, url: str, port: int, stop: Callable[[], None]) -> Aura:
+        """For threads: they may stop it as often as they like, from wherever they are."""
         token = trio.lowlevel.current_trio_token()
 
         def stop_from_any_thread() -> None:
@@ -4336,6 +4406,7 @@ def running(
 
     A failed start raises here, as the OSError it was; a crash of the server raises at the end.
     """
+    # what is not said, or None, is as in `settings`
     settings = settings or Settings()
     port = 0 if settings.port == Settings.port else settings.port  # the usual one may be taken
     given = {name: value for name, value in fields.items() if value is not None}
@@ -4726,10 +4797,10 @@ class GatewayRequest(JournaledRequest):
             scope = {**scope, "path": f"/aura{face[1]}"}
         super().__init__(journal, app, scope)
         if face:
-            entry, shown = self.entry, self.entry.headers
-            entry.path = asked
-            entry.trace_id = known_as(shown, b"x-trace-id")
-            entry.headers = {**GATEWAY_SAYS, **shown, b"x-trace-id": entry.trace_id}
+            entry = self.entry
+            entry.path = asked  # the journal knows it by the name that the caller used
+            entry.trace_id = known_as(entry.headers, b"x-trace-id")
+            entry.headers = {**GATEWAY_SAYS, **entry.headers, b"x-trace-id": entry.trace_id}
 
     async def _send_response(self, send: ASGISendCallable, response: Any) -> None:
         if isinstance(response, Streamed) and self.entry.trace_id:
@@ -4749,7 +4820,8 @@ async def assured(entry: Entry, send: Send, message: Any) -> None:
 
 
 def traces(entry: Entry) -> dict[str, str]:
-    """What the gateway sends along, so that a request can be found again."""
+    """What the gateway sends along, so that a request can be found again; nothing to who did not
+    come to its face."""
     if not entry.trace_id:
         return {}
     return {"x-trace-id": entry.trace_id, "x-gateway-request-id": entry.request_id}
@@ -4761,8 +4833,11 @@ class Access(Double):
     make_request = GatewayRequest
 
     async def admit(self) -> Response | None:
+        """The order of the refusals is the contract's: what can be said without knowing a secret
+        comes before what cannot."""
         await super().admit()
-        this, path = entry(), request.path
+        this = entry()
+        path = request.path
         self.known_host(header(b"host", b"localhost"))  # in HTTP/1.0 there may be none
         if request.method == "OPTIONS":
             asks = header(b"access-control-request-method")
@@ -4829,7 +4904,9 @@ class Access(Double):
             raise Refusal(403, error, hint="start it with --cors-origin ORIGIN if it should be")
 
     async def sign(self, response: Response) -> Response:
-        headers, origin = (await super().sign(response)).headers, header(b"origin")
+        """CORS headers also on a 401: without them the browser hides that it was one."""
+        headers = (await super().sign(response)).headers
+        origin = header(b"origin")
         headers |= traces(entry())
         if origin:
             headers["Vary"] = "Origin"
@@ -4839,17 +4916,20 @@ class Access(Double):
 
 
 # ═══ 21  Jobs ═════════════════════════════════════════════════════════════════════════════════════
-# Generation jobs: runs of their own kind, which need no token.
+# Generation jobs: runs of their own kind, whose ids are the jobs'. They need no token, so they ask
+# whose page it is that asks, and take no scenario but by its name.
 
 JOB_STATUSES = ("queued", "streaming", "completed", "failed", "canceled")
 
 
 def job_status(run: ScriptedRun) -> str:
+    """A run's status, in the words of the generation service."""
     running = "streaming" if run.log.last else "queued"
     return {"running": running, "cancelled": "canceled"}.get(run.status, run.status)
 
 
 def job_of(run: ScriptedRun) -> Told:
+    """A job's state; how far it is, its own last word on that says."""
     last = (said_last(run.log, "progress") or [{}])[0]
     return {
         "jobId": run.info.run_id, "status": job_status(run), "progress": last.get("value", 0),
@@ -4861,6 +4941,7 @@ class Jobs(Access):
     """The double, and its generation jobs."""
 
     def jobs(self) -> list[ScriptedRun]:
+        """All jobs that this caller may see."""
         visible = self.hub.seen_by(entry().tenant_id)
         return [run for run in visible if run.info.phase == "generation"]
 
@@ -4880,6 +4961,7 @@ class Jobs(Access):
         return self.triggered(TriggerRequest(job_id, job_id, "generation", {}))
 
     def job_events_stream(self, job_id: str) -> Response:
+        """The events of a job that somebody has started."""
         if self.hub.find(job_id) is None and request.method != "HEAD":
             self.make_room()
         return self.stream(self.job(job_id).info.run_id)
@@ -4900,7 +4982,8 @@ class Jobs(Access):
     def way_here(self) -> str:
         """Where its caller finds this server; a proxy on this machine may say it, if it says a name
         of ours."""
-        scheme, host = "http", request.host
+        scheme = "http"
+        host = request.host
         if LOCAL_PEER.fullmatch(entry().client):
             with contextlib.suppress(Refusal):
                 forwarded = header(b"x-forwarded-host").partition(",")[0] or host
@@ -4910,6 +4993,7 @@ class Jobs(Access):
         return f"{scheme}://{host}"
 
     def cancel_job(self, job_id: str) -> Response:
+        """Again is harmless."""
         why = "the job was cancelled by a DELETE"
         with contextlib.suppress(Refusal):  # what is not there is as its caller wants it
             self.job(job_id).cancel(Failure(why, stage="cancelled", retryable=False))
@@ -4942,7 +5026,9 @@ class Jobs(Access):
 
 
 # ═══ 22  Metrics and admin ════════════════════════════════════════════════════════════════════════
-# For whoever comes by, and for whoever is on call.
+# For whoever comes by, and for whoever is on call. The figures are prometheus-client's own, in a
+# registry of this application: what happens once is counted when its request is over; what grows
+# while a stream lasts, when somebody looks, or at its end.
 
 BOUNDS = (0.01, 0.1, 1, 10, 60, 600, 3600)  # seconds, from a moment to an hour
 RUN_STATUSES = ("running", "completed", "failed", "cancelled")
@@ -5002,14 +5088,16 @@ class Metrics:
         entry.counted = now
 
     def over(self, entry: Entry) -> None:
-        """A request is over."""
+        """A request is over. Its labels are few, whatever is asked: a route's pattern, not a path;
+        a method that HTTP knows."""
         method = entry.method if entry.method in http.HTTPMethod.__members__ else "other"
         asked = (method, shown_path(entry.pattern), entry.status)
         self.of["http_requests_total"].labels(*asked).inc()
-        if entry.streams and entry.closed is not None:
+        if entry.streams and entry.closed:
             self.look(entry)
             self.of["sse_stream_ended_total"].labels(*(entry.end or LEFT)[:2]).inc()
             self.of["sse_connection_duration_seconds"].observe(entry.closed - entry.opened)
+            # what was written beyond what was due does not make up for what was not
             self.due += entry.due
             self.written += min(entry.events, entry.due)
 
@@ -5021,9 +5109,8 @@ class Metrics:
             if entry.streams:
                 self.look(entry)
         fold(tally := self.journal.tally)
-        for name in tally:
-            self.of["sse_message_sent_total"].labels(name).inc(tally[name])
-        tally.clear()
+        for name in list(tally):
+            self.of["sse_message_sent_total"].labels(name).inc(tally.pop(name))
         there = collections.Counter(run.status for run in self.hub.seen_by(None))
         for status in RUN_STATUSES:
             self.of["aura_runs"].labels(status).set(there[status])
@@ -5059,11 +5146,13 @@ class Admin(Jobs):
     page = ""  # for browsers; a door: part 4 has one
 
     def application(self, hub: Any, *more: Any) -> QuartTrio:
+        """As ever, and counted, if the library is there."""
         with contextlib.suppress(ImportError):
             self.metrics = Metrics(hub, self.journal)
         return super().application(hub, *more)
 
     def front(self) -> Response:
+        """The page, to who can show one."""
         if self.page and "text/html" in header(b"accept").lower():
             page = self.page.replace("{tries}", str(self.settings.max_retries))
             guard = {"Vary": "Accept", "Content-Security-Policy": policy(page)}
@@ -5090,6 +5179,7 @@ class Admin(Jobs):
         return close_all(streams, query(HOW).how or "drop", farewell)
 
     def show_metrics(self) -> Response:
+        """What Prometheus scrapes."""
         if self.metrics is None:
             raise Refusal(501, "metrics need an extra: pip install 'aura-stream[metrics]'")
         plain = "text/plain; version=0.0.4; charset=utf-8"
@@ -5108,7 +5198,8 @@ class Admin(Jobs):
 
 
 # ═══ 23  The whole double ═════════════════════════════════════════════════════════════════════════
-# All of it, on connections that nothing kills.
+# All of it, on connections that nothing kills: each keeps its own trouble, and at the stop each is
+# told until when it may speak.
 
 SEGMENT = 16 * 2**10  # bytes: two are acknowledged at once; one that fills the buffer, after 40 ms
 
@@ -5155,6 +5246,7 @@ class InOperation(Admin):
             connection.leave(by=by)
 
 
+# The door of part 2: from here on this is what serves.
 Settings.make_service = InOperation
 
 
