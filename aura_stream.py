@@ -4749,7 +4749,9 @@ def engine(settings: DoubleSettings) -> Config:
 
 CONTROL = ("/__aura/", "/api/admin/")
 JOBS = ("/api/generation/", "/api/v1/generations")
-GATEWAY = re.compile(r"/api/(?:aura|synapse)((?:/.*)?)", re.DOTALL)
+GATEWAY = re.compile(  # of the other service only the stream is here; the rest of it is unknown
+    r"/api(?:/aura|/synapse(?=/analysis-runs/[^/]*/stream\Z)|(?=/synapse/))"
+    r"((?:/.*)?)", re.DOTALL)
 GATEWAY_SAYS = {b"x-dwp-source": "FRONTEND", b"x-dwp-caller-type": "USER"}  # where nobody does
 LOCAL = ("localhost", "127.0.0.1", "::1")
 LOCAL_PEER = re.compile(r"(127\..*|::1):\d+")
