@@ -48,8 +48,8 @@ from above it. Ten minutes? Read part 1.
     10  Scripts                what runs and streams do, as data
     11  Journal                who asked, what they got, who closed first
     12  Runs of scenarios      gates, limits, forgetting
-    13  Scripted deliveries    a script played to one viewer
-    14  Faults                 how a delivery goes wrong, at the exact byte
+    13  Held back, and cut anew  what a proxy does to a stream
+    14  Scripted deliveries    how a delivery goes wrong, at the exact byte
     15  Catalogue              the built-in scenarios, as data
     16  Choosing               which scenario, which attempt, which script
     17  Control                what the double can do, is to do, and has done
@@ -111,68 +111,29 @@ A slow viewer holds up nobody: it waits in its own write (7) and gets bigger pie
 
 from __future__ import annotations
 
-import argparse
-import base64
-import bisect
-import collections
 import contextlib
-import dataclasses
-import difflib
-import errno
-import functools
-import gc
-import hashlib
-import hmac
-import http.client
-import inspect
-import itertools
 import json
 import logging
 import math
 import os
-import queue
-import random
 import re
-import shlex
 import signal
-import socket
-import struct
-import sys
-import threading
-import time
-import traceback
-import types
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, NamedTuple, NoReturn, get_args
-from urllib.parse import quote, unquote, urlencode, urlsplit
+from typing import Any, ClassVar, NamedTuple
+from urllib.parse import quote
 
-import h11
-import msgspec
 import trio
-from h11._writers import ChunkedWriter
 from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.config import Config
-from hypercorn.events import Closed, RawData, Updated
-from hypercorn.events import Event as ServerEvent
-from hypercorn.protocol.events import Body, StreamClosed
-from hypercorn.protocol.events import Event as StreamEvent
-from hypercorn.protocol.events import Response as Answer
-from hypercorn.protocol.h11 import H11Protocol
-from hypercorn.trio.task_group import TaskGroup
 from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
-from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable, ConnectionState
-from hypercorn.utils import parse_socket_addr
-from quart import Response, current_app, request
+from quart import Response, request
 from quart_trio import QuartTrio
 from quart_trio.asgi import TrioASGIHTTPConnection
-from werkzeug.exceptions import HTTPException
 
 __version__ = "0.1.0"
 
@@ -216,8 +177,8 @@ class Clock:
     now = staticmethod(trio.current_time)
     sleep = staticmethod(trio.sleep)
 
-    def limit(self, seconds: float) -> trio.CancelScope:
-        """What is in it has so long; nothing, if that is over already."""
+    def limit(self, seconds: float, *, jump: bool = True) -> trio.CancelScope:
+        """What is in it has so long; nothing, if that is over already. (`jump` is part 2's.)"""
         return trio.CancelScope(deadline=trio.current_time() + seconds)
 
 
@@ -301,27 +262,23 @@ class Log:
         self.last = 0  # the id of the newest event
         self.last_name = ""
         self.ended = False
-        self._ids = ids
-        self._blocks: list[bytes] = []
-        self._names: list[str] = []
-        self._ends: list[int] = []  # where each block ends, counted from the first byte ever
-        self._end = 0
-        self._forgotten = 0  # bytes that are not here any more
+        self.ids = ids
+        self.names: list[str] = []  # of the events that are here
         self.ready: Any = None  # the piece that was made last, and for whom
+        self.size = 0  # bytes that are here
+        self._blocks: list[bytes] = []
         self._news = trio.Event()
 
     def append(self, event: Event) -> None:
         self.last += 1
         self.last_name = event.name[:200]
-        block = b"%bid: %d\n\n" % (event.block, self.last) if self._ids else event.block + b"\n"
+        block = b"%bid: %d\n\n" % (event.block, self.last) if self.ids else event.block + b"\n"
+        self.size += len(block)
+        self.names.append(self.last_name)
         self._blocks.append(block)
-        self._names.append(self.last_name)
-        self._end += len(block)
-        self._ends.append(self._end)
 
-    def announce(self, *, end: bool = False) -> None:
+    def announce(self) -> None:
         """Wake every viewer, once for all that was appended."""
-        self.ended = self.ended or end
         self._news.set()
         self._news = trio.Event()
 
@@ -335,15 +292,19 @@ class Log:
         id of the last of them: a late viewer of a long log must not make one giant piece."""
         if after >= self.last:
             return b"", after
-        if self.ready and self.ready[0] == (after, self.last, most):
-            return self.ready[1]  # type: ignore[no-any-return]  # it is what this has found
-        start = after + 1 - self.first
-        begin = self._ends[start - 1] if start else self._forgotten
-        stop = max(start + 1, bisect.bisect_right(self._ends, begin + WRITE, start))
-        stop = int(min(stop, start + most))
-        piece = b"".join(self._blocks[start:stop])  # one event: no copy
-        found = piece, self.first + stop - 1
-        self.ready = (after, self.last, most), found  # for the next viewer at this place
+        asked = (after, self.last, most)
+        if self.ready is None or self.ready[0] != asked:
+            start = after + 1 - self.first
+            stop = start + 1
+            size = len(self._blocks[start])
+            while stop < min(len(self._blocks), start + most):
+                size += len(self._blocks[stop])
+                if size > WRITE:
+                    break
+                stop += 1
+            piece = b"".join(self._blocks[start:stop])  # one event: no copy
+            self.ready = asked, (piece, self.first + stop - 1)  # for all viewers at this place
+        found: tuple[bytes, int] = self.ready[1]
         return found
 
 
@@ -375,24 +336,22 @@ class RunInfo:
 
 
 def failed2(info: RunInfo, failure: Failure) -> dict[str, Any]:
-    why = {"code": failure.code, "retryable": failure.retryable}
-    return {"error": failure.error, "stage": failure.stage, **why}
+    """Phase2's `failed`: its error is a text."""
+    return {
+        "error": failure.error, "stage": failure.stage, "code": failure.code,
+        "retryable": failure.retryable,
+    }
 
 
 def failed3(info: RunInfo, failure: Failure) -> dict[str, Any]:
+    """Phase3's: its error is an object, and it may always be tried again."""
     error = {"message": failure.error, "stage": failure.stage}
-    return {"runId": info.run_id, "status": "failed", "error": error, "retryable": True}  # always
+    return {"runId": info.run_id, "status": "failed", "error": error, "retryable": True}
 
 
 FAILED = {"phase2": failed2, "phase3": failed3}
 
-
-class LastWord:
-    """What comes out of the channel last: the analysis is over. If it has failed, the log says so
-    then, and not before what came earlier."""
-
-
-Sending = trio.MemorySendChannel[Any]  # of Events, and at last of a LastWord
+Sending = trio.MemorySendChannel[Any]  # of Events
 Analysis = Callable[[Any, Sending], Awaitable[None]]
 
 
@@ -406,11 +365,11 @@ class Run:
         self.log = self.make_log(ids=settings.event_ids)
         self.sending, self.receiving = trio.open_memory_channel[Any](CHANNEL)
         self.scope = trio.CancelScope()  # around the analysis, and only around it
+        self.listening = trio.CancelScope()  # around the wait for what it says next
         self.patience = settings.idle_timeout
         self.silent_at = info.clock.now() + self.patience  # then it has said nothing for too long
-        self.failure: Failure | None = None
-        self.last_word: LastWord | None = None  # none while the analysis has not returned
-        self.over = False  # the last word has come out of the channel
+        self.failure: Failure | None = None  # why it ends, if that is not well
+        self.returned = False  # the analysis is over; what it has sent may still be in the channel
         self.viewers = 0
         self.started_at = now_iso()
         self.started_clock = trio.current_time()
@@ -429,11 +388,11 @@ class Run:
     @property
     def decided(self) -> bool:
         """Nothing can change any more how it ends."""
-        return self.last_word is not None or self.log.last_name in TERMINAL
+        return self.returned or self.log.last_name in TERMINAL
 
     def cancel(self, why: Failure) -> None:
         """End the analysis. The log's last word will be `why`, unless it has ended already."""
-        if self.failure is None and self.last_word is None:
+        if self.failure is None and not self.returned:
             self.failure = why
             self.scope.cancel(reason=why.error)
 
@@ -441,10 +400,23 @@ class Run:
         """From the first event to the last: one task speaks, this one writes down."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.perform, analysis, name=f"analysis {safe(self.info.run_id)}")
-            await self.transcribe(settle)
+            await self.transcribe()
+            self.conclude()  # no checkpoint before: who sees the last event sees the end
+            settle(self)
+            self.announce()
+
+    def conclude(self) -> None:
+        """The last word, if the analysis had none, and the end of the log."""
+        if self.log.last_name in TERMINAL:
+            self.failure = None  # it came too late: one terminal event, and it is the last
+        elif self.failure is not None:
+            self.log.append(Event("failed", self.failed(self.failure)))
+        self.ended_at = now_iso()
+        self.ended_clock = trio.current_time()
+        self.log.ended = True
 
     async def perform(self, analysis: Analysis) -> None:
-        """Run the analysis, whatever it does; then comes the last word, the way of every event."""
+        """Run the analysis, whatever it does; then the channel has nothing more to come."""
         with self.sending:
             try:
                 with self.scope, self.sending.clone() as its_own:
@@ -455,8 +427,8 @@ class Run:
                 if isinstance(error, trio.Cancelled if ending else KeyboardInterrupt):
                     raise
                 self.fail(error)
-            self.last_word = LastWord()
-            await self.sending.send(self.last_word)
+        self.returned = True
+        self.listening.cancel(reason="the analysis is over")
 
     def fail(self, error: BaseException) -> None:
         """The analysis raised. A door: part 2 says more about it."""
@@ -468,60 +440,50 @@ class Run:
         logger.error("analysis failed run_id=%s %s", safe(self.info.run_id), safe(text))
 
     def failed(self, failure: Failure) -> dict[str, Any]:
-        """The data of its `failed` event."""
+        """The data of its `failed` event. A door: part 2 knows another phase."""
         return FAILED[self.info.phase](self.info, failure)
 
-    async def transcribe(self, settle: Callable[[Run], None]) -> None:
-        """Write down what comes out of the channel, all that is there at a time, to the last word.
-        It never waits for a viewer: a slow one holds up nobody."""
+    async def transcribe(self) -> None:
+        """Write down what comes out of the channel, all that is there at a time, until the analysis
+        is over. It never waits for a viewer: a slow one holds up nobody."""
         clock = self.info.clock
         with self.receiving, contextlib.suppress(trio.EndOfChannel):
-            while not self.over:
+            while not self.returned:
                 before = self.log.last
-                with clock.limit(self.until_silent()) as silence:
+                with clock.limit(self.until_silent()) as self.listening:
                     self.hear(await self.receiving.receive())
-                if silence.cancelled_caught:
+                if self.listening.cancelled_caught and not self.returned:
                     self.give_up()
                 self.hear_the_rest()
                 if self.log.last > before:
                     self.silent_at = clock.now() + self.patience
-                settle(self)
-                self.log.announce()
+                if not self.returned:  # else its end is announced as well, and both at once
+                    self.announce()
+            self.hear_the_rest()
 
-        self.ended_at = now_iso()
-        self.ended_clock = trio.current_time()
-        self.log.announce(end=True)
-        settle(self)
+    def hear_the_rest(self) -> None:
+        """All that is in the channel, without waiting: one announcement for the whole batch."""
+        with contextlib.suppress(trio.WouldBlock):
+            while True:
+                self.hear(self.receiving.receive_nowait())
+
+    def announce(self) -> None:
+        """Tell the viewers that there is news. A door: later parts keep the log within limits."""
+        self.log.announce()
 
     def until_silent(self) -> float:
         """How long it may still say nothing. A door: at part 2's gates it may be silent."""
         return float(self.silent_at - self.info.clock.now())
 
-    def hear_the_rest(self) -> None:
-        """All that is in the channel, without waiting: one announcement for the whole batch."""
-        with contextlib.suppress(trio.WouldBlock):
-            while not self.over:
-                self.hear(self.receiving.receive_nowait())
-
     def hear(self, said: Any) -> None:
-        """One thing that came out of the channel."""
+        """One thing that came out of the channel. A door: part 2's runs know more than events."""
         match said:
             case Event(block=_):
                 self.log.append(said)
-            case LastWord() if said is self.last_word:
-                self.over = True
-                if self.log.last_name in TERMINAL:
-                    self.failure = None  # it came too late: one terminal event, and it is the last
-                elif self.failure is not None:
-                    self.log.append(Event("failed", self.failed(self.failure)))
             case _:
-                self.hear_else(said)
-
-    def hear_else(self, said: Any) -> None:
-        """A door: part 2's runs know more than events."""
-        text = f"the analysis sent {type(said).__name__}, where an Event belongs"
-        self.failure = self.failure or Failure(text, retryable=False)
-        self.scope.cancel(reason=text)
+                text = f"the analysis sent {type(said).__name__}, where an Event belongs"
+                self.failure = self.failure or Failure(text, retryable=False)
+                self.scope.cancel(reason=text)
 
     def give_up(self) -> None:
         """It has said nothing for too long. (The lines are those that Aura's guides look for.)"""
@@ -535,9 +497,7 @@ class Run:
 class Hub:
     """All runs of this server: starts, finds and forgets them. Its nursery is the server's."""
 
-    def __init__(
-        self, settings: Any, nursery: trio.Nursery, clock: Any = None
-    ) -> None:
+    def __init__(self, settings: Any, nursery: trio.Nursery, clock: Any = None) -> None:
         self.settings = settings
         self.clock = clock or Clock()
         self.stopping = False
@@ -556,7 +516,12 @@ class Hub:
             self._forget(run_id)
         self._runs[run_id] = run
         name = f"run {safe(run_id)}"
-        self._nursery.start_soon(run.conduct, analysis, self._settle, name=name)
+        self._nursery.start_soon(run.conduct, analysis, self.settle, name=name)
+
+    def settle(self, run: Run) -> None:
+        """A run has ended. A door: part 2 counts what is left of it."""
+        if self._runs.get(run.info.run_id) is run:
+            self._ended[run.info.run_id] = run
 
     def find(self, run_id: str) -> Any:
         """The run of this id, if it is here."""
@@ -568,11 +533,6 @@ class Hub:
         self.stopping = True
         for run in self._runs.values():
             run.cancel(why)
-
-    def _settle(self, run: Run) -> None:
-        """A run said something, or ended. A door: part 3 keeps logs within limits here."""
-        if run.log.ended and self._runs.get(run.info.run_id) is run:
-            self._ended[run.info.run_id] = run
 
     def _sweep(self) -> None:
         """Forget what was kept long enough: whoever looks must not see it, so looking does it."""
@@ -610,15 +570,16 @@ class Ending(NamedTuple):
 
 LEFT = Ending("client", "disconnect", "closed the connection")
 CUT = Ending("shutdown", "cancelled", "still open when the server had to go")
+ENDED = Ending("server", "end", "the run ended")
 
 
-@dataclass
+@dataclass(slots=True, kw_only=True)
 class Record:
     """What became of one stream. In part 2 a journal's entry stands in its place."""
 
-    stream_name: str
-    run_id: str
-    case_id: str = ""
+    stream_name: str = "analysis_run_stream"
+    run_id: str | None = None
+    case_id: str | None = None
     resumed_after: int = 0
     bytes: int = 0
     events: int = 0
@@ -626,49 +587,51 @@ class Record:
     opened: float = field(default_factory=trio.current_time)
     end: Ending | None = None
 
-    def sent(self, size: int, last: int) -> None:
-        """So many bytes went out; the last event in them had this id."""
-        if not self.bytes:
-            logger.info("%s: first chunk sent run_id=%s", self.stream_name, safe(self.run_id))
-        self.bytes += size
-        if last > self.resumed_after:
-            self.events += last - (self.last_id_sent or self.resumed_after)
-            self.last_id_sent = last
+    def say(self, text: str) -> None:
+        """A log line that begins with the route and names the ids this route knows."""
+        by_case = self.stream_name == "case_analysis_stream"
+        case = f" case_id={safe(self.case_id)}" if by_case else ""
+        logger.info("%s: %s run_id=%s%s", self.stream_name, text, safe(self.run_id), case)
 
-    def finish(self, by: str, how: str, reason: str) -> None:
+    def say_first(self) -> None:
+        logger.info("%s: first chunk sent run_id=%s", self.stream_name, safe(self.run_id))
+
+    def sent(self, size: int, place: int) -> None:
+        """So many bytes went out; the viewer now has the events up to this id."""
+        if not self.bytes:
+            self.say_first()
+        self.bytes += size
+        self.events = place - self.resumed_after
+        self.last_id_sent = place if self.events else None
+
+    def finish(self, end: Ending) -> None:
         """Write the ending down, before the act. The first one counts: afterwards everybody seems
         to have hung up."""
-        self.end = self.end or Ending(by, how, reason)
+        self.end = self.end or end
 
-
-def say_of(record: Any, text: str) -> None:
-    """A log line that begins with the route and names the ids this route knows."""
-    by_case = record.stream_name == "case_analysis_stream"
-    case = f" case_id={safe(record.case_id)}" if by_case else ""
-    logger.info("%s: %s run_id=%s%s", record.stream_name, text, safe(record.run_id), case)
-
-
-def say_who_closed(record: Any, duration: float) -> None:
-    end = record.end or LEFT
-    logger.info(
-        "%s: stream closed run_id=%s by=%s how=%s reason=%s bytes=%d events=%d"
-        " last_event_id=%s duration=%.3fs", record.stream_name, safe(record.run_id), end.by,
-        end.how, safe(end.reason), record.bytes, record.events, record.last_id_sent, duration)
+    def say_who_closed(self) -> None:
+        end = self.end or LEFT
+        logger.info(
+            "%s: stream closed run_id=%s by=%s how=%s reason=%s bytes=%d events=%d"
+            " last_event_id=%s duration=%.3fs", self.stream_name, safe(self.run_id), end.by,
+            end.how, safe(end.reason), self.bytes, self.events, self.last_id_sent,
+            trio.current_time() - self.opened)
 
 
 class Delivery:
     """One viewer's stream of a run: a hello, the log with a beat when it is quiet, `[DONE]`."""
 
-    def __init__(
-        self, run: Run, record: Record, hub: Hub, headers: Mapping[str, str]
-    ) -> None:
+    def __init__(self, run: Run, record: Record, hub: Hub, headers: Mapping[str, str]) -> None:
         self.run = run
         self.record = record
         self.hub = hub
         self.headers = {**STREAM_HEAD, **headers}
         self.place = record.resumed_after  # the id of the last event this viewer has had
+        self.said: list[bytes] = []  # what has not been written yet
         self.beat_every = hub.settings.heartbeat or math.inf
-        self.quiet_since = math.inf  # since the last bytes
+        self.quiet_since = hub.clock.now()  # since the last bytes
+        self.till_beat: Any = None
+        self.resting: Any = None  # the scope it waits in; part 2 ends deliveries by it
 
     async def deliver(self, send: Send) -> None:
         """Play to the end, or until the viewer leaves: then this is cancelled, and the run not."""
@@ -677,31 +640,49 @@ class Delivery:
         self.run.viewers += 1
         try:
             await self.play()
+            self.record.finish(ENDED)
+            await self.write(more=False)
         finally:
             self.run.viewers -= 1
-            self.record.finish(*(CUT if self.hub.stopping else LEFT)[:3])
-            say_who_closed(self.record, trio.current_time() - self.record.opened)
+            self.record.finish(CUT if self.hub.stopping else LEFT)
+            self.record.say_who_closed()
 
     async def play(self) -> None:
-        """All of it, in plain code. (Part 2 has deliveries of its own, which play scripts.)"""
-        retry = self.hub.settings.retry_ms
+        """All of it, in plain code."""
         await self.open()
-        await self.emit(CONNECTED + (b"retry: %d\n\n" % retry if retry else b""))
-        await self.rest(self.relay)
-        self.record.finish("server", "end", "the run ended")
-        await self.emit(DONE, more=False)
+        retry = self.hub.settings.retry_ms
+        self.emit(CONNECTED + (b"retry: %d\n\n" % retry if retry else b""))
+        await self.beating(self.relay)
+        self.emit(DONE)
 
     async def open(self) -> None:
         lines = [(name.encode(), value.encode()) for name, value in self.headers.items()]
         await self.send({"type": "http.response.start", "status": 200, "headers": lines})
 
-    async def emit(self, data: bytes, last: int = 0, *, more: bool = True) -> None:
-        """Bytes for this viewer, whole: a heartbeat that falls due meanwhile waits for them. So
-        does the stop, as long as the viewer reads nothing: part 3's connections have a deadline."""
-        with trio.CancelScope(shield=True):
-            await self.send({"type": "http.response.body", "body": data, "more_body": more})
+    def emit(self, data: bytes, last: int | None = None) -> None:
+        """Bytes for this viewer, the last event in them with this id. They go out with what
+        follows at once, in one write."""
+        self.said.append(data)
+
+    async def write(self, *, more: bool = True) -> None:
+        """Write what was said."""
+        said = self.said
+        self.said = []
+        await self.put(said, more)
+        self.wrote(said)
+
+    async def put(self, said: list[bytes], more: bool) -> None:
+        """Hand it to the server. A door: part 3's connections take all of it in one write."""
+        body = {"type": "http.response.body", "more_body": True}
+        for data in said:
+            await self.send({**body, "body": data})
+        if not more:
+            await self.send({**body, "body": b"", "more_body": False})
+
+    def wrote(self, said: list[bytes]) -> None:
+        """This went out. A door: part 2 knows what was in it."""
         self.quiet_since = self.hub.clock.now()
-        self.record.sent(len(data), last)
+        self.record.sent(sum(map(len, said)), self.place)
 
     async def relay(self) -> None:
         """What the log has, and what comes, to its end."""
@@ -709,23 +690,34 @@ class Delivery:
         while True:
             piece, last = log.read(self.place)
             if piece:
+                self.emit(piece, last)
                 self.place = last
-                await self.emit(piece, last)
-                await trio.lowlevel.checkpoint()  # a write that fits the socket has none
+                await self.write()
+                if last < log.last:
+                    await trio.lowlevel.checkpoint()  # a write that fits the socket has none
             elif log.ended:
                 return
+            elif self.said:  # the hello, where nothing came with it
+                await self.write()
             else:
                 await log.news()
 
-    async def rest(self, wait: Callable[[], Awaitable[None]]) -> None:
+    async def beating(self, wait: Callable[[], Awaitable[None]]) -> None:
         """Await `wait`, with a heartbeat after every quiet interval: then it is cancelled where it
         waits, and begins anew. One scope for each beat, not for each event."""
+        clock = self.hub.clock
         while True:
             since = self.quiet_since
-            with self.hub.clock.limit(since + self.beat_every - self.hub.clock.now()):
+            due = since + self.beat_every - clock.now()
+            self.till_beat = clock.limit(due, jump=False)
+            with self.till_beat as self.resting:
                 return await wait()
             if self.quiet_since == since:
-                await self.emit(HEARTBEAT)
+                await self.beat()
+
+    async def beat(self) -> None:
+        self.emit(HEARTBEAT)
+        await self.write()
 
 
 # ═══ 4  Analyses ══════════════════════════════════════════════════════════════════════════════════
@@ -758,11 +750,10 @@ SOURCES = {"CASE": "case", "DOC_HEADER": "document", "OPEN_ITEMS": "ledger", "LI
 
 def assumed(info: RunInfo) -> Findings:
     """What Phase2 finds where its request has brought no evidence."""
-    items = [
+    return [
         {"type": kind, "source": source, "caseId": info.case_id}
         for kind, source in SOURCES.items()
-    ]
-    return items, 0.5
+    ], 0.5
 
 
 async def phase2(
@@ -772,38 +763,34 @@ async def phase2(
     say = speech(info, sending)
     ids = {"runId": info.run_id, "caseId": info.case_id}
     items, anomaly = assess(info)
-    parts = {"anomalyScore": anomaly, "patternMatch": 0.7, "ruleCompliance": 0.85}
     overall = 0.4 * anomaly + 0.3 * 0.7 + 0.3 * 0.85
-    severity = "HIGH" if overall >= 0.8 else "MEDIUM" if overall >= 0.6 else "LOW"
-    asks = proposals(overall, info.case_id)
-    risk = f"위험도 {overall:.2f} ({severity})"
-    summary = f"케이스 {info.case_id} 분석 완료: {risk}, 권고 조치 {len(asks)}건"
 
     await say("started", **ids, at=now_iso())
     await say("step", label="INPUT_NORM", detail="케이스 입력 정규화 중", percent=10)
     await say("step", label="EVIDENCE_GATHER", detail="증거 수집 중", percent=25)
     await say("evidence", type="COLLECTED", items=items)
     await say("step", label="RULE_SCORING", detail="룰 스코어링 실행", percent=45)
-    await say("confidence", **{name: round(part, 2) for name, part in parts.items()},
+    await say("confidence", anomalyScore=round(anomaly, 2), patternMatch=0.7, ruleCompliance=0.85,
               overall=round(overall, 2))
     await say("step", label="LLM_REASONING", detail="설명 생성 중", percent=65)
     await say("step", label="PROPOSALS", detail="권고 조치 생성", percent=85)
-    for proposal in asks:
-        await say("proposal", **proposal)
-    result = {"summary": summary[:500], "score": overall, "severity": severity}
-    await say("completed", status="completed", **ids, **result)
 
-
-def proposals(overall: float, case_id: str) -> list[dict[str, Any]]:
-    """What Phase2 proposes: to block, where the risk is high enough, and always to ask."""
+    asks = PROPOSALS if overall >= 0.6 else PROPOSALS[1:]
     risk = "HIGH" if overall >= 0.8 else "MEDIUM"
-    block = ("PAYMENT_BLOCK", "위험 점수에 따른 추가 검토 권고", True)
-    ask = ("REQUEST_INFO", "거래처 확인 요청", False)
-    return [
-        {"type": kind, "riskLevel": risk, "rationale": why, "requiresApproval": approval,
-         "payload": {"caseId": case_id}}
-        for kind, why, approval in ([block, ask] if overall >= 0.6 else [ask])
-    ]
+    for kind, why, approval in asks:
+        await say("proposal", type=kind, riskLevel=risk, rationale=why, requiresApproval=approval,
+                  payload={"caseId": info.case_id})
+    severity = risk if overall >= 0.6 else "LOW"
+    risk = f"위험도 {overall:.2f} ({severity})"
+    summary = f"케이스 {info.case_id} 분석 완료: {risk}, 권고 조치 {len(asks)}건"
+    await say("completed", status="completed", **ids, summary=summary[:500], score=overall,
+              severity=severity)
+
+
+PROPOSALS = (  # to block the payment, where the risk is high enough, and always to ask
+    ("PAYMENT_BLOCK", "위험 점수에 따른 추가 검토 권고", True),
+    ("REQUEST_INFO", "거래처 확인 요청", False),
+)
 
 
 async def phase3(info: RunInfo, sending: Sending) -> None:
@@ -840,14 +827,15 @@ class Refusal(Exception):
     """A request that is not granted: the status of its answer, the error in a sentence, and what
     else is told; no body where there is nothing to tell."""
 
+    script: Any = ()  # a door: part 2 may answer with more than this says
+
     def __init__(
         self, status: int, error: str = "", /, headers: Mapping[str, str] | None = None, **told: Any
     ) -> None:
         super().__init__(status, error, told)
         self.status = status
-        self.headers = dict(headers or {})
+        self.headers = headers or {}
         self.body = {"error": error, **told} if error else told or None
-        self.script: Any = ()  # a door: part 2 may answer with more than this says
 
 
 @dataclass(frozen=True)
@@ -871,13 +859,20 @@ class Streamed(Response):
         self.headers.clear()
 
 
+async def whole(send: Send, message: Any) -> None:
+    """Send it whole: a heartbeat that falls due meanwhile waits for it. So does the stop, as long
+    as the viewer reads nothing: part 3's connections have a deadline."""
+    with trio.CancelScope(shield=True):
+        await send(message)
+
+
 class Exchange(TrioASGIHTTPConnection):
     """One request and its answer, at Quart's own seam: a delivery gets ASGI's `send` and writes by
     itself, when no request context is alive any more."""
 
     async def _send_response(self, send: Any, response: Any) -> None:
         if isinstance(response, Streamed):
-            await response.delivery.deliver(send)
+            await response.delivery.deliver(partial(whole, send))
         else:
             await super()._send_response(send, response)
 
@@ -972,11 +967,11 @@ class Service:
         given = request.args.get("lastEventId") or request.args.get("last-event-id")
         last_event_id = request.headers.get("last-event-id") or given
         case_id = (request.view_args or {}).get("case_id", "")
-        record = Record(request.endpoint or "", run_id, case_id)
+        record = Record(stream_name=request.endpoint or "", run_id=run_id, case_id=case_id)
         record.resumed_after = resume_point(last_event_id, run.log.last)
         if run.log.ended and 0 < record.resumed_after == run.log.last:
             raise Refusal(204)  # finished and fully seen: this stops a native EventSource
-        say_of(record, "start consuming")
+        record.say("start consuming")
         headers = {"x-aura-run-id": encoded(run_id), "x-aura-instance": encoded(self.instance)}
         return Streamed(Delivery(run, record, self.hub, headers))
 
@@ -1142,6 +1137,42 @@ async def serve_until_signalled(
 # ═══ Part 2  The double ═══════════════════════════════════════════════════════════════════════════
 # It goes wrong on purpose, at the exact byte, and says who closed first.
 
+
+import argparse
+import base64
+import collections
+import dataclasses
+import difflib
+import errno
+import functools
+import gc
+import hashlib
+import hmac
+import http.client
+import inspect
+import itertools
+import queue
+import random
+import shlex
+import socket
+import struct
+import sys
+import threading
+import time
+import traceback
+import types
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
+from email.utils import formatdate
+from pathlib import Path
+from typing import Annotated, NoReturn, get_args
+from urllib.parse import unquote, urlencode, urlsplit
+
+import h11
+import msgspec
+from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable
+from quart import current_app
+from werkzeug.exceptions import HTTPException
 
 # ═══ 7  All settings ══════════════════════════════════════════════════════════════════════════════
 # Every limit that somebody may want to move has its number here or in part 1, once. README and
@@ -1789,10 +1820,10 @@ class Player:
 
     async def play(self, script: Script) -> None:
         for step in script:
-            await getattr(self, step.verb)(step)
             if time.perf_counter() - self._breath > 0.001:  # a step is a checkpoint, at most once
                 await trio.lowlevel.checkpoint()  # a millisecond: else every batch is one event
                 self._breath = time.perf_counter()
+            await getattr(self, step.verb)(step)
 
     async def rest(self, wait: Callable[[], Awaitable[None]]) -> None:
         """Await this; a stream has heartbeats meanwhile, and may begin it anew after one."""
@@ -2169,31 +2200,18 @@ def traced(error: BaseException) -> str:
     return ""
 
 
-class Cargo(NamedTuple):
-    """What some bytes carry: events of these names, the id of the last of them, heartbeats."""
-
-    events: list[str] | tuple[str, ...] = ()
-    last: int | None = None
-    beats: int = 0
-
-    def and_then(self, more: Cargo) -> Cargo:
-        last = self.last if more.last is None else more.last
-        return Cargo([*self.events, *more.events], last, self.beats + more.beats)
-
-
-NOTHING = Cargo()
 SHOWN = (  # of a request's headers
     b"accept", b"authorization", b"upgrade", b"user-agent", b"origin", b"cache-control",
     b"x-dwp-source", b"x-dwp-caller-type", b"x-trace-id", b"x-forwarded-for",
 )
+BEAT = ": heartbeat"  # stands among the names of events; no event has this one
 OTHERS = (b"x-request-id", b"x-tenant-id", b"x-user-id", b"x-agent-id", b"x-test-id")
 RECORDED = (*SHOWN, *OTHERS)
 
 
-@dataclass(slots=True)
-class Entry:
-    """One request: who asked, what was delivered, who closed first. The journal shows its fields
-    down to `wall`, in this order, under their names in camelCase."""
+@dataclass(slots=True, kw_only=True)
+class Entry(Record):
+    """One request: who asked, what was delivered, who closed first."""
 
     method: str
     path: str
@@ -2201,8 +2219,6 @@ class Entry:
     request_id: str
     seq: int = 0
     kind: str = "request"
-    run_id: str | None = None
-    case_id: str | None = None
     test_id: str | None = None
     attempt: int | None = None
     scenario: str | None = None
@@ -2213,13 +2229,9 @@ class Entry:
     agent_id: str | None = None
     headers: Mapping[bytes, str] = field(default_factory=dict)  # an allow-list: no credentials
     last_event_id: str | None = None
-    resumed_after: int = 0
     status: int = 0
     chunks: int = 0
-    bytes: int = 0
-    events: int = 0
     heartbeats: int = 0
-    last_id_sent: int | None = None
     wall: str = field(default_factory=now_iso)
     notes: list[str] = field(default_factory=list)  # what else a reader should know
     route: str = ""
@@ -2230,34 +2242,38 @@ class Entry:
     counted: tuple[int, ...] = (0,) * 5  # what of it is in the metrics already
     first_event: float | None = None
     step: int | None = None  # of the script, where it is now
-    opened: float = field(default_factory=time.perf_counter)
     first_byte: float | None = None
     closed: float | None = None
-    end: Ending | None = None
 
-    def finish(self, by: str, how: str, reason: str) -> None:
-        """Write the ending down, before the act. The first one counts: afterwards everybody seems
-        to have hung up."""
-        if self.end is None:
-            self.end = Ending(by, how, reason, self.step)
+    def finish(self, end: Ending) -> None:
+        self.end = self.end or end._replace(step=self.step)
 
     def plays(self, scenario: Scenario, attempt: int) -> None:
         """Which scenario answers this request, and which attempt at it this is."""
-        self.scenario, self.seed, self.attempt = scenario.name, scenario.seed, attempt
+        self.scenario = scenario.name
+        self.seed = scenario.seed
+        self.attempt = attempt
 
-    def sent(self, size: int, cargo: Cargo) -> None:
-        """So many bytes went out, and what they carried."""
-        self.first_byte = self.first_byte or time.perf_counter()
-        self.chunks += 1
-        self.bytes += size
-        self.heartbeats += cargo.beats
-        if cargo.events:
-            self.first_event = self.first_event or time.perf_counter()
-            self.events += len(cargo.events)
-            self.tally.update(cargo.events)
+    def carried(self, said: list[bytes], names: list[str], last: int | None) -> None:
+        """These chunks went out, and in them events of these names, the last one with this id."""
+        if self.first_byte is None:
+            self.first_byte = trio.current_time()
+            if self.streams:
+                self.say_first()
+        self.chunks += len(said)
+        self.bytes += sum(map(len, said))
+        self.last_id_sent = self.last_id_sent if last is None else last
+        beats = names.count(BEAT)
+        self.heartbeats += beats
+        if beats:
+            names = [name for name in names if name != BEAT]
+        if names:
+            if self.first_event is None:
+                self.first_event = trio.current_time()
+            self.events += len(names)
+            self.tally.update(names)
             if len(self.tally) > 100:  # somebody makes up names
                 fold(self.tally)
-        self.last_id_sent = self.last_id_sent if cargo.last is None else cargo.last
 
     @property
     def streams(self) -> bool:
@@ -2269,12 +2285,6 @@ class Entry:
         """What templates may name where there is no run."""
         ids = {"runId": self.run_id, "caseId": self.case_id, "tenantId": self.tenant_id}
         return {name: one or "" for name, one in ids.items()}
-
-    @property
-    def stream_name(self) -> str:
-        """What log lines call this stream; the guides look for these two names."""
-        by_case = self.route in ("case_analysis_stream", "trigger_stream")
-        return "case_analysis_stream" if by_case else "analysis_run_stream"
 
     @property
     def said(self) -> str:
@@ -2301,6 +2311,11 @@ ACTS = {
     ("admin", "drop"): "an operator dropped the connection",
     ("admin", "reset"): "an operator reset the connection",
 }
+SHOWN_FIELDS = (  # of an entry
+    "seq", "kind", "run_id", "case_id", "test_id", "attempt", "scenario", "seed", "method", "path",
+    "client", "http_version", "tenant_id", "user_id", "agent_id", "headers", "last_event_id",
+    "resumed_after", "status", "chunks", "bytes", "events", "heartbeats", "last_id_sent", "wall",
+)
 
 
 def camel(name: str) -> str:
@@ -2320,27 +2335,18 @@ def fold(tally: collections.Counter[str]) -> None:
         tally["other"] += tally.pop(name)
 
 
-def fitting(wanted: Mapping[str, Any], since: int) -> Callable[[Entry], bool]:
-    """Whether an entry came after `since`, and its fields have these values."""
-    wants = [(name, value) for name, value in wanted.items() if value is not None]
-
-    def fits(entry: Entry) -> bool:
-        return entry.seq > since and all(getattr(entry, name) == value for name, value in wants)
-
-    return fits
-
-
 class Journal:
     """What happened to every request: the latest, and a way to wait for the next."""
 
     def __init__(self, most: int = 1000) -> None:
-        self.most, self.began = most, time.perf_counter()
-        self._entries: dict[int, Entry] = {}
-        self._seq = 0
-        self._waiting: dict[trio.Event, Callable[[Entry], bool]] = {}
+        self.most = most
+        self.began = trio.current_time()
         self.under_way: dict[int, Entry] = {}
         self.tally = collections.Counter[str]()  # all requests count their events' names here
         self.count: Callable[[Entry], object] = id  # what counts requests that are over, if any
+        self._entries: dict[int, Entry] = {}
+        self._seq = 0
+        self._news = trio.Event()
 
     def open(self, entry: Entry, *, kept: bool = True) -> None:
         """A request has begun; its entry fills while it lasts, and is kept, or only counted."""
@@ -2348,7 +2354,8 @@ class Journal:
         entry.tally = self.tally
         if not kept:
             return
-        self._seq = entry.seq = self._seq + 1
+        self._seq += 1
+        entry.seq = self._seq
         self._entries[entry.seq] = entry
         if len(self._entries) > self.most:
             del self._entries[next(iter(self._entries))]
@@ -2357,47 +2364,41 @@ class Journal:
 
     def close(self, entry: Entry) -> None:
         """The last word on a request: its log lines, its part of the sums, news for who waits."""
-        entry.closed = time.perf_counter()
+        entry.closed = trio.current_time()
         self.under_way.pop(id(entry), None)
         self.count(entry)
-        duration, end = entry.closed - entry.opened, entry.end or LEFT
         if entry.kind == "stream":
-            say_who_closed(entry, duration)
-            if end.by == "client":
+            entry.say_who_closed()
+            if (entry.end or LEFT).by == "client":
                 logger.warning("SSE connection lost for client %s", entry.client)
-        told = (entry.request_id, entry.method, safe(entry.path), entry.status, duration)
-        logger.info("[%s] %s %s - Status: %d - Duration: %.3fs", *told)
-        for enough, is_last in self._waiting.items():
-            if entry.seq in self._entries and is_last(entry):
-                enough.set()
+        told = (entry.request_id, entry.method, safe(entry.path), entry.status)
+        duration = entry.closed - entry.opened
+        logger.info("[%s] %s %s - Status: %d - Duration: %.3fs", *told, duration)
+        self._news.set()
+        self._news = trio.Event()
 
     def find(self, wanted: Mapping[str, Any], *, since: int = 0) -> list[Entry]:
-        """The entries whose fields have these values, oldest first."""
-        fits = fitting(wanted, since)
-        return [entry for entry in self._entries.values() if fits(entry)]
+        """The entries after this one whose fields have these values, oldest first; None is any."""
+        wants = [(name, value) for name, value in wanted.items() if value is not None]
+        return [
+            entry for entry in self._entries.values()
+            if entry.seq > since and all(getattr(entry, name) == value for name, value in wants)
+        ]
 
     async def wait(
         self, count: int, wanted: Mapping[str, Any], *, since: int, within: float
     ) -> list[Entry]:
-        """The first `count` finished ones that match; what there is if they do not come in time.
-        Who waits is asked about each one that ends, and looks at all of them only when it has
-        enough."""
+        """The first `count` finished ones that match; what there is if they do not come in
+        time."""
+        done: list[Entry] = []
         with trio.move_on_after(within):
-            while (missing := count - len(self._done(wanted, since))) > 0:
-                await self._ended(missing, fitting(wanted, since))
-        return self._done(wanted, since)[:count]
-
-    async def _ended(self, count: int, fits: Callable[[Entry], bool]) -> None:
-        """Wait until so many that fit have ended."""
-        enough, left = trio.Event(), itertools.count(count - 1, -1)
-        self._waiting[enough] = lambda entry: fits(entry) and next(left) <= 0
-        try:
-            await enough.wait()
-        finally:
-            del self._waiting[enough]
-
-    def _done(self, wanted: Mapping[str, Any], since: int) -> list[Entry]:
-        return [one for one in self.find(wanted, since=since) if one.closed is not None]
+            while True:
+                found = self.find(wanted, since=since)
+                done = [entry for entry in found if entry.closed is not None]
+                if len(done) >= count:
+                    break
+                await self._news.wait()
+        return done[:count]
 
     def forget(self, test_id: str | None = None) -> None:
         """All entries, or those of one test; what is still open is not written down again."""
@@ -2406,20 +2407,19 @@ class Journal:
 
     def show(self, entry: Entry) -> dict[str, Any]:
         """The entry as JSON; times are seconds since the server's start."""
-        moments = {"open": entry.opened, "first_byte": entry.first_byte, "end": entry.closed}
-        times = {name: at and round(at - self.began, 3) for name, at in moments.items()}
-        fields = [one.name for one in dataclasses.fields(Entry)]
-        names = [name for name in fields[: fields.index("notes")] if name != "request_id"]
-        told = {camel(name): getattr(entry, name) for name in names}
+        moments = {"open": entry.opened, "firstByte": entry.first_byte, "end": entry.closed}
+        told = {camel(name): getattr(entry, name) for name in SHOWN_FIELDS}
         told["headers"] = {name.decode(): entry.headers.get(name) for name in SHOWN}
-        latency = round((entry.closed or time.perf_counter()) - entry.opened, 3)
-        told |= {"t": {camel(name): at for name, at in times.items()}, "latency": latency}
-        return {**told, "end": entry.end and entry.end._asdict(), "said": entry.said}
+        told["t"] = {name: at and round(at - self.began, 3) for name, at in moments.items()}
+        told["latency"] = round((entry.closed or trio.current_time()) - entry.opened, 3)
+        told["end"] = entry.end and entry.end._asdict()
+        told["said"] = entry.said
+        return told
 
 
 # ═══ 12  Runs of scenarios ════════════════════════════════════════════════════════════════════════
-# An analysis sends events into a channel; a transcriber takes them out and writes them into the
-# log. The run belongs to the server: no viewer, by coming, leaving or stalling, has any part in it.
+# The same runs and the same hub, but bounded: a log forgets its oldest events, a hub the runs that
+# ended first. And a run can wait at a gate.
 
 EACH = 150  # bytes, about, that Python adds to each event of a log
 
@@ -2428,87 +2428,71 @@ class BoundedLog(Log):
     """A log that can forget its oldest events."""
 
     @property
-    def size(self) -> int:
+    def held(self) -> int:
         """The bytes it holds, Python's own included."""
-        return self._size_of(len(self._ends))
+        return self.size + EACH * len(self._blocks)
 
-    def _size_of(self, count: int) -> int:
-        """What the oldest so many events hold."""
-        return self._ends[count - 1] - self._forgotten + EACH * count if count else 0
-
-    def names(self, after: int, last: int) -> list[str]:
+    def names_of(self, after: int, last: int) -> list[str]:
         """Of the events after this id, up to that one."""
-        return self._names[after + 1 - self.first : last + 1 - self.first]
+        return self.names[max(after + 1 - self.first, 0) : last + 1 - self.first]
 
-    def gap(self, after: int) -> bytes:
-        """What a viewer who has seen `after` is told if the next events are gone: which, and as its
-        id the last one missing, so that a resume goes on behind them. Nothing if they are here."""
+    def read(self, after: int, *, most: float = math.inf) -> tuple[bytes, int]:
+        """As ever; but who has seen `after`, and the next events are gone, is told which. The id
+        of that is the last one missing, so that a resume goes on behind them."""
         if after + 1 >= self.first:
-            return b""
-        event = Event("gap", {"from": after + 1, "to": self.first - 1})
-        return event.numbered(self.first - 1 if self._ids else None)
-
-    def read_until(
-        self, after: int, *, most: float = math.inf, until: str | None = None
-    ) -> tuple[bytes, int]:
-        """As `read`; and no further than the next event of this name."""
-        piece, last = self.read(after, most=most)
-        if until is not None and until in (names := self.names(after, last)):
-            return self.read(after, most=names.index(until) + 1)
-        return piece, last
+            return super().read(after, most=most)
+        missing = self.first - 1
+        event = Event("gap", {"from": after + 1, "to": missing})
+        return event.numbered(missing if self.ids else None), missing
 
     def trim(self, events: int, size: int) -> bool:
         """Forget the oldest events beyond these limits, and of the newest only what is big; whether
         there were any."""
-        here = range(1, len(self._ends) + 1)
-        count = max(len(here) - events, 0)
-        if (excess := self.size - size) > 0:
-            count = max(count, bisect.bisect_left(here, excess, key=self._size_of) + 1)
-        spared = len(here) > 0 and len(self._blocks[-1]) <= WRITE
-        count = min(count, len(here) - spared)
-        if count <= 0:
-            return False
-        self.ready = None
-        self._forgotten = self._ends[count - 1]
-        del self._ends[:count], self._names[:count], self._blocks[:count]
-        self.first += count
-        return True
-
-
-@dataclass(slots=True)
-class Cursor:
-    """A place in a log: the id of the last event taken from it."""
-
-    place: int = 0
+        here = len(self._blocks)
+        most = here - (here > 0 and len(self._blocks[-1]) <= WRITE)
+        count = 0
+        while count < most and (here - count > events or self.held - EACH * count > size):
+            self.size -= len(self._blocks[count])
+            count += 1
+        if count:
+            self.ready = None
+            self.first += count
+            del self.names[:count]
+            del self._blocks[:count]
+        return count > 0
 
 
 class ScriptedRun(Run):
     """A run of a scenario: it can wait at gates, and counts who asks for its stream."""
 
     make_log = BoundedLog
+    place = 0  # of all viewers together, where a scenario wants the old queue
+    trimmed = False
+    counted = 0  # bytes of its log and its request in the hub's account
 
-    def __init__(self, info: ScriptedInfo, scenario: Scenario, settings: DoubleSettings) -> None:
-        super().__init__(info, settings)
+    def __init__(self, info: ScriptedInfo, scenario: Scenario, hub: BoundedHub) -> None:
+        super().__init__(info, hub.settings)
         self.scenario = scenario
+        self.hub = hub
         self.at_gate = math.inf  # since when it waits there
-        self.trimmed = False
-        self.counted = 0  # bytes of its log and its request in the hub's account
         self.attempts = dict[str, int]()  # streams opened, by scenario
-        self.cursor = Cursor()  # of all viewers together, where a scenario wants the old queue
 
     @property
     def ended(self) -> bool:
         return bool(self.log.ended)
 
-    def hear_else(self, said: Any) -> None:
-        match said:
-            case AtGate(waits=True):
-                self.at_gate = self.info.clock.now()
-            case AtGate():  # who waits at a gate may be silent
-                self.silent_at += self.info.clock.now() - self.at_gate
-                self.at_gate = math.inf
-            case _:
-                super().hear_else(said)
+    def announce(self) -> None:
+        self.hub.bound(self)
+        super().announce()
+
+    def hear(self, said: Any) -> None:
+        if not isinstance(said, AtGate):
+            super().hear(said)
+        elif said.waits:
+            self.at_gate = self.info.clock.now()
+        else:  # who waits at a gate may be silent
+            self.silent_at += self.info.clock.now() - self.at_gate
+            self.at_gate = math.inf
 
     def until_silent(self) -> float:
         return super().until_silent() if self.at_gate == math.inf else math.inf
@@ -2520,6 +2504,7 @@ class ScriptedRun(Run):
 
     def failed(self, failure: Failure) -> dict[str, Any]:
         return PHASES[self.info.phase].failed(self.info, failure)
+
 
 def may_see(tenant: str | None, owner: str | None) -> bool:
     """A caller who names no tenant sees every run, a run nobody owns is seen by all."""
@@ -2558,15 +2543,21 @@ class BoundedHub(Hub):
         self, info: ScriptedInfo, scenario: Scenario, analysis: Analysis | None = None
     ) -> ScriptedRun:
         """Start a run of this scenario."""
-        run = ScriptedRun(info, scenario, self.settings)
+        run = ScriptedRun(info, scenario, self)
         self._forgotten.pop(info.run_id, None)
         self.begin(run, analysis or scripted(scenario, self.gates))
         self._account(run)
         return run
 
+    def settle(self, run: Any) -> None:
+        super().settle(run)
+        run.info = run.info.when_over()
+        self.time_taken(run.ended_clock - run.started_clock)
+
     @contextlib.contextmanager
-    def playing(self, delivery: Any, run: ScriptedRun | None) -> Iterator[None]:
+    def playing(self, delivery: Any) -> Iterator[None]:
         """While a delivery plays, an operator can find it, and its run has a viewer."""
+        run = delivery.run
         self.deliveries[delivery] = None
         self.streams += delivery.entry.streams
         if run:
@@ -2603,29 +2594,28 @@ class BoundedHub(Hub):
                 self._forget(run.info.run_id)
                 self._forgotten.pop(run.info.run_id)
 
-    def _settle(self, run: Any) -> None:
+    def bound(self, run: ScriptedRun) -> None:
         """A run said something, or ended: keep its log, and all logs together, within the
         limits."""
         limits = self.settings
-        super()._settle(run)
-        if run.ended:
-            run.info = run.info.when_over()
-            self.time_taken(run.ended_clock - run.started_clock)
         trimmed = run.log.trim(limits.max_run_events, limits.max_run_bytes)
         self._account(run)
-        if (excess := self.held - limits.max_log_bytes) > 0:
-            trimmed |= run.log.trim(limits.max_run_events, max(0, run.log.size - excess))
+        excess = self.held - limits.max_log_bytes
+        if excess > 0:
+            trimmed |= run.log.trim(limits.max_run_events, max(0, run.log.held - excess))
             self._account(run)
         if trimmed and not run.trimmed:
-            run.trimmed, limit = True, "--max-log-bytes" if excess > 0 else "max_run_…"
+            run.trimmed = True
+            limit = "--max-log-bytes" if excess > 0 else "max_run_…"
             text = "run_store: log full (%s), the oldest events go run_id=%s"
             logger.warning(text, limit, safe(run.info.run_id))
 
     def _account(self, run: ScriptedRun) -> None:
         """Count what the run holds; beyond the limits the first that ended is forgotten first."""
         if run is self._runs.get(run.info.run_id):
-            self._held += run.log.size + run.info.weight - run.counted
-            run.counted = run.log.size + run.info.weight
+            now = run.log.held + run.info.weight
+            self._held += now - run.counted
+            run.counted = now
         limits, ended = self.settings, self._ended
         while ended and (len(ended) > limits.max_ended_runs or self.held > limits.max_log_bytes):
             self._forget(next(iter(ended)))
@@ -2639,34 +2629,116 @@ class BoundedHub(Hub):
         super()._forget(run_id)
 
 
-# ═══ 13  Scripted deliveries ══════════════════════════════════════════════════════════════════════
-# One open stream is one coroutine that writes: its head, then bytes, then its end. It lives in its
-# request. When the viewer leaves, the request's nursery is cancelled and this with it; the run is
-# elsewhere and does not notice.
+# ═══ 13  Held back, and cut anew ══════════════════════════════════════════════════════════════════
+# What a proxy does to a stream: it holds bytes back, lets them go in lumps, and cuts them anywhere.
+
+MOST_HELD = 2**20  # bytes that a `buffer` holds back; then it lets go, and the journal says so
+CUTS = {
+    "line": re.compile(rb"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+"),
+    # inside every character of more than one byte: after its first
+    "utf8": re.compile(rb"[^\xc0-\xff]*[\xc0-\xff]|[^\xc0-\xff]+"),
+}
+
+
+class Outlet:
+    """Where output is held back, and cut anew. What may go stays here until it has gone: whoever
+    is cancelled meanwhile loses nothing."""
+
+    def __init__(self) -> None:
+        self.chunk: Any = None
+        self.every: Any = None
+        self.hold: float = 0
+        self.due = 0.0  # script time before which the next piece may not go
+        self.overflowed = False
+        self._held = bytearray()
+        self._free: collections.deque[int] = collections.deque()  # sizes of what may go
+        self._gone = 0
+        self._marks: collections.deque[tuple[int, Iterable[str], int | None]] = collections.deque()
+
+    @property
+    def free(self) -> bool:
+        """Something may go."""
+        return bool(self._free)
+
+    def take(self, data: bytes, names: Iterable[str], last: int | None) -> None:
+        """Hold this back, or some of it."""
+        self._held += data
+        if names or last:
+            self._marks.append((self._gone + len(self._held), names, last))
+        back = len(self._held) - sum(self._free)
+        if self.hold and back > MOST_HELD:
+            self.overflowed = True
+        elif self.hold:
+            back -= back if self.hold == math.inf else back % int(self.hold)
+        self.let_go(back)
+
+    def let_go(self, size: int | None = None) -> None:
+        """So much of it may go now, or all."""
+        size = len(self._held) - sum(self._free) if size is None else size
+        if size:
+            self._free.append(size)
+
+    def next(self, *, whole: bool = False) -> tuple[bytes, list[str], int | None]:
+        """The next piece, or all that may go; and what has gone with it: the names of the events
+        that end in it, and the id of the last one."""
+        size = sum(self._free) if whole else self._cut(self._free[0])
+        piece = bytes(self._held[:size])
+        del self._held[:size]
+        self._gone += size
+        while size:
+            part = min(size, self._free[0])
+            size -= part
+            self._free[0] -= part
+            if not self._free[0]:
+                self._free.popleft()
+        names: list[str] = []
+        last = None
+        while self._marks and self._marks[0][0] <= self._gone:
+            _, ended, place = self._marks.popleft()
+            names += ended
+            last = place or last
+        return piece, names, last
+
+    def _cut(self, size: int) -> int:
+        """The bytes of the next piece, of so many that go together."""
+        if self.chunk in CUTS:
+            found = CUTS[self.chunk].match(self._held, 0, size)
+            return found.end() if found else size
+        return min(size, self.chunk or (int(self.hold) if 0 < self.hold < math.inf else size))
+
+
+# ═══ 14  Scripted deliveries ══════════════════════════════════════════════════════════════════════
+# The delivery of part 1, well or badly: the same way out for every byte, and a method for each verb
+# of a stream script. Where a viewer has no script, part 1's own four lines play.
 
 BODILESS = (204, 304)
-ENDS = ((), (Step("end"),))
+BLANK = (b"\n\n", b"\r\n\r\n", b"\r\r")  # an event is whole, and so is what ends in this
 JSON_HEAD = {"content-type": "application/json"}
 TEXT_HEAD = {"content-type": "text/plain; charset=utf-8"}
+MOST_CHUNKS = 300  # of one write: the kernel takes 1024 parts, a chunk is three of them
+CUT_AFTER = 0.2  # real seconds after the last bytes; some clients lose what comes with a break
+FULL = f"the buffer was full at {MOST_HELD} bytes and let go"
 
 
 class NoSocket:
     """Below a delivery in memory there is no connection."""
 
-    lost = unsent = gathers = False
-    gathered, cut = b"", None
+    lost = False
+    unsent = False
+    cut = None
 
 
 @dataclass(slots=True)
-class Portion:
+class RelayProgress:
     """What a relay step still has to deliver; it outlives the heartbeats in between."""
 
-    cursor: Cursor
+    cursor: Any  # what has the place: this viewer, or the run, where all share one
     left: float
     until: str | None
     every: Any
     within: float
-    most: float  # events in one write
+    most: float  # events in one piece
+    cut: float | None  # bytes of the event that comes behind them, or a fraction of it
     due: float = 0.0  # script time before which the next event may not go
     quiet: float = math.inf  # script time at which the silence has lasted `within`
 
@@ -2675,387 +2747,283 @@ class Over(Exception):
     """The delivery ends before its script does."""
 
 
-class ScriptedDelivery(Player):
+class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `play` of its own
     """Plays a stream script to one viewer, against a run's log if there is one."""
 
-    batch: float = math.inf  # events in one write
-    outlet: Any = None  # where output is held back
-    by, reason = "server", "the script ended"  # of a proper end
-    _last = _parting = False  # the last step; the last words, which go out with the end, together
-    _half = False  # the last bytes were half an event, if any
+    batch: float = math.inf  # events in one piece
+    usual_frame: Mapping[str, Any] = {"newline": "\n", "wrap": ""}  # where no step says another
+    outlet: Outlet | None = None  # where output is held back, and cut anew
+    closed = False  # an operator has ended it
+    departing = False  # the last piece waits for the end, to go out with it
+    by = "server"
+    how = "end"
+    reason = "the script ended"
+    farewell = b""  # an operator's last word
+    half = False  # the last bytes are half an event
+    begun = False  # there has been output
+    unsent_head = False  # the connection keeps it, to send it with the first bytes
+    said_at = -math.inf  # real time, of the last bytes written
+    last_said: int | None = None
+    pending = 0  # bytes that are not written yet
+    _frame: Mapping[str, Any] | None = None  # where it is not the log's own
+    _beat: Mapping[str, Any] | None = None
 
     def __init__(
-        self, script: Script, entry: Entry, hub: BoundedHub, run: ScriptedRun | None = None,
+        self, script: Script | None, entry: Entry, hub: BoundedHub, run: ScriptedRun | None = None,
         headers: Mapping[str, str] | None = None, connection: Any = None,
         usual: Step | None = None,
     ) -> None:
-        names = entry.ids if run is None else run.info.names
-        super().__init__(hub.clock, hub.gates, names, entry.seed)
-        self._script, self.entry, self._hub, self._run = script, entry, hub, run
-        self._named, self._connection = headers or {}, connection or NoSocket()
-        self._usual = usual or Step("open", {})  # the head where its script mentions none
-        self._cursor = Cursor(entry.resumed_after)
-        self._beat_every = self._quiet_since = math.inf
-        self._said_at = -math.inf  # real time, of the last bytes
-        self._till_beat: Limit | None = None
-        self._resting: trio.CancelScope | None = None
-        self._closed = False
-        self._words: list[tuple[int, Cargo]] = []  # not out yet: sizes, and what they carry
+        names = run.info.names if run else entry.ids
+        Player.__init__(self, hub.clock, hub.gates, names, entry.seed)
+        Delivery.__init__(self, run, entry, hub, headers or {})  # type: ignore[arg-type]
+        self.script = script
+        self.entry = entry
+        self.connection = connection or NoSocket()
+        if hasattr(connection, "put"):
+            self.put = connection.put  # type: ignore[method-assign]  # the short way
+        self.usual = usual or Step("open", {})  # the head, where its script ends without one
+        self.named = headers or {}
+        self.names: list[str] = []  # of the events in what is not written yet
+        if script is not None:
+            self.beat_every = math.inf
 
     async def deliver(self, send: Send, headers: Iterable[tuple[str, str]] = ()) -> None:
-        """Play the script to its end; `headers` go out beside its own."""
-        self._send, self._headers = send, headers
+        """Play it to its end; `headers` go out beside its own."""
         name = f"delivery {safe(self.entry.run_id)} (id {self.entry.seq})"
         trio.lowlevel.current_task().name = name
-        with self._hub.playing(self, self._run):
+        self.send = send
+        self.beside = headers
+        with self.hub.playing(self):  # type: ignore[attr-defined]
             with contextlib.suppress(Over):
-                for at, step in enumerate(self._script):
+                if self.script is None:
+                    await Delivery.play(self)
+                for at, step in enumerate(self.script or ()):
                     self.entry.step = at
-                    self._last = self._script[at + 1 :] in ENDS
-                    self._parting = step.verb in MAKERS and (self._last or self._news_after(at))
                     await self.play((step,))
-            await self.flush()
-            self._closed = False  # an operator's end is one: what is usual still goes out
-            if not self.entry.status:
-                await self.open(self._usual)
-            self._parting = False
-            self._connection.gathers = False
-            await self._end(send)
+            await self.depart()
 
-    def _news_after(self, at: int) -> bool:
-        """Whether what follows this step follows at once."""
-        verbs = [step.verb for step in self._script[at + 1 : at + 3] if not step.modifiers]
-        waits = self._run is None or self._run.log.last <= self._cursor.place
-        return verbs == ["heartbeat", "relay"] and self.outlet is None and not waits
-
-    async def _end(self, send: Send) -> None:
-        """Write the end down, then say it, with the last words: whoever hangs up on reading these
-        has read the end, too."""
-        await self.finish("end")
-        try:
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-        finally:
-            self._count()
-
-    def _count(self) -> None:
-        """What was written has gone out, or the connection is lost."""
-        for size, cargo in [] if self._connection.unsent else self._words:
-            self.entry.sent(size, cargo)
-        self._words.clear()
-
-    async def open(self, step: Step) -> None:
-        """The head, at once. What it does not say is as usual for a stream, or for a plain body."""
-        head, stream = self.fill(step.argument), self.entry.kind == "stream"
-        status, body, own = head.get("status", 200), head.get("body"), head.get("headers", {})
-        plain = TEXT_HEAD if isinstance(body, str) else JSON_HEAD
-        usual = STREAM_HEAD if stream and body is None else plain
-        pairs = {**({} if status == 204 else usual), **self._named}
-        pairs |= {name.lower(): value for name, value in (*self._headers, *own.items())}
-        lines = [(name.encode(), one_line(value)) for name, value in pairs.items() if value]
-        self.entry.status, self._quiet_since = status, self.clock.now()
-        self._said_at = trio.current_time()
-        with trio.CancelScope(shield=True):  # it is short; a heartbeat that falls due now waits
-            await self._send({"type": "http.response.start", "status": status, "headers": lines})
-        if body is not None:
-            await self.write(to_bytes(body if isinstance(body, str) else to_json(body)))
-
-    async def write(self, data: bytes, cargo: Cargo = NOTHING) -> None:
-        """Bytes for this viewer, and what they carry."""
-        if self._closed:
-            raise Over
+    async def depart(self) -> None:
+        """What is held back goes out; then the end is written down, and said with the last words:
+        whoever hangs up on reading these has read the end, too."""
+        if self.outlet:
+            self.outlet.let_go()
+            self.departing = True
+            with contextlib.suppress(Over):
+                await self.beating(self.write)
+            await self.write()
+            self.departing = False
+        self.closed = False  # what is usual goes out, an operator's end or not
         if not self.entry.status:
-            self._connection.gathers = data and self.outlet is None  # these go out with the head
-            await self.open(Step("open", {}))
-        if data and self.entry.status not in BODILESS:  # whatever the script says
-            await (self.put if self.outlet is None else self.hold)(data, cargo)
+            await self.open(self.usual)
+        if self.farewell and self.entry.streams and self.entry.status == 200 and not self.half:
+            self.said.append(self.farewell)
+        while self.how != "end" and self.connection.cut:
+            with contextlib.suppress(Over):  # meanwhile another operator wishes something else
+                self.closed = False
+                await self.cut(self.how)
+        await self.finish("end")
+        await self.write(more=False)
 
-    async def put(self, data: bytes, cargo: Cargo) -> None:
-        """They go out whole, or the connection is lost."""
-        if not self.entry.bytes and not self._words and self._run:
-            name, run_id = self.entry.stream_name, safe(self.entry.run_id)
-            logger.info("%s: first chunk sent run_id=%s", name, run_id)
-        self._connection.gathers = self._parting
-        await self._send({"type": "http.response.body", "body": data, "more_body": True})
-        self._quiet_since, self._said_at = self.clock.now(), trio.current_time()
-        self._words.append((len(data), cargo))
-        if not self._connection.gathered:
-            self._count()
+    async def open(self, step: Step | None = None) -> None:
+        """The head. What it does not say is as usual for a stream, or for a plain body."""
+        head = self.fill(step.argument) if step else {}
+        status, body = head.get("status", 200), head.get("body")
+        plain = TEXT_HEAD if isinstance(body, str) else JSON_HEAD
+        usual = STREAM_HEAD if self.entry.kind == "stream" and body is None else plain
+        pairs = {**({} if status == 204 else usual), **self.named}
+        own = head.get("headers", {})
+        pairs |= {name.lower(): value for name, value in (*self.beside, *own.items())}
+        lines = [(name.encode(), one_line(value)) for name, value in pairs.items() if value]
+        self.entry.status = status
+        self.unsent_head = True
+        self.quiet_since = self.clock.now()
+        await self.send({"type": "http.response.start", "status": status, "headers": lines})
+        if body is not None:
+            self.emit(to_bytes(body if isinstance(body, str) else to_json(body)))
 
-    async def hold(self, data: bytes, cargo: Cargo) -> None:
-        """The way through an outlet; an ordinary delivery has none, so this is no other."""
-        await self.put(data, cargo)
+    def emit(
+        self, data: bytes, last: int | None = None, names: Iterable[str] | None = None
+    ) -> None:
+        """Bytes for this viewer, the id of the last event in them, and the names of all these."""
+        if self.closed:
+            raise Over
+        if names is None:
+            names = self.run.log.names_of(self.place, last) if last else ()
+        if not data or self.entry.status in BODILESS:  # whatever the script says
+            return
+        self.begun = True
+        self.half = not data.endswith(BLANK)
+        self.pending += len(data)
+        if self.outlet is None:
+            self.said.append(data)
+            self.names += names
+            self.last_said = last or self.last_said
+            return
+        self.quiet_since = self.clock.now()  # also what is held back was said
+        self.outlet.take(data, names, last)
+        if self.outlet.overflowed and FULL not in self.entry.notes:
+            self.entry.notes.append(FULL)
 
-    @property
-    def lost(self) -> bool:
-        """The viewer is gone, and soon this will be cancelled."""
-        return bool(self._connection.lost)
+    async def say(
+        self, data: bytes, last: int | None = None, names: Iterable[str] | None = ()
+    ) -> None:
+        """As `emit`; and write, when there is enough."""
+        self.emit(data, last, names)
+        if self.pending >= WRITE:
+            await self.write()
+
+    async def write(self, *, more: bool = True) -> None:
+        """Write what was said and may go."""
+        self.pending = 0
+        if self.begun and not self.entry.status:
+            await self.open()
+        if self.outlet is not None:
+            await self.drain(self.outlet)
+        if not more or (not self.departing and (self.said or self.unsent_head)):
+            await super().write(more=more)
+
+    async def drain(self, outlet: Outlet) -> None:
+        """Piece by piece, and no heartbeat in between; what an operator ends goes at once."""
+        if outlet.free and self.till_beat:
+            self.till_beat.move(math.inf)
+        while outlet.free:
+            if outlet.every is not None and not self.closed:
+                await self.clock.sleep(outlet.due - self.clock.now())
+                outlet.due = self.clock.now() + self.draw(outlet.every)
+            piece, names, last = outlet.next(whole=self.closed)
+            self.said.append(piece)
+            self.names += names
+            self.last_said = last or self.last_said
+            enough = len(self.said) >= min(MOST_CHUNKS, WRITE // len(piece))
+            if not self.departing or (outlet.free and (outlet.every is not None or enough)):
+                await super().write()
+                await trio.lowlevel.checkpoint()
+        if self.till_beat:
+            self.till_beat.move(self.quiet_since + self.beat_every)
+
+    def wrote(self, said: list[bytes]) -> None:
+        self.unsent_head = False
+        self.said_at = trio.current_time()
+        self.quiet_since = self.clock.now()
+        if said and not self.connection.unsent:
+            self.entry.carried(said, self.names, self.last_said)
+        self.names = []
+        self.last_said = None
 
     async def finish(self, how: str) -> None:
         """Write down that this is the end, before the act; unless the viewer made one already."""
-        if self.lost:
+        if self.connection.lost:
             await trio.sleep_forever()
         scripted = self.by == "server" and how != "end"
-        self.entry.finish(self.by, how, f"script: {how}" if scripted else self.reason)
+        self.entry.finish(Ending(self.by, how, f"script: {how}" if scripted else self.reason))
 
-    def dressed(self, block: bytes, number: int | None = None) -> bytes:
-        """A block as this viewer gets it; here as it is, the one that all viewers share."""
-        return block
+    async def rest(self, wait: Callable[[], Awaitable[None]]) -> None:
+        """Await this, with heartbeats; but first, what was said goes out."""
 
-    async def flush(self, step: Step | None = None) -> None:
-        """Let go what is held back: here, nothing."""
+        async def after_words() -> None:
+            await self.write()
+            await wait()
 
-    async def comment(self, step: Step) -> None:
-        await self.write(self.dressed(self.made(step)))
+        await self.beating(after_words)
 
-    async def raw(self, step: Step) -> None:
-        await self.write(self.made(step))
+    async def beating(self, wait: Callable[[], Awaitable[None]]) -> None:
+        """As ever, unless an operator ends it."""
 
-    async def heartbeat(self, step: Step) -> None:
-        """From now on a beat after that much quiet."""
-        usual = step.argument or self._hub.settings.heartbeat
-        self._beat_every = math.inf if usual in ("never", 0) else float(usual)
+        async def unless_closed() -> None:
+            if self.closed:
+                raise Over
+            await wait()
 
-    def beat(self) -> bytes:
-        return self.dressed(HEARTBEAT)
+        await super().beating(unless_closed)
 
-    async def relay(self, step: Step) -> None:
+    async def beat(self) -> None:
+        """A heartbeat; but none before the head."""
+        if self.entry.status:
+            self.emit(self.beat_bytes(), names=[BEAT])
+            await self.write()
+            if self.connection.lost:
+                text = "Failed to send SSE heartbeat run_id=%s"
+                logger.warning(text, safe(self.entry.run_id))
+        self.quiet_since = self.clock.now()  # also where nothing can be written
+
+    def beat_bytes(self) -> bytes:
+        if self._beat is None or not self._beat.keys() & {"event", "data"}:
+            return self.dressed(HEARTBEAT)
+        said = self.fill({"event": "", "data": {}, **self._beat})
+        return self.dressed(Event(in_one_line(said["event"]), said["data"]).numbered(None))
+
+    async def relay(self, step: Step | None = None) -> None:
         """Deliver the next events of the log, waiting for them, until its end or the step's own."""
+        if step is None:
+            await super().relay()
+            return
+        if self.run is None or self.entry.status in BODILESS:
+            return
         wanted, modifiers = step.argument, step.modifiers
+        shared, every = modifiers.get("shared"), modifiers.get("every")
         until = self.fill(wanted["until"]) if isinstance(wanted, dict) else None
-        left = wanted if isinstance(wanted, int) else math.inf
-        within = self.draw(modifiers.get("within", math.inf))
-        shared, every = modifiers.get("shared") and self._run, modifiers.get("every")
-        most = 1 if shared or every is not None else self.batch
-        cursor = shared.cursor if shared else self._cursor
-        portion = Portion(cursor, left, until, every, within, most)
-        portion.quiet = self.clock.now() + within
-        await self.rest(lambda: self._follow(portion))
-        if self._run and "cut" in modifiers:
-            await self.rest(partial(self._begin_next, self._run.log, cursor, modifiers["cut"]))
+        alone = shared or until or every is not None
+        progress = RelayProgress(
+            cursor=self.run if shared else self,
+            left=wanted if isinstance(wanted, int) else math.inf,
+            until=until,
+            every=every,
+            within=self.draw(modifiers.get("within", math.inf)),
+            most=1 if alone else self.batch,
+            cut=modifiers.get("cut"),
+        )
+        progress.quiet = self.clock.now() + progress.within
+        await self.beating(partial(self.follow, progress))
 
-    async def _follow(self, portion: Portion) -> None:
-        while self._run and portion.left > 0 and self.entry.status not in BODILESS:
-            if portion.due:
-                await self.clock.sleep(portion.due - self.clock.now())
-            log, cursor = self._run.log, portion.cursor
-            if gap := log.gap(cursor.place):
-                cursor.place = log.first - 1
-                await self.write(self.dressed(gap, cursor.place), Cargo(last=cursor.place))
-                continue  # meanwhile more may be gone
-            most = min(portion.left, portion.most)
-            piece, last = log.read_until(cursor.place, most=most, until=portion.until)
+    async def follow(self, progress: RelayProgress) -> None:
+        log = self.run.log
+        while progress.left > 0 or progress.cut is not None:
+            if progress.due > self.clock.now():
+                await self.write()
+                await self.clock.sleep(progress.due - self.clock.now())
+            place = progress.cursor.place
+            piece, last = log.read(place, most=min(progress.left or 1, progress.most))
+            names = log.names_of(place, last)
+            if names and progress.left <= 0 and progress.cut is not None:
+                block = self.dressed(piece, last)
+                size = progress.cut if progress.cut >= 1 else progress.cut * len(block)
+                self.emit(block[: int(size)])
+                return
             if piece:
-                await self._pass_on(piece, last, portion, log)
+                await self.pass_on(piece, last, names, progress)
                 if last < log.last:
                     await trio.lowlevel.checkpoint()  # a write that fits the socket has none
             elif log.ended:
                 return
-            elif portion.within is math.inf:
-                await log.news()
-            elif not await self._news_in_time(log, portion):
-                return
+            elif self.said or (self.outlet and self.outlet.free):
+                await self.write()
+            else:
+                with self.clock.limit(progress.quiet - self.clock.now()) as silence:
+                    await log.news()
+                if silence.cancelled_caught:
+                    return
 
-    async def _news_in_time(self, log: BoundedLog, portion: Portion) -> bool:
-        with self.clock.limit(portion.quiet - self.clock.now()) as silence:
-            await log.news()
-        return not silence.cancelled_caught
-
-    async def _pass_on(self, piece: bytes, last: int, portion: Portion, log: BoundedLog) -> None:
-        count, portion.cursor.place = last - portion.cursor.place, last
-        names = log.names(last - count, last)
-        found = portion.until is not None and names[-1] == portion.until
-        portion.left = 0 if found else portion.left - count
-        self._parting = self._last and log.ended and last == log.last
-        await self.write(self.dressed(piece, last), Cargo(names, last))
-        if portion.within is not math.inf:
-            portion.quiet = self.clock.now() + portion.within
-        if portion.every is not None:
-            portion.due = self.clock.now() + self.draw(portion.every)
-
-    async def _begin_next(self, log: BoundedLog, cursor: Cursor, size: float) -> None:
-        """The first bytes of the event that comes next, or that fraction of it."""
-        while True:
-            after = max(cursor.place, log.first - 1)
-            piece, _ = log.read(after, most=1)
-            if piece or log.ended:
-                break
-            await log.news()
-        data = self.dressed(piece, after + 1)
-        await self.write(data[: int(size if size >= 1 else size * len(data))])
-        self._half = True
-
-    async def rest(self, wait: Callable[[], Awaitable[None]]) -> None:
-        """Await `wait`, with a heartbeat after every quiet interval.
-
-        The scope is armed once per beat, not once per event, and re-armed with what remains. It may
-        cancel `wait` where that waits, and starts it anew; a write it cannot (`Connection._send`).
-        """
-        while not self._closed:
-            quiet_since, now = self._quiet_since, self.clock.now()
-            due = min(quiet_since, now) + self._beat_every - now  # before the head: perhaps soon
-            self._till_beat = self.clock.limit(due, jump=False)
-            with self._till_beat as self._resting:
-                return await wait()
-            if self._quiet_since == quiet_since < math.inf and not self._closed:
-                self._quiet_since = self.clock.now()  # also where nothing can be written
-                await self.write(self.beat(), Cargo(beats=1))
-                if self.lost:
-                    text = "Failed to send SSE heartbeat run_id=%s"
-                    logger.warning(text, safe(self.entry.run_id))
-        raise Over
-
-
-# ═══ 14  Faults ═══════════════════════════════════════════════════════════════════════════════════
-# How a delivery goes wrong, at the exact byte: the verbs that an ordinary stream never plays. It
-# is the same delivery; its bytes take another way out.
-
-CUT_AFTER = 0.2  # real seconds after the last bytes; some clients lose what comes with a break
-MOST_HELD = 2**20  # bytes that a `buffer` holds back; then it lets go, and the journal says so
-FULL = f"the buffer was full at {MOST_HELD} bytes and let go"
-
-
-class Outlet:
-    """Where output is held back, and cut anew."""
-
-    def __init__(self) -> None:
-        self.chunk: Any = None
-        self.every: Any = None
-        self.hold: float = 0
-        self.overflowed = False
-        self._held = bytearray()
-        self._marks: collections.deque[tuple[int, Cargo]] = collections.deque()
-        self._taken = self._out = 0
-        self._going: Iterator[bytes] = iter(())  # what was let go
-        self._next = b""  # and of it, the piece whose turn it is
-
-    def take(self, data: bytes, cargo: Cargo) -> Iterator[bytes]:
-        """Hold this back, or give out what may go now, in its pieces."""
-        self._held += data
-        self._taken += len(data)
-        if cargo != NOTHING:
-            self._marks.append((self._taken, cargo))
-        size = len(self._held)
-        if self.hold and size > MOST_HELD:
-            self.overflowed = True
-        elif self.hold:
-            size -= size if self.hold == math.inf else size % int(self.hold)
-        return self.give(size)
-
-    def give(self, size: int | None = None) -> Iterator[bytes]:
-        """So much of it, or all; piece by piece: five megabytes of single bytes are too many."""
-        data = bytes(self._held[:size])
-        del self._held[:size]
-        if self.chunk == "line":
-            return (one[0] for one in re.finditer(rb"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+", data))
-        if self.chunk == "utf8":  # inside every character of more than one byte: after its first
-            return (one[0] for one in re.finditer(rb"[^\xc0-\xff]*[\xc0-\xff]|[^\xc0-\xff]+", data))
-        step = self.chunk or (int(self.hold) if 0 < self.hold < math.inf else len(data) or 1)
-        return (data[at : at + step] for at in range(0, len(data), step))
-
-    def let_go(self, pieces: Iterator[bytes]) -> None:
-        self._going = itertools.chain(self._going, pieces)
-
-    def next(self) -> bytes:
-        """The next piece to go, if any; it stays the next until it has gone: whoever is cancelled
-        meanwhile loses nothing."""
-        self._next = self._next or next(self._going, b"")
-        return self._next
-
-    def rest(self) -> bytes:
-        """All that was let go, as one piece."""
-        self._next += b"".join(self._going)
-        return self._next
-
-    def passed(self) -> Cargo:
-        """The next piece goes now: with it goes what ends in it."""
-        self._out, self._next, cargo = self._out + len(self._next), b"", NOTHING
-        while self._marks and self._marks[0][0] <= self._out:
-            cargo = cargo.and_then(self._marks.popleft()[1])
-        return cargo
-
-
-class Faulty(ScriptedDelivery):
-    """A delivery that knows every verb."""
-
-    own: Mapping[str, Any] = {"newline": "\n", "wrap": ""}  # its frame where no step says another
-    _frame: Mapping[str, Any] | None = None
-    _beat: Mapping[str, Any] | None = None
-    _due = 0.0  # script time before which the next piece may not go
-    _farewell, _how = b"", "end"  # what an operator wishes
-
-    async def hold(self, data: bytes, cargo: Cargo) -> None:
-        self._quiet_since = self.clock.now()  # also what is held back was said
-        pieces = self.outlet.take(data, cargo)
-        if self.outlet.overflowed and FULL not in self.entry.notes:
-            self.entry.notes.append(FULL)
-        await self._drain(pieces)
-        if self._closed:
-            raise Over
-
-    async def rest(self, wait: Callable[[], Awaitable[None]]) -> None:
-        """As ever; but what a heartbeat interrupted just as it began to go, goes first."""
-
-        async def after_the_rest() -> None:
-            await self._drain(iter(()))
-            if self._closed:
-                raise Over
-            await wait()
-
-        await super().rest(wait if self.outlet is None else after_the_rest)
-
-    async def _drain(self, pieces: Iterator[bytes]) -> None:
-        """Send them. Meanwhile it is talking: no heartbeat comes in between, and an operator's end
-        not before the last of them."""
-        outlet, outer, self._resting = self.outlet, self._resting, None
-        outlet.let_go(pieces)
-        if self._till_beat is not None:
-            self._till_beat.move(math.inf)
-        while piece := outlet.next():
-            if outlet.every is not None and not self._closed:
-                self._parting = False  # each has its time
-                with self.clock.limit(self._due - self.clock.now()) as self._resting:
-                    await trio.sleep_forever()
-                self._resting, self._due = None, self.clock.now() + self.draw(outlet.every)
-            piece = outlet.rest() if self._closed else piece
-            await self.put(piece, outlet.passed())
-            await trio.lowlevel.checkpoint()
-        self._resting = outer
-        if self._till_beat is not None:
-            self._till_beat.move(self._quiet_since + self._beat_every)
-
-    async def chunk(self, step: Step) -> None:
-        self.outlet, self.batch = self.outlet or Outlet(), 1
-        self.outlet.chunk, self.outlet.every = step.argument, step.modifiers.get("every")
-
-    async def buffer(self, step: Step) -> None:
-        self.outlet, self.batch = self.outlet or Outlet(), 1
-        self.outlet.hold = math.inf if step.argument == "all" else step.argument
-
-    async def flush(self, step: Step | None = None) -> None:
-        if self.outlet is not None:
-            await self._drain(self.outlet.give())
-
-    async def event(self, step: Step) -> None:
-        """An event of this viewer's own, truth or not."""
-        event, text = self.made(step), self.fill(step.argument.get("id"))
-        text = None if text is None else in_one_line(text)
-        number = int(text) if text and re.fullmatch("[0-9]{1,18}", text) else None
-        await self.write(self.dressed(event.numbered(text), number), Cargo((event.name,), number))
-
-    async def frame(self, step: Step) -> None:
-        """How later events, comments and beats are written; at its default, as the log has them."""
-        wrap = in_one_line(self.fill(step.argument.get("wrap", "")))
-        self._frame, self.batch = {**self.own, **step.argument, "wrap": wrap}, 1
-        if self._frame == Faulty.own:
-            self._frame = None
+    async def pass_on(
+        self, piece: bytes, last: int, names: list[str], progress: RelayProgress
+    ) -> None:
+        self.emit(self.dressed(piece, last), last, names)
+        progress.cursor.place = last
+        progress.left = 0 if progress.until in names else progress.left - len(names)
+        final = self.run.log.ended and last == self.run.log.last
+        if self.outlet or not final:  # else it goes out with what follows
+            await self.write()
+        progress.quiet = self.clock.now() + progress.within
+        if progress.every is not None:
+            progress.due = self.clock.now() + self.draw(progress.every)
 
     def dressed(self, block: bytes, number: int | None = None) -> bytes:
-        self._half = False
+        """A block as this viewer gets it: mostly as it is, the one that all viewers share."""
         if (frame := self._frame) is None:
             return block
         lines = block.decode().rstrip("\n").split("\n")
         if "id" in frame and (number is not None or frame["id"] is None):
-            outer, self._turn = self._turn, number or 0
+            outer = self._turn
+            self._turn = number or 0
             own = [] if frame["id"] is None else [f"id: {in_one_line(self.fill(frame['id']))}"]
             lines = [line for line in lines if not line.startswith("id: ")] + own
             self._turn = outer
@@ -3064,90 +3032,106 @@ class Faulty(ScriptedDelivery):
         lines = [line if line.startswith(":") else frame["wrap"] + line for line in lines]
         return to_bytes("".join(line + frame["newline"] for line in [*lines, ""]))
 
+    # The other verbs, each under its own name.
+
+    async def comment(self, step: Step) -> None:
+        await self.say(self.dressed(self.made(step)))
+
+    async def raw(self, step: Step) -> None:
+        await self.say(self.made(step))
+
+    async def event(self, step: Step) -> None:
+        """An event of this viewer's own, truth or not."""
+        event, text = self.made(step), self.fill(step.argument.get("id"))
+        text = None if text is None else in_one_line(text)
+        number = int(text) if text and re.fullmatch("[0-9]{1,18}", text) else None
+        await self.say(self.dressed(event.numbered(text), number), number, [event.name])
+
+    async def frame(self, step: Step) -> None:
+        """How later events, comments and beats are written; at its default, as the log has them."""
+        wrap = in_one_line(self.fill(step.argument.get("wrap", "")))
+        wanted = {**self.usual_frame, **step.argument, "wrap": wrap}
+        self._frame = None if wanted == ScriptedDelivery.usual_frame else wanted
+        self.batch = 1
+
     async def heartbeat(self, step: Step) -> None:
+        """From now on a beat after that much quiet."""
         self._beat = step.argument if isinstance(step.argument, dict) else None
         every = self._beat["every"] if self._beat else step.argument
-        await super().heartbeat(dataclasses.replace(step, argument=every))
+        usual = every or self.hub.settings.heartbeat
+        self.beat_every = math.inf if usual in ("never", 0) else float(usual)
 
-    def beat(self) -> bytes:
-        if self._beat is None or not self._beat.keys() & {"event", "data"}:
-            return super().beat()
-        said = self.fill({"event": "", "data": {}, **self._beat})
-        return self.dressed(Event(in_one_line(said["event"]), said["data"]).numbered(None))
+    async def chunk(self, step: Step) -> None:
+        self.outlet, self.batch = self.outlet or Outlet(), 1
+        self.outlet.chunk = step.argument
+        self.outlet.every = step.modifiers.get("every")
+
+    async def buffer(self, step: Step) -> None:
+        self.outlet, self.batch = self.outlet or Outlet(), 1
+        self.outlet.hold = math.inf if step.argument == "all" else step.argument
+
+    async def flush(self, step: Step) -> None:
+        if self.outlet is not None:
+            self.outlet.let_go()
+            await self.beating(self.write)
 
     async def hang(self, step: Step) -> None:
         """Silent until the other side leaves, heartbeats included."""
-        self._beat_every = math.inf
+        self.beat_every = math.inf
         await self.rest(trio.sleep_forever)
 
     async def end(self, step: Step) -> NoReturn:
         raise Over
 
     async def drop(self, step: Step) -> None:
-        await self._cut("drop")
+        await self.cut("drop")
 
     async def reset(self, step: Step) -> None:
-        await self._cut("reset")
-
-    async def open(self, step: Step) -> None:
-        await super().open(step)
-        self._half = "body" in step.argument  # it is no stream
-
-    async def raw(self, step: Step) -> None:
-        await super().raw(step)
-        self._half = not self.made(step).endswith((b"\n\n", b"\r\n\r\n", b"\r\r"))
-
-    async def _end(self, send: Send) -> None:
-        """First the last word, where it would not complete half an event."""
-        if self._farewell and self.entry.streams and self.entry.status == 200 and not self._half:
-            await self.put(self._farewell, NOTHING)
-        if self._how == "end" or not self._connection.cut:
-            await super()._end(send)
-            return
-        try:
-            await self._cut(self._how)
-        except Over:  # meanwhile another operator wishes something else
-            self._closed = False
-            await self._end(send)
+        await self.cut("reset")
 
     def close(self, how: str, farewell: bytes = b"") -> None:
         """End this delivery from outside, with a last word to its viewer; or at once, by cutting
         its connection, if there is none."""
-        self._closed, self._farewell, self._how = True, farewell, how
-        self.by, self.reason = "admin", "closed by an operator"
-        if how != "end" and not farewell and self._connection.cut:
-            self.entry.finish(self.by, how, self.reason)
-            self._connection.cut(reset=how == "reset")
-        elif self._resting is not None:
-            self._resting.cancel(reason="closed by an operator")
+        self.closed = True
+        self.farewell = farewell
+        self.how = how
+        self.by = "admin"
+        self.reason = "closed by an operator"
+        if how != "end" and not farewell and self.connection.cut:
+            self.entry.finish(Ending(self.by, how, self.reason))
+            self.connection.cut(reset=how == "reset")
+        elif self.resting is not None:
+            self.resting.cancel(reason="closed by an operator")
 
-    async def _cut(self, how: str) -> None:
+    async def cut(self, how: str) -> None:
         """Close the connection without an end, and wait to be cancelled: returning would be an
         end. An operator who has asked for an end gets one."""
-        with trio.move_on_at(self._said_at + CUT_AFTER) as self._resting:
+        await self.write()
+        with trio.move_on_at(self.said_at + CUT_AFTER) as self.resting:
             await trio.sleep_forever()
-        if self._closed:
+        if self.closed:
             raise Over
-        if not self._connection.cut:
+        if not self.connection.cut:
             raise RuntimeError(f"{how!r} needs a socket, and this application runs without one")
         if self.entry.http_version == "1.0" and self.entry.status and how == "drop":
             self.entry.notes.append("to an HTTP/1.0 client a lost connection looks like an end")
         if how == "reset" and not sys.platform.startswith("linux"):
             self.entry.notes.append("a reset is sure on Linux only; elsewhere it may be a drop")
         await self.finish(how)
-        self._connection.cut(reset=how == "reset")
+        self.connection.cut(reset=how == "reset")
         await trio.sleep_forever()
 
 
-class JobDelivery(Faulty):
+class JobDelivery(ScriptedDelivery):
     """A job's, whose ids have its name in front, in every scenario."""
 
     batch = 1
-    own = _frame = {**Faulty.own, **JOB_FRAME}
+    usual_frame = {**ScriptedDelivery.usual_frame, **JOB_FRAME}
+    _frame = usual_frame
 
 
 def close_all(
-    deliveries: Iterable[Faulty], how: str, farewell: Callable[[], bytes] = bytes
+    deliveries: Iterable[ScriptedDelivery], how: str, farewell: Callable[[], bytes] = bytes
 ) -> int:
     """What an operator can do to open deliveries; how many they were."""
     chosen = list(deliveries)
@@ -3561,6 +3545,8 @@ class Below(NoSocket):
     """What is below a request, as far as that matters here: in memory, nothing. The connections of
     a server say more: whom to blame, and whether the last bytes have gone out."""
 
+    feed: Any = None  # what takes a request's body, past Quart-Trio's own tasks
+
     def stream_begins(self) -> None:
         """What was asked for is a stream."""
 
@@ -3594,10 +3580,10 @@ class JournaledRequest(Exchange):
         self.kept = scope["method"] != "OPTIONS" and not path.startswith("/__aura/")
         tenant = as_text(given.get(b"x-tenant-id", b"")).strip() if self.kept else ""
         self.entry = scope["aura.entry"] = Entry(
-            scope["method"], path, f"{host}:{port}", known_as(shown, b"x-request-id"),
-            http_version=scope["http_version"], headers=shown, tenant_id=tenant or None,
-            user_id=shown.get(b"x-user-id"), agent_id=shown.get(b"x-agent-id"),
-            test_id=shown.get(b"x-test-id"))
+            method=scope["method"], path=path, client=f"{host}:{port}",
+            request_id=known_as(shown, b"x-request-id"), http_version=scope["http_version"],
+            headers=shown, tenant_id=tenant or None, user_id=shown.get(b"x-user-id"),
+            agent_id=shown.get(b"x-agent-id"), test_id=shown.get(b"x-test-id"))
 
     async def __call__(self, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
         """Serve it, and close its entry in the one `finally` that there is. Who wrote down an end
@@ -3607,29 +3593,43 @@ class JournaledRequest(Exchange):
         connection = below(self.scope)
         self.journal.open(entry, kept=self.kept)
         try:
-            await super().__call__(receive, send)
+            if connection.feed:  # it feeds the body, and ends this task when the client leaves
+                await self.answered(connection, send)
+            else:
+                await super().__call__(receive, send)
         finally:
             cause = sys.exception()
             if connection.unsent and (entry.end or LEFT).how == "end":
                 entry.end = None  # an end that could not be written was none
             if isinstance(cause, Exception):
-                entry.finish("server", "error", explained(cause).error)
-            entry.finish(*connection.blame()[:3])
+                entry.finish(Ending("server", "error", explained(cause).error))
+            entry.finish(connection.blame())
             self.journal.close(entry)
+
+    async def answered(self, connection: Any, send: ASGISendCallable) -> None:
+        """The answer, in this task. The request is let go of before a delivery plays."""
+        asked = self._create_request_from_scope(send)
+        connection.feed(asked.body)
+        response = await self.app.handle_request(asked)
+        del asked
+        await self._send_response(send, response)
 
     async def _send_response(self, send: ASGISendCallable, response: Any) -> None:
         """A delivery writes down its own end; here is that of a plain answer, before its bytes."""
         entry = self.entry
         if isinstance(response, Streamed):
+            connection = below(self.scope)
             if entry.streams:
-                below(self.scope).stream_begins()
+                connection.stream_begins()
+            send = send if connection.feed else partial(whole, send)
             # nobody needs them any more, and a stream may last for hours
             self.scope["aura.headers"] = self.scope["headers"] = {}  # type: ignore
             await response.delivery.deliver(send, response.headers.items())
         else:
             entry.status = response.status_code
             entry.bytes = 0 if entry.method == "HEAD" else response.content_length or 0
-            entry.finish("server", "end", *(entry.notes[-1:] or ["answered"]))
+            why = entry.notes[-1] if entry.notes else "answered"
+            entry.finish(Ending("server", "end", why))
             await super()._send_response(send, response)
 
 
@@ -3755,6 +3755,8 @@ class Reception(Service):
         if request.url_rule:
             this.pattern = request.url_rule.rule
         this.route = (request.endpoint or "").partition(" ")[0]
+        if this.route in ("case_analysis_stream", "trigger_stream"):
+            this.stream_name = "case_analysis_stream"
         kind = this.route.rpartition("_")[2]  # routes are called by what they are
         if kind in ("stream", "trigger") and request.method in ("GET", "POST"):
             this.kind = kind
@@ -3900,11 +3902,12 @@ class Reception(Service):
         # a thousand, for inline scenarios have names that anybody can make up
         this.attempt = counted(run.attempts, scenario.name, 1000)
         self.say_begun(this)
-        return self.played(script, run)
+        ordinary = scenario.stream is None and run.info.phase != "generation"
+        return self.played(None if ordinary else script, run)  # then part 1's own delivery plays
 
     def say_begun(self, this: Entry) -> None:
         """The lines that Aura's guides tell people to look for."""
-        say_of(this, "start consuming")
+        this.say("start consuming")
         if not this.last_event_id:
             return
         text = "SSE connection established (client reconnected) run_id=%s last_event_id=%s"
@@ -3945,13 +3948,13 @@ class Reception(Service):
                 self.make_room()
                 this.plays(scenario, desk.count(*what))
                 return self.played(script)
-        say_of(this, "runId not found or already completed")
+        this.say("runId not found or already completed")
         raise self.unknown(run_id)
 
-    def played(self, script: Script, run: Any = None, **more: Any) -> Response:
+    def played(self, script: Script | None, run: Any = None, **more: Any) -> Response:
         """The answer that this script is. A job's ids have its name in front."""
         job = run and run.info.phase == "generation" and self.settings.event_ids
-        play = JobDelivery if job else Faulty
+        play = JobDelivery if job else ScriptedDelivery
         known = {"headers": self.echo(), "connection": below(request.scope), **more}
         return Streamed(play(script, entry(), self.hub, run, **known))
 
@@ -4018,7 +4021,7 @@ def said_last(log: BoundedLog, name: str, count: int = 1) -> list[Any]:
     """The data of the last events of this name, read back from the bytes that viewers get; only
     objects: text is not a result."""
     first = max(log.first, log.last - 10_000)  # further back is too far to look
-    places = [at for at, one in enumerate(log.names(first - 1, log.last), first) if one == name]
+    places = [at for at, one in enumerate(log.names_of(first - 1, log.last), first) if one == name]
     found = []
     for place in places[-count:]:
         block = log.read(place - 1, most=1)[0].decode()
@@ -4120,10 +4123,9 @@ class Control(Reception):
         body = await told(EMIT)
         run = self.seen(str(body["runId"]))
         with contextlib.suppress(trio.ClosedResourceError, trio.BrokenResourceError):
-            if run.last_word is None:
-                with run.sending.clone() as sending:
-                    await sending.send(Event(body["event"], body["data"]))
-                return {"emitted": body["event"]}
+            with run.sending.clone() as sending:
+                await sending.send(Event(body["event"], body["data"]))
+            return {"emitted": body["event"]}
         error = f"this run has ended ({run.status}), nobody listens any more"
         raise Refusal(409, error, runId=body["runId"])
 
@@ -4451,141 +4453,60 @@ def running(
 
 
 # ═══ 19  What ASGI cannot say ═════════════════════════════════════════════════════════════════════
-# The fenced corner. ASGI knows no socket, no send deadline and no "close now"; and Hypercorn, whose
-# protocol engine we use, has bugs that a server for experiments with failure cannot afford.
-# Everything here leans on insides of the pinned versions of Hypercorn and h11, and has a test that
-# fails on the stock server.
+# The fenced corner: a connection of our own, on h11. ASGI knows no socket, no send deadline and no
+# "close now"; and the stock connections of part 1 have bugs that a server for experiments with
+# failure cannot afford: one bad request ends the process, one reader that stops holds up the stop,
+# an idle connection is never closed. Each has a test that fails on the stock server.
 
 PIECE = 64 * 2**10  # bytes that have one send deadline
-HEARD = (h11.DONE, h11.MUST_CLOSE)  # of a client: its whole request is here
+WHOLE = (h11.DONE, h11.MUST_CLOSE, h11.CLOSED)  # a client has said all it has to say
 GONE = (trio.BrokenResourceError, trio.ClosedResourceError)
 
 
-class Reader(h11.Connection):
-    """h11 without pipelining: what comes behind a request before its answer is out is thrown away,
-    and that answer is the last."""
+class Connection:
+    """One socket, its requests one after the other. Its trouble stays its own, its sends have a
+    deadline, it can be cut; the task that reads notices when the client leaves, and ends the
+    rest."""
 
-    def next_event(self) -> Any:
-        # with its last byte on the way the client may ask again, before we have closed the books
-        out = self.our_state is h11.DONE or getattr(self._writer, "_length", None) == 0
-        if self.their_state not in HEARD or (out and self.their_state is h11.DONE):
-            return super().next_event()
-        if self._receive_buffer.maybe_extract_at_most(2**20):
-            self.end_with_this()
-        return h11.NEED_DATA
-
-    def end_with_this(self) -> None:
-        """No request comes after this one; the answer says so, if its head is not out yet."""
-        self._cstate.process_keep_alive_disabled()
-
-
-class Http11(H11Protocol):
-    """HTTP/1.1 and nothing else: no h2c, no WebSocket, a head of bounded size."""
-
-    connection: Reader
-    write: Callable[..., Awaitable[None]]  # the connection's own
-    _mute = False
-
-    async def _send_error_response(self, status_code: int) -> None:
-        """What is refused below the application has a request id and a line in the log, too."""
-        known_as, most = uuid.uuid4().hex, self.config.h11_max_incomplete_size
-        says = {408: "the head took too long", 431: f"the head is longer than {most} bytes"}
-        why = says.get(status_code, "this is no request of HTTP/1.1")
-        logger.info("[%s] %d refused: %s, from %s", known_as, status_code, why, self.client)
-        headers = [(b"content-length", b"0"), (b"connection", b"close"),
-                   (b"x-request-id", known_as.encode()), *self.config.response_headers("h11")]
-        await self._send_h11_event(h11.Response(status_code=status_code, headers=headers))
-        await self._send_h11_event(h11.EndOfMessage())
-
-    async def stream_send(self, event: StreamEvent) -> None:
-        """Chunks of a body need no state machine: h11's costs as much as the system call."""
-        if isinstance(event, Body) and isinstance(self.connection._writer, ChunkedWriter):
-            if event.data:  # an empty chunk would be the last one
-                await self.write(b"%x\r\n" % len(event.data), event.data, b"\r\n")
-            return
-        if isinstance(event, Answer):
-            # a head from a task that is being cancelled is not ours: Hypercorn invents a 500
-            self._mute = trio.current_effective_deadline() == -math.inf
-            if self.connection.their_state is h11.SEND_BODY:  # nobody will read the rest of it
-                self.connection.end_with_this()
-        if not self._mute or isinstance(event, StreamClosed):
-            await super().stream_send(event)
-
-    async def _check_protocol(self, event: h11.Request) -> None:
-        """Decline every upgrade. h11 must forget the proposal too: else it waits for a switch of
-        protocols, the reader is parked, and nobody sees the client leave. A default JDK client
-        sends `Upgrade: h2c` every time."""
-        self.connection._cstate.pending_switch_proposals.clear()
-
-    async def _create_stream(self, request: h11.Request) -> None:
-        size = sum(len(name) + len(text) + 4 for name, text in request.headers)
-        too_big = size + len(request.target) > self.config.h11_max_incomplete_size
-        if too_big or request.http_version not in (b"1.0", b"1.1"):
-            await self._send_error_response(431 if too_big else 505)
-            await self.send(Closed())
-            return
-        names = {name for name, _ in request.headers}
-        if b"upgrade" in names or not request.target.startswith(b"/"):
-            request = self._plain(request)
-        if {b"content-length", b"transfer-encoding"} <= names:  # RFC 9112, 6.1: smuggling, perhaps
-            self.connection.end_with_this()
-        if b"upgrade" in names:
-            logger.warning("Unsupported upgrade request.")
-        await super()._create_stream(request)
-
-    @staticmethod
-    def _plain(request: h11.Request) -> h11.Request:
-        """The request with a path for its target, as Quart wants it, and no `Connection`, which
-        h11 has heeded already: without it Hypercorn sees no WebSocket. A host in the target counts,
-        whatever `Host` says (RFC 9112, 3.2.2)."""
-        *whole, target = re.split(rb"^https?://([^/?]*)", request.target, flags=re.IGNORECASE)
-        target = target if target.startswith(b"/") else b"/" + target
-        heeded = (b"connection", b"host") if whole else (b"connection",)
-        headers = [pair for pair in request.headers if pair[0] not in heeded]
-        headers += [(b"host", host) for host in whole[1:]]
-        version, method = request.http_version, request.method
-        return h11.Request(method=method, target=target, headers=headers, http_version=version)
-
-
-class Connection(TCPServer):
-    """One socket. Its trouble stays its own, its sends have a deadline, it can be cut."""
-
-    stream: trio.SocketStream  # type: ignore[assignment]  # Hypercorn says TLS, which we do not do
-    protocol: Http11  # type: ignore[assignment]  # not its wrapper, which may switch to HTTP/2
     lost = False  # the peer is gone, or we have cut it off
     unsent = False  # it was gone, or stalled, when we had something to write
-    gathers = False  # what is written now goes out with what comes next
-    gathered = b""
     half_closed = False  # the client says no more; what it asked for may still be answered
     _streams = False  # what it asked for is a stream
+    _last = False  # no request comes after this one
     _closing = False  # we say goodbye
     _leave_by = math.inf  # when the stopping server's grace is over
     _ending: Ending | None = None  # why it ended, where that was not the request's doing
+    _method = b""
+    _body: Any = None  # where the request's body goes, once somebody wants it
+    _held = False  # an answer whose length is known goes out whole
+    _chunked = False
+    _bare = False  # an answer without a body, whatever the application says
+    _answer_is = ""  # then its head is out, then the whole
 
-    def __init__(
-        self, app: ASGIWrapper, config: Config, context: WorkerContext, settings: DoubleSettings,
-        stream: trio.SocketStream,
-    ) -> None:
-        super().__init__(app, config, context, {"connection": self}, stream)  # type: ignore[arg-type]
+    def __init__(self, app: Any, settings: DoubleSettings, stream: trio.SocketStream) -> None:
+        self.app = app
         self.settings = settings
-        self.scope = trio.CancelScope()  # around it all: the group's own passes on what it caught
+        self.stream = stream
+        self._wire = self._parser()
         # patience with a client that sends nothing, and with one that reads nothing
         self._patience = trio.move_on_after(settings.keep_alive or settings.head_timeout)
         self._sending = trio.CancelScope()
+        self._lock = trio.Lock()
+        self._waiting: list[bytes] = []  # what goes out with what comes next
+        self._early: list[bytes] = []  # of the body
+
+    def _parser(self) -> h11.Connection:
+        """One for each request. It only reads: what we write needs no state machine."""
+        most = self.settings.max_head
+        return h11.Connection(h11.SERVER, max_incomplete_event_size=most)
 
     async def run(self) -> None:
         raw = self.stream.socket
+        self._names = raw.getpeername(), raw.getsockname()
         try:
-            async with TaskGroup() as group:
-                self.protocol = Http11(
-                    self.app, self.config, self.context, group, ConnectionState(self.state), False,
-                    parse_socket_addr(raw.family, raw.getpeername()),
-                    parse_socket_addr(raw.family, raw.getsockname()), self.protocol_send,
-                )
-                self.protocol.write = self._send
-                self.protocol.connection = Reader(
-                    h11.SERVER, max_incomplete_event_size=self.settings.max_head)
-                await self._read_data()
+            async with trio.open_nursery() as requests:
+                self._requests = requests
+                await self._read()
                 if not self.half_closed:
                     self.give_up()
         except* OSError:
@@ -4594,33 +4515,193 @@ class Connection(TCPServer):
             logger.warning("connection ended by an error: %s", safe(explained(errors).error))
         finally:
             raw.close()
-            self.state.clear()  # connection and protocol know each other: parted, they are freed at
-            self.__dict__.pop("protocol", None)  # once, and not when the garbage collector comes
 
-    async def _read_data(self) -> None:
+    # What the client sends
+
+    async def _read(self) -> None:
         """Hand on what the client sends, until it leaves, is too slow, or we have closed."""
-        client, thrown, data = self.protocol.connection, 0, b"?"
+        wire, thrown, data = self._wire, 0, b"?"
         with self._patience, contextlib.suppress(*GONE):
             while data and thrown <= self.settings.max_linger:
                 data = bytes(await self.stream.receive_some(2**16))
-                if client.their_state is h11.IDLE and not client.trailing_data[0]:
-                    self._patience.deadline = trio.current_time() + self.settings.head_timeout
                 if self._closing:
                     thrown += len(data)
                 elif data:
-                    await self.protocol.handle(RawData(data))
+                    await self._take(data)
         if self._closing:
             if thrown and data:
                 logger.info("cut a refused client that was still sending, after %d bytes", thrown)
-        elif self._patience.cancelled_caught and client.trailing_data[0]:
-            await self.protocol._send_error_response(408)
+        elif self._patience.cancelled_caught and wire.trailing_data[0]:
+            await self._refuse(408)
         elif self._patience.cancelled_caught:
             logger.debug("closed a connection that was idle for %g s", self.settings.keep_alive)
-        elif not (data or self._streams) and client.their_state in HEARD:
+        elif not (data or self._streams) and wire.their_state in WHOLE:
             # perhaps it has left, perhaps it waits for its answer: nobody can tell
-            self.half_closed, self._ending = True, LEFT
-            client.end_with_this()
-            self.scope.deadline = trio.current_time() + self.settings.head_timeout
+            self.half_closed = self._last = True
+            self._ending = LEFT
+            self._requests.cancel_scope.deadline = trio.current_time() + self.settings.head_timeout
+
+    async def _take(self, data: bytes) -> None:
+        """Bytes of the client's. There is no pipelining: what comes behind a request before its
+        answer is out is thrown away, and that answer is the last."""
+        wire = self._wire
+        if wire.their_state in WHOLE and self._answer_is != "whole":
+            self._last = True
+            return
+        if wire.their_state is h11.IDLE and not wire.trailing_data[0]:
+            self._patience.deadline = trio.current_time() + self.settings.head_timeout
+        wire.receive_data(data)
+        await self._go_on()
+
+    async def _go_on(self) -> None:
+        """What these bytes say."""
+        wire = self._wire
+        try:
+            while True:
+                if wire.they_are_waiting_for_100_continue and not self._answer_is:
+                    self._waiting = [b"HTTP/1.1 100 \r\n\r\n"]
+                    await self._write()
+                match wire.next_event():
+                    case h11.Request() as request:
+                        await self._begin(request)
+                    case h11.Data(data=data):
+                        self._feed(bytes(data))
+                    case h11.EndOfMessage():
+                        self._feed(b"")
+                        self._last = self._last or bool(wire.trailing_data[0])
+                        return
+                    case _:
+                        return
+        except h11.RemoteProtocolError as error:
+            await self._refuse(error.error_status_hint)
+
+    async def _begin(self, request: h11.Request) -> None:
+        """A request has come: a task of its own answers it."""
+        self._patience.deadline = math.inf
+        headers = list(request.headers)
+        size = sum(len(name) + len(text) + 4 for name, text in headers) + len(request.target)
+        refused = {
+            431: size > self.settings.max_head,
+            505: request.http_version not in (b"1.0", b"1.1"),
+        }
+        if any(refused.values()):
+            await self._refuse(next(status for status, is_so in refused.items() if is_so))
+            return
+        if any(name == b"upgrade" for name, _ in headers):
+            logger.warning("Unsupported upgrade request.")
+        if {b"content-length", b"transfer-encoding"} <= {name for name, _ in headers}:
+            self._last = True  # RFC 9112, 6.1: smuggling, perhaps
+        # a host in the target counts, whatever `Host` says (RFC 9112, 3.2.2)
+        *whole, target = re.split(rb"^https?://([^/?]*)", request.target, flags=re.IGNORECASE)
+        if whole:
+            headers = [pair for pair in headers if pair[0] != b"host"] + [(b"host", whole[1])]
+        path, _, query = target.removeprefix(b"/").partition(b"?")
+        self._body = None
+        self._early = []
+        self._method = request.method
+        self._answer_is = ""
+        client, server = self._names
+        self._requests.start_soon(self._answer, {
+            "type": "http", "asgi": {"version": "3.0"}, "scheme": "http", "root_path": "",
+            "http_version": request.http_version.decode(), "method": request.method.decode(),
+            "path": "/" + unquote(path.decode()), "raw_path": b"/" + path, "query_string": query,
+            "headers": headers, "client": client[:2] or None, "server": server[:2] or None,
+            "state": {"connection": self}, "extensions": {},
+        })
+
+    def _feed(self, data: bytes) -> None:
+        """A part of the body, or with no bytes its end."""
+        if self._body is None:
+            self._early.append(data)
+        elif data:
+            self._body.append(data)
+        else:
+            self._body.set_complete()
+
+    def feed(self, body: Any) -> None:
+        """From now on, the request's body goes there; what came before goes at once."""
+        self._body = body
+        for data in self._early:
+            self._feed(data)
+
+    # What we answer
+
+    async def _answer(self, scope: Any) -> None:
+        try:
+            await self.app(scope, trio.sleep_forever, self.send)
+        except Exception as error:  # noqa: BLE001  # no application ends its connection's others
+            logger.error("the application failed: %s%s", explained(error).error, traced(error))
+        if not self._answer_is:
+            await self._refuse(500)
+        elif self._answer_is == "head":
+            self.cut()
+
+    async def send(self, message: Any) -> None:
+        """ASGI's `send`. The head goes out with the first of the body, an answer whose length is
+        known with its end: so nobody can ask again before the books are closed."""
+        if message["type"] == "http.response.start":
+            self._open(message["status"], message["headers"])
+            return
+        data = message.get("body", b"")
+        await self.put([data] if data else [], message.get("more_body", False))
+
+    async def put(self, said: Iterable[bytes], more: bool = True) -> None:
+        """Parts of a body, each a chunk, in one write."""
+        if self.lost or self._closing:
+            self.unsent = True
+            return
+        for data in () if self._bare else said:
+            self._waiting += (b"%x\r\n" % len(data), data, b"\r\n") if self._chunked else (data,)
+        if not more:
+            self._waiting += [b"0\r\n\r\n"] * self._chunked
+            self._answer_is = "whole"
+        if not (self._held and more):
+            await self._write()
+        if not more:
+            await self._over()
+
+    def _open(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
+        """The head of an answer; it goes out with the first of the body."""
+        lines = {**dict(headers), b"date": formatdate(usegmt=True).encode()}
+        self._bare = self._method == b"HEAD" or status in BODILESS
+        self._held = b"content-length" in lines
+        modern = self._wire.their_http_version != b"1.0"
+        self._chunked = modern and not self._bare and not self._held
+        if self._chunked:
+            lines[b"transfer-encoding"] = b"chunked"
+        if self._wire.their_state is not h11.DONE:  # nobody reads the rest of it
+            self._last = True
+        if self._last:
+            lines[b"connection"] = b"close"
+        head = [b"HTTP/1.1 %d " % status, *(b"%b: %b" % pair for pair in lines.items()), b"\r\n"]
+        self._answer_is = "head"
+        self._waiting = [b"\r\n".join(head)]
+
+    async def _over(self) -> None:
+        """The answer is out: on to the next request, or goodbye."""
+        if self._last or self._leave_by < math.inf:
+            await self._close_gently()
+            return
+        ahead, _ = self._wire.trailing_data
+        self._wire = self._parser()
+        self._streams = False
+        self._patience.deadline = trio.current_time() + self.settings.keep_alive
+        if ahead:
+            await self._take(ahead)
+
+    async def _refuse(self, status: int) -> None:
+        """What is refused below the application has a request id and a line in the log, too."""
+        self._ending = self._ending or Ending("server", "error", "the request was malformed")
+        if not self._answer_is:
+            known_as = uuid.uuid4().hex
+            too_long = f"the head is longer than {self.settings.max_head} bytes"
+            says = {408: "the head took too long", 431: too_long}
+            why = says.get(status, "this is no request of HTTP/1.1")
+            logger.info("[%s] %d refused: %s, from %s", known_as, status, why, self._names[0])
+            self._last = True
+            self._open(status, [(b"content-length", b"0"), (b"x-request-id", known_as.encode())])
+            await self._write()
+        await self._close_gently()
 
     def stream_begins(self) -> None:
         """What is short is answered to a client that says no more; from a stream it has left."""
@@ -4628,31 +4709,15 @@ class Connection(TCPServer):
         if self.half_closed:
             self.give_up()
 
-    async def protocol_send(self, event: ServerEvent) -> None:
-        """What the protocol wants done. No cancel can leave half a write: nothing in it waits, or
-        it is shielded."""
-        if isinstance(event, RawData):
-            await self._send(event.data)
-        elif isinstance(event, Updated):
-            self._streams = False
-            patience = self.settings.keep_alive if event.idle else math.inf
-            self._patience.deadline = trio.current_time() + patience
-        elif isinstance(event, Closed):
-            await self._close_gently()
+    # How bytes get out, and how it ends
 
-    async def _send(self, *parts: bytes) -> None:
-        """Send directly while the kernel takes it, nearly always; else wait, but not for ever."""
-        if self.lost:
-            self.unsent = True
-            return
-        if self.gathered:
-            parts, self.gathered = (self.gathered, *parts), b""
-        size = sum(map(len, parts))
-        if self.gathers and size < PIECE:
-            self.gathered = b"".join(parts)
-            return
+    async def _write(self) -> None:
+        """Send directly while the kernel takes it, nearly always; else wait, but not for ever. No
+        cancel can leave half a write: nothing in it waits, or it is shielded."""
+        parts = self._waiting
+        self._waiting = []
         try:
-            busy = self.send_lock.locked() or os.name != "posix"
+            busy = self._lock.locked() or os.name != "posix"
             sent = 0 if busy else os.writev(self.stream.socket.fileno(), parts)
         except BlockingIOError:
             sent = 0
@@ -4660,20 +4725,20 @@ class Connection(TCPServer):
             self.unsent = True
             self.give_up()
             return
-        if sent < size:
+        if sent < sum(map(len, parts)):
             with trio.CancelScope(shield=True):  # bounded: each piece has its deadline
-                await self._send_slowly(parts, sent)
+                await self._write_slowly(parts, sent)
 
-    async def _send_slowly(self, parts: tuple[bytes, ...], sent: int) -> None:
+    async def _write_slowly(self, parts: Iterable[bytes], sent: int) -> None:
         """Piece by piece: a slow reader of a big event is not one that has stopped reading."""
-        async with self.send_lock:
+        async with self._lock:
             for part in parts:
                 for start in range(min(sent, len(part)), len(part), PIECE):
-                    await self._send_piece(memoryview(part)[start : start + PIECE])
+                    await self._write_piece(memoryview(part)[start : start + PIECE])
                 sent = max(0, sent - len(part))
 
-    async def _send_piece(self, piece: memoryview) -> None:
-        """Send it within the send deadline; or cut off who does not read."""
+    async def _write_piece(self, piece: memoryview) -> None:
+        """Write it within the send deadline; or cut off who does not read."""
         if self.lost:
             self.unsent = True
             return
@@ -4693,7 +4758,7 @@ class Connection(TCPServer):
     def give_up(self) -> None:
         """Nobody is there: all that this connection does ends."""
         self.lost = True
-        self.scope.cancel(reason="the client left")
+        self._requests.cancel_scope.cancel(reason="the client left")
 
     async def _close_gently(self) -> None:
         """Say that we are done, and wait a little for the client to say so too: closing on one that
@@ -4701,12 +4766,10 @@ class Connection(TCPServer):
         if self._closing:
             return
         self._closing = True
-        self._ending = self._ending or Ending("server", "error", "the request was malformed")
         linger = self.settings.linger if self._leave_by == math.inf else 0.0
         self._patience.deadline = trio.current_time() + linger
         with contextlib.suppress(OSError):
             self.stream.socket.shutdown(socket.SHUT_WR)
-        await self.protocol.handle(Closed())
 
     def blame(self) -> Ending:
         """Who ended the request that has not ended itself."""
@@ -4727,19 +4790,10 @@ class Connection(TCPServer):
         """The server stops: who has no request goes now, a send has until then."""
         self._leave_by = by
         self._sending.deadline = min(self._sending.deadline, by)
-        unasked = self.protocol.connection.their_state in (h11.IDLE, h11.SEND_BODY)
+        unasked = self._wire.their_state in (h11.IDLE, h11.SEND_BODY)
         if unasked or self._closing:
             self._ending = self._ending or CUT
             self.cut()
-
-
-def engine(settings: DoubleSettings) -> Config:
-    """Hypercorn's configuration, as far as its protocol engine asks for one."""
-    config = Config()
-    config.h11_max_incomplete_size = settings.max_head
-    config.include_server_header = False
-    config.errorlog = logger
-    return config
 
 
 # ═══ 20  Access ═══════════════════════════════════════════════════════════════════════════════════
@@ -5235,11 +5289,10 @@ class InOperation(Admin):
 
     async def attend(self, app: ASGIWrapper, context: WorkerContext, stream: Any) -> None:
         trio.lowlevel.current_task().name = "connection"
-        connection = Connection(app, engine(self.settings), context, self.settings, stream)
+        connection = Connection(app.app, self.settings, stream)
         self.connections.add(connection)
         try:
-            with connection.scope:
-                await connection.run()
+            await connection.run()
         finally:
             self.connections.discard(connection)
 
