@@ -264,7 +264,6 @@ class Log:
         self.ended = False
         self.ids = ids
         self.names: list[str] = []  # of the events that are here
-        self.ready: Any = None  # the piece that was made last, and for whom
         self.size = 0  # bytes that are here
         self._blocks: list[bytes] = []
         self._news = trio.Event()
@@ -292,20 +291,15 @@ class Log:
         id of the last of them: a late viewer of a long log must not make one giant piece."""
         if after >= self.last:
             return b"", after
-        asked = (after, self.last, most)
-        if self.ready is None or self.ready[0] != asked:
-            start = after + 1 - self.first
-            stop = start + 1
-            size = len(self._blocks[start])
-            while stop < min(len(self._blocks), start + most):
-                size += len(self._blocks[stop])
-                if size > WRITE:
-                    break
-                stop += 1
-            piece = b"".join(self._blocks[start:stop])  # one event: no copy
-            self.ready = asked, (piece, self.first + stop - 1)  # for all viewers at this place
-        found: tuple[bytes, int] = self.ready[1]
-        return found
+        start = after + 1 - self.first
+        stop = start + 1
+        size = len(self._blocks[start])
+        while stop < min(len(self._blocks), start + most):
+            size += len(self._blocks[stop])
+            if size > WRITE:
+                break
+            stop += 1
+        return b"".join(self._blocks[start:stop]), self.first + stop - 1
 
 
 class Failure(Exception):
@@ -652,7 +646,7 @@ class Delivery:
         await self.open()
         retry = self.hub.settings.retry_ms
         self.emit(CONNECTED + (b"retry: %d\n\n" % retry if retry else b""))
-        await self.beating(self.relay)
+        await self.beating(self.follow)
         self.emit(DONE)
 
     async def open(self) -> None:
@@ -684,16 +678,13 @@ class Delivery:
         self.quiet_since = self.hub.clock.now()
         self.record.sent(sum(map(len, said)), self.place)
 
-    async def relay(self) -> None:
+    async def follow(self) -> None:
         """What the log has, and what comes, to its end."""
         log = self.run.log
         while True:
-            piece, last = log.read(self.place)
-            if piece:
-                self.emit(piece, last)
-                self.place = last
-                await self.write()
-                if last < log.last:
+            if self.place < log.last:
+                await self.pass_on(log)
+                if self.place < log.last:
                     await trio.lowlevel.checkpoint()  # a write that fits the socket has none
             elif log.ended:
                 return
@@ -701,6 +692,13 @@ class Delivery:
                 await self.write()
             else:
                 await log.news()
+
+    async def pass_on(self, log: Any) -> None:
+        """The next piece of the log. A door: part 2 has a shorter way."""
+        piece, last = log.read(self.place)
+        self.emit(piece, last)
+        self.place = last
+        await self.write()
 
     async def beating(self, wait: Callable[[], Awaitable[None]]) -> None:
         """Await `wait`, with a heartbeat after every quiet interval: then it is cancelled where it
@@ -712,12 +710,13 @@ class Delivery:
             self.till_beat = clock.limit(due, jump=False)
             with self.till_beat as self.resting:
                 return await wait()
-            if self.quiet_since == since:
-                await self.beat()
+            await self.beat(since)
 
-    async def beat(self) -> None:
-        self.emit(HEARTBEAT)
-        await self.write()
+    async def beat(self, since: float) -> None:
+        """A heartbeat, if nothing was said since then."""
+        if self.quiet_since == since:
+            self.emit(HEARTBEAT)
+            await self.write()
 
 
 # ═══ 4  Analyses ══════════════════════════════════════════════════════════════════════════════════
@@ -1143,14 +1142,15 @@ import base64
 import collections
 import dataclasses
 import difflib
-import errno
 import functools
 import gc
 import hashlib
 import hmac
 import http.client
 import inspect
+import io
 import itertools
+import operator
 import queue
 import random
 import shlex
@@ -1166,7 +1166,7 @@ from concurrent.futures import Future
 from email.utils import formatdate
 from pathlib import Path
 from typing import Annotated, NoReturn, get_args
-from urllib.parse import unquote, urlencode, urlsplit
+from urllib.parse import unquote, urlencode, urljoin, urlsplit
 
 import h11
 import msgspec
@@ -1177,21 +1177,27 @@ from werkzeug.exceptions import HTTPException
 # ═══ 7  All settings ══════════════════════════════════════════════════════════════════════════════
 # Every limit that somebody may want to move has its number here or in part 1, once. README and
 # --help are readings of both. What may come from outside, from a flag to a script, is a kind: a
-# type that msgspec checks. Two more kinds are made here, `that` and `form`; `checked` is the one
-# door.
+# type that msgspec checks. `checked` is the one door; what is wrong comes out as a sentence.
 
 
 def number(kind: type, low: float, high: float) -> Any:
     return Annotated[kind, msgspec.Meta(ge=low, le=high)]
 
 
-def like(pattern: str) -> Any:
-    """A text of this form, from its first to its last character."""
-    return Annotated[str, msgspec.Meta(pattern=rf"^({pattern})\Z")]
+def like(pattern: str, says: str = "") -> Any:
+    """A text of this form, from its first to its last character. What to call it stands in the
+    pattern, as a comment: so it is in msgspec's message, and comes into ours."""
+    says = says or f"a text like {pattern}"
+    return Annotated[str, msgspec.Meta(pattern=rf"^(?#{says})({pattern})\Z")]
+
+
+def of_size(size: int, kind: Any) -> Any:
+    """A list or an object of so many parts."""
+    return Annotated[kind, msgspec.Meta(min_length=size, max_length=size)]
 
 
 def that(says: str, fits: Callable[[Any], object]) -> Any:
-    """What fits, in a sentence of its own; what cannot even be asked does not fit."""
+    """What fits, where no pattern can say it; what cannot even be asked does not fit."""
 
     class Kind(str):  # a text that fits is still a text
         def __init__(self, value: Any) -> None:
@@ -1206,27 +1212,16 @@ def that(says: str, fits: Callable[[Any], object]) -> Any:
 def form(needs: str = "", /, *, strict: bool = True, **kinds: Any) -> Any:
     """An object of these fields, of which it needs these; others are wrong, or where that is not
     strict, nobody's business."""
-    fields: list[Any] = [(name, kind, *[None] * (name not in needs.split()))
-                         for name, kind in kinds.items()]
+    fields: Any = [
+        (name, kind) if name in needs.split() else (name, kind, None)
+        for name, kind in kinds.items()
+    ]
     return msgspec.defstruct("form", fields, rename="kebab", forbid_unknown_fields=strict)
 
 
-# What most settings are: counts and bytes, or seconds.
-SETTING = {int: number(int, 0, 10**12), float: number(float, 0, 10**7)}
-
-
-def knob(
-    default: Any, says: str, variable: str = "", choices: str = "", kind: Any = None, **more: Any
-) -> Any:
-    """A setting: default, one sentence, environment variable if not AURA_<NAME>, allowed values, or
-    what else it must be."""
-    kind = like(choices) if choices else kind
-    return setting(default, says, env=variable, choices=choices, kind=kind, **more)
-
-
 def list_of(part: str, example: str) -> Any:
-    return that(f"a list like {example}",
-                lambda text: all(re.fullmatch(part, one) for one in parts(text)))
+    """A text of such parts, with commas between them."""
+    return like(rf"(\s*({part})?\s*(,|\Z))*", f"a list like {example}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1236,6 +1231,7 @@ class Limits:
     max_live_runs: int = 5000  # runs alive at once; one more is 503
     max_run_events: int = 100_000  # events kept of a run; the oldest go, viewers get `gap`
     max_run_bytes: int = 16 * 2**20  # bytes kept of a run, likewise
+    max_ended_runs: int = 1000  # ended runs kept; the first to end is forgotten first
     send_buffer: int = 64 * 2**10  # SO_SNDBUF, what the kernel hides of a stalled viewer
     keep_alive: float = 5.0  # seconds an idle connection is kept
     head_timeout: float = 10.0  # seconds for a request's head, then 408
@@ -1252,45 +1248,53 @@ class Limits:
 @dataclass(frozen=True, kw_only=True)
 class DoubleSettings(ServerSettings, Limits):
     """Everything that can be set. A flag beats its environment variable, which beats the
-    default."""
+    default. Beside its sentence a setting may have a variable that is not AURA_<NAME> (`env`),
+    the values it may have (`choices`), or what else it must be (`kind`)."""
 
-    auth: str = knob("on", "`on`: `/aura/**` needs any Bearer token", choices="on|off")
-    admin_token: str = knob("", "token for `/__aura` and `/api/admin`; empty: local callers only",
-                            "ADMIN_TOKEN", repr=False)
-    allow_host: str = knob("", "names beside its own that it answers to: `a.test,b.test`",
-                           kind=list_of(r"[\w.-]+|\[[\da-fA-F:]+\]", "a.test,b.test"))
-    cors_origin: str = knob("localhost:*,127.0.0.1:*",
-                            "origins whose pages may read it; `:*` is any port, `*` anybody",
-                            kind=list_of(r"\*|([a-z]+://)?([\w.-]+|\[[\da-fA-F:]+\])(:\d+|:\*)?",
-                                         "localhost:*,https://a.test"))
-    unknown_run: str = knob("404", "status of an unknown run's stream", choices="404|200")
-    demo_off: bool = knob(False, "answer triggers with `disabled`, start nothing", "DEMO_OFF")
-    scenario: str = knob("", "the scenario where nobody chooses; empty: the ordinary one")
-    scenarios: str = knob("", "a JSON file with scenarios of one's own, a list of them")
-    case: str = knob("", "scenarios bound to cases: `85117=drop-resume,85118=failed`")
-    no_magic: bool = knob(False, "a `~name` at the end of an id chooses no scenario")
-    speed: str = knob("1", "script time: so many times faster, or `max`: it jumps where all wait",
-                      kind=that("a number above 0 or max",
-                                lambda text: text == "max" or float(text) > 0))
-    max_retries: int = knob(10, "times that the page asks again without news",
-                            "SSE_MAX_RETRIES")
-    max_sse_connections: int = knob(1000, "streams open at once; one more is 503",
-                                    "MAX_SSE_CONNECTIONS")
-    max_ended_runs: int = knob(1000, "ended runs kept; the first to end is forgotten first")
-    max_log_bytes: int = knob(256 * 2**20, "bytes kept of all runs together, their requests too")
-    send_timeout: float = knob(5.0, "seconds a viewer may refuse to read; then its stream ends")
-    exit_with_stdin: bool = knob(False, "stop when standard input closes, as a killed test's does")
-    redis_url: str = knob("", "not in this version: runs are kept in memory only", "REDIS_URL")
-    log_level: str = knob("INFO", "DEBUG, INFO, WARNING or ERROR", "LOG_LEVEL",
-                          choices="DEBUG|INFO|WARNING|ERROR")
+    auth: str = setting("on", "`on`: `/aura/**` needs any Bearer token", choices="on|off")
+    admin_token: str = setting(
+        "", "token for `/__aura` and `/api/admin`; empty: local callers only",
+        env="ADMIN_TOKEN", repr=False)
+    allow_host: str = setting(
+        "", "names beside its own that it answers to: `a.test,b.test`",
+        kind=list_of(r"[\w.-]+|\[[\da-fA-F:]+\]", "a.test,b.test"))
+    cors_origin: str = setting(
+        "localhost:*,127.0.0.1:*",
+        "origins whose pages may read it; `:*` is any port, `*` anybody",
+        kind=list_of(
+            r"\*|([a-z]+://)?([\w.-]+|\[[\da-fA-F:]+\])(:\d+|:\*)?",
+            "localhost:*,https://a.test"))
+    unknown_run: str = setting("404", "status of an unknown run's stream", choices="404|200")
+    demo_off: bool = setting(
+        False, "answer triggers with `disabled`, start nothing", env="DEMO_OFF")
+    scenario: str = setting("", "the scenario where nobody chooses; empty: the ordinary one")
+    scenarios: str = setting("", "a JSON file with scenarios of one's own, a list of them")
+    case: str = setting("", "scenarios bound to cases: `85117=drop-resume,85118=failed`")
+    no_magic: bool = setting(False, "a `~name` at the end of an id chooses no scenario")
+    speed: str = setting(
+        "1", "script time: so many times faster, or `max`: it jumps where all wait",
+        kind=like(r"max|(?=[\d.]*[1-9])\d*\.?\d+(e[+-]?\d+)?", "a number above 0 or max"))
+    max_retries: int = setting(
+        10, "times that the page asks again without news", env="SSE_MAX_RETRIES")
+    max_sse_connections: int = setting(
+        1000, "streams open at once; one more is 503", env="MAX_SSE_CONNECTIONS")
+    max_log_bytes: int = setting(
+        256 * 2**20, "bytes kept of all runs together, their requests too")
+    send_timeout: float = setting(
+        5.0, "seconds a viewer may refuse to read; then its stream ends")
+    exit_with_stdin: bool = setting(
+        False, "stop when standard input closes, as a killed test's does")
+    redis_url: str = setting(
+        "", "not in this version: runs are kept in memory only", env="REDIS_URL")
+    log_level: str = setting(
+        "INFO", "DEBUG, INFO, WARNING or ERROR", env="LOG_LEVEL",
+        kind=like("(?i:DEBUG|INFO|WARNING|ERROR)", "DEBUG, INFO, WARNING or ERROR"))
 
     def __post_init__(self) -> None:
         for one in dataclasses.fields(self):
             checked(kind_of(one), getattr(self, one.name), flag(one))
         # a secret's file ends in a line break; and one that is empty is no secret
         object.__setattr__(self, "admin_token", self.admin_token.strip())
-        if 0 < self.heartbeat < 0.001:  # scripts do not take it either
-            raise ValueError(f"--heartbeat must be 0 or at least 0.001, not {self.heartbeat!r}")
 
     @property
     def rate(self) -> float:
@@ -1300,13 +1304,31 @@ class DoubleSettings(ServerSettings, Limits):
     @classmethod
     def read(cls, flags: Mapping[str, str], environment: Mapping[str, str]) -> DoubleSettings:
         """What flags and environment ask for; a ValueError is a sentence that names the culprit."""
-        found: dict[str, Any] = {}
+        found = {}
         for one in flagged(cls):
-            if (text := flags.get(one.name)) is not None:
-                found[one.name] = _from_text(one, text, flag(one))
-            elif text := environment.get(variable(one)):  # set but empty, as in compose: unset
-                found[one.name] = _from_text(one, text, variable(one))
+            source = flag(one)
+            text = flags.get(one.name)
+            if text is None:
+                source = variable(one)
+                text = environment.get(source) or None  # set but empty, as in compose: unset
+            if text is not None:
+                text = YES_NO.get(text.lower(), text) if type(one.default) is bool else text
+                found[one.name] = checked(kind_of(one), text, source, strict=False)
         return cls(**found)
+
+
+# What most settings are: counts and bytes, or seconds.
+SETTING = {int: number(int, 0, 10**12), float: number(float, 0, 10**7)}
+YES_NO = {"yes": "true", "on": "true", "no": "false", "off": "false"}  # as people say it
+
+
+def kind_of(one: dataclasses.Field[Any]) -> Any:
+    """What this setting must be."""
+    if one.name == "port":
+        return number(int, 0, 65535)
+    if "choices" in one.metadata:
+        return like(one.metadata["choices"])
+    return one.metadata.get("kind") or SETTING.get(type(one.default), type(one.default))
 
 
 def parts(text: str) -> list[str]:
@@ -1319,12 +1341,6 @@ def flagged(kind: Any) -> list[dataclasses.Field[Any]]:
     return [one for one in dataclasses.fields(kind) if one.metadata]
 
 
-def kind_of(one: dataclasses.Field[Any]) -> Any:
-    """What this setting must be."""
-    usual = number(int, 0, 65535) if one.name == "port" else SETTING.get(type(one.default))
-    return one.metadata.get("kind") or usual or type(one.default)
-
-
 def flag(one: dataclasses.Field[Any]) -> str:
     return "--" + one.name.replace("_", "-")
 
@@ -1333,41 +1349,44 @@ def variable(one: dataclasses.Field[Any]) -> str:
     return str(one.metadata.get("env") or f"AURA_{one.name.upper()}")
 
 
-_YES_NO = {"yes": "true", "on": "true", "no": "false", "off": "false", "": "false"}
-
-
-def _from_text(one: dataclasses.Field[Any], text: str, source: str) -> object:
-    kind, choices = kind_of(one), one.metadata.get("choices", "").split("|")
-    known = _YES_NO if kind is bool else {choice.lower(): choice for choice in choices}
-    return checked(kind, known.get(text.lower(), text), source, strict=False)
-
-
 class Wrong(ValueError):
     """A value that is not what it must be: a sentence, and the path of keys that leads to it."""
 
     def __init__(self, says: str, *path: str) -> None:
         super().__init__(" ".join([*map(repr, path), says]))
-        self.says, self.path = says, path
+        self.says = says
+        self.path = path
 
 
 def shown(value: Any) -> str:
     """A value in a message: as JSON, cut short."""
-    text = json.dumps(value, default=repr)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return json.dumps(value, default=repr)[:60]
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The end of a sentence that says that this word is not known here."""
-    close = difflib.get_close_matches(word[:64], names := sorted(set(known)), n=1)
-    listed = ", ".join(names[:20]) or "none"
-    return f"; did you mean {close[0]!r}?" if close else f" (there are {len(names)}: {listed})"
+    names = sorted(set(known))
+    close = difflib.get_close_matches(word[:64], names, n=1)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f" (there are {len(names)}: {', '.join(names[:20]) or 'none'})"
 
 
+# msgspec's messages, and what they become.
 OUR_WORDS = {
-    "Expected": "takes", ", got .*": "", r"matching regex '\^\((.*)\).*": r"like \1",
-    "`int`": "a whole number", "`float`": "a number", "`str`": "a text", "`object`": "an object",
-    "`array`": "a list", "`bool`": "true or false", "`null`": "no argument",
-    "Object missing required field": "needs", "`": "'",
+    r"`str` matching regex .*?\(\?#(.*?)\).*": r"\1",
+    "Expected": "takes",
+    ", got .*": "",
+    r"\bint\b": "a whole number",
+    "float": "a number",
+    r"\bstr\b": "a text",
+    "object`": "an object`",
+    "array": "a list",
+    "bool": "true or false",
+    "null": "no argument",
+    r" \| ": " or ",
+    "Object missing required field `(.*)`": r"needs '\1'",
+    "`": "",
 }
 
 
@@ -1376,22 +1395,21 @@ def checked(kind: Any, value: Any, *place: str, strict: bool = True) -> Any:
     try:
         return msgspec.convert(value, kind, strict=strict, dec_hook=lambda own, part: own(part))
     except (msgspec.ValidationError, ValueError) as error:  # a ValueError: half a character
-        says, _, where = str(error).partition(" - at `$")
+        says, _, where = str(error).replace("`key` in ", "").partition(" - at `$")
     path = re.findall(r"[\w-]+", where)
     unknown = re.search("unknown field `(.*)`", says, re.DOTALL)
+    if unknown:
+        forms = [getattr(one, "__struct_encode_fields__", ()) for one in (kind, *get_args(kind))]
+        close = did_you_mean(unknown[1], itertools.chain(*forms))
+        raise Wrong(f"has no {unknown[1][:64]!r}{close}", *place, *path)
     for theirs, ours in OUR_WORDS.items():
         says = re.sub(theirs, ours, says)
-    if unknown:
-        forms = (kind, *get_args(kind))
-        known = [getattr(one, "__struct_encode_fields__", ()) for one in forms]
-        close = did_you_mean(unknown[1], itertools.chain(*known))
-        says = f"has no {unknown[1][:64]!r}{close}"
-    elif says.startswith("takes"):
-        says += f", not {shown(_at(value, *path))}"
+    if says.startswith("takes"):
+        says += f", not {shown(inside(value, *path))}"
     raise Wrong(says, *place, *path)
 
 
-def _at(value: Any, *path: str) -> Any:
+def inside(value: Any, *path: str) -> Any:
     """What lies at the end of a path of keys, or None."""
     for key in path:
         value = value.get(key) if isinstance(value, dict) else None
@@ -1431,7 +1449,9 @@ def read_events(lines: Iterable[str]) -> Iterator[tuple[str, str, str]]:
 # the server are Trio's own, and never move with it: a clock that jumps 300 s for a test must not
 # evict every reader on the way.
 
-FASTEST = 1000.0  # a jump never takes longer than it would at this speed
+MOMENT = 0.02  # real seconds that whoever was stirred gets before time jumps
+FASTEST = 1000.0  # or less: a jump never takes longer than it would at this speed
+STOPS = 1000  # deadlines that an advance stops at, one after the other; then it goes on at once
 
 
 class Time:
@@ -1439,17 +1459,16 @@ class Time:
     what is due next; and moved ahead by hand whenever somebody wishes."""
 
     def __init__(self, rate: float = 1.0) -> None:
-        self.rate, self._pace, self._ahead = rate, 1.0 if rate == math.inf else rate, 0.0
-        self._waiting: set[Limit] = set()
-        self._wanted, self._moving = trio.Event(), trio.Lock()
+        self.rate = rate
+        self.pace = 1.0 if rate == math.inf else rate
+        self.ahead = 0.0  # how far it was moved
+        self.waiting: set[Limit] = set()
+        self._wanted = trio.Event()
+        self._moving = trio.Lock()
         self._stirred = 0.0
 
     def now(self) -> float:
-        return trio.current_time() * self._pace + self._ahead
-
-    def wall(self, moment: float) -> float:
-        """When script time gets there, on Trio's clock."""
-        return (moment - self._ahead) / self._pace
+        return trio.current_time() * self.pace + self.ahead
 
     async def sleep(self, seconds: float) -> None:
         with self.limit(seconds):
@@ -1462,25 +1481,15 @@ class Time:
 
     async def advance(self, seconds: float) -> None:
         """Move script time ahead, from one deadline to the next, so that each comes in its turn;
-        beyond a thousand, or five seconds of it, not so finely. One moves it at a time."""
+        where that takes too long, the rest at once. One moves it at a time."""
         async with self._moving:
             target = self.now() + seconds
-            try:
-                with trio.move_on_after(5):
-                    await self._step_by_step(target, seconds / 1000)
-            finally:
-                self._go_to(target)
-            with trio.move_on_after(1):
-                await all_wait()  # whoever is next shall find what this has woken
-
-    async def _step_by_step(self, target: float, coarse: float) -> None:
-        for step in range(2000):
-            now = self.now()
-            due = max(self._next_due(now), now + coarse * (step >= 1000))
-            if due >= target:
-                return
-            self._go_to(due, far=False)
-            await all_wait()
+            stops = iter(range(STOPS))
+            with trio.move_on_after(5):
+                while self.now() < target and next(stops, None) is not None:
+                    self._go_to(min(self._next_due(), target))
+                    await all_wait()  # whoever is next shall find what this has woken
+            self._go_to(target)
 
     def stir(self) -> None:
         """Somebody has begun to wait, or done waiting: a run that starts, a viewer that comes."""
@@ -1492,28 +1501,27 @@ class Time:
         stirred gets a moment first; bytes that are no request yet do not prolong it."""
         while True:
             await all_wait()
-            now = self.now()
-            far = self._next_due(now, jump=True) - now
-            rest = self._stirred + min(0.02, far / FASTEST) - time.perf_counter()
-            if far == math.inf:
+            due = self._next_due(jump=True)
+            moment = min(MOMENT, (due - self.now()) / FASTEST)
+            if due == math.inf:
                 self._wanted = trio.Event()
                 await self._wanted.wait()
-            elif rest > 0.001:  # the kernel counts in milliseconds
-                with trio.move_on_after(rest):
-                    await all_wait(rest)
+            elif time.perf_counter() < self._stirred + moment - 0.001:  # the kernel's shortest
+                await all_wait(0.001)
             else:
-                self._go_to(self._next_due(now))
+                self._go_to(min(due, self._next_due()))
 
-    def _next_due(self, now: float, *, jump: bool = False) -> float:
-        due = (one.deadline for one in self._waiting if one.jump or not jump)
-        return min((deadline for deadline in due if deadline > now), default=math.inf)
+    def _next_due(self, *, jump: bool = False) -> float:
+        """The next deadline, or only of those worth a jump; what is due by now wakes by itself."""
+        now = self.now()
+        worth = (one for one in self.waiting if one.jump or not jump)
+        return min((one.deadline for one in worth if one.deadline > now), default=math.inf)
 
-    def _go_to(self, moment: float, *, far: bool = True) -> None:
-        """Whatever is due then wakes now; what is not yet learns of it too, if `far`."""
-        self._ahead += max(0.0, moment - self.now())
-        for limit in self._waiting:
-            if far or limit.deadline <= moment:
-                limit.scope.deadline = self.wall(limit.deadline)
+    def _go_to(self, moment: float) -> None:
+        """Whatever is due then wakes now, and what is not yet has less to wait."""
+        self.ahead += max(0.0, moment - self.now())
+        for limit in self.waiting:
+            limit.move(limit.deadline)
 
 
 async def all_wait(seconds: float = 0.0) -> None:
@@ -1527,20 +1535,23 @@ class Limit:
     """`with` gives the Trio cancel scope; ask it for `cancelled_caught` afterwards."""
 
     def __init__(self, time: Time, deadline: float, jump: bool) -> None:
-        self._time, self.deadline, self.jump = time, deadline, jump
-        self.scope = trio.CancelScope(deadline=time.wall(deadline))
+        self._time = time
+        self.jump = jump
+        self.scope = trio.CancelScope()
+        self.move(deadline)
 
     def move(self, deadline: float) -> None:
-        """Have another deadline from now on."""
-        self.deadline, self.scope.deadline = deadline, self._time.wall(deadline)
+        """Have this deadline from now on; on Trio's clock, it is when script time gets there."""
+        self.deadline = deadline
+        self.scope.deadline = (deadline - self._time.ahead) / self._time.pace
 
     def __enter__(self) -> trio.CancelScope:
-        self._time._waiting.add(self)
+        self._time.waiting.add(self)
         self._time.stir()
         return self.scope.__enter__()
 
     def __exit__(self, *error: Any) -> bool:
-        self._time._waiting.discard(self)
+        self._time.waiting.discard(self)
         self._time.stir()
         return self.scope.__exit__(*error)
 
@@ -1551,72 +1562,73 @@ class Limit:
 # on purpose.
 
 
+@dataclass(eq=False)
 class Mistake(ValueError):
     """A script that cannot be played: where, which step, and what to write instead."""
 
-    def __init__(self, at: str, step: object, hint: str) -> None:
-        super().__init__(f"{at}: {hint}")
-        small = len(json.dumps(step, default=repr)) <= 1000  # a mistake of a megabyte is not echoed
-        self.at, self.step, self.hint = at, step if small else shown(step), hint
+    at: str
+    step: object
+    hint: str
+
+    def __str__(self) -> str:
+        return f"{self.at}: {self.hint}"
 
 
-def raw_bytes(value: Any) -> Any:
-    """The bytes that a `raw` step means."""
-    if isinstance(value, str):
-        return to_bytes(value)
-    codes: Any = {"hex": bytes.fromhex, "base64": partial(base64.b64decode, validate=True)}
-    ((code, text),) = value.items()
-    return codes[code](text)
-
-
-def in_order(value: Any) -> bool:
-    """Whether these are seconds, or a range of them."""
-    low, high = value if isinstance(value, list) else (value, value)
-    return {type(low), type(high)} <= {int, float} and 0 <= low <= high <= 10**9
-
-
-HEADER = r"(?i)(?!(content-length|transfer-encoding|date)\Z)[!#$%&'*+.^_`|~0-9a-z-]+"
-
-
-class Headers:
-    """The headers of an answer, but for those that say how long its body is."""
-
-    def __init__(self, value: Any) -> None:
-        for name, text in checked(dict, value).items():
-            checked(Visible | None, text, name)
-            if not re.fullmatch(HEADER, name):
-                raise Wrong("is no name a header can have, or the server's own", name)
-
-
-Line = that("one line without NUL", re.compile("[^\r\n\0]*").fullmatch)
-Visible = that("visible ASCII, or null for none",
-               re.compile(r"[\x21-\x7e]([\x20-\x7e]*[\x21-\x7e])?").fullmatch)
-Seconds = that("a number from 0 to 1,000,000,000, or a range [a, b] with a at most b", in_order)
-Raw = that('a text, {"hex": …} or {"base64": …} that decodes', lambda value: [raw_bytes(value)])
-Count, Some = number(int, 0, 10**9), number(int, 1, 10**9)
-Above0 = number(float, 0.001, 10**9)
-
-UNIX_TIME = {"unix": "{now}"}  # in data: the seconds of now, as a number
-TEMPLATE = re.compile(r"\{\{|\{(runId|caseId|tenantId|now|n)\}")
+UNIX = '{"unix": "{now}"}'  # in data: the seconds of now, as a number
+UNIX_TIME = json.loads(UNIX)
+TEMPLATE = re.compile(UNIX + r"|\{\{|\{(?:runId|caseId|tenantId|now|n)\}")
 MOST_TURNS = 1_000_000  # of all repeats of a script: more is not a test but a typing error
 MOST_STEPS = 5000  # of a script as written: checking more would hold up everybody else
 DEEPEST = 64  # levels of nesting in JSON from outside: Python's recursion limit would be a 500
-BIG = 2**16  # bytes of an event; more are made when they are due, one event at a time
 MOST_VALUES = 100_000  # in JSON from outside: a megabyte of `[],` holds up everybody for long
 
-_PAUSES = {"sleep": Seconds, "wait": str, "repeat": number(int, 0, MOST_TURNS), "hang": None}
+# What verbs take.
+Line = like(r"[^\r\n\0]*", "one line without NUL")
+Visible: Any = like(r"[\x21-\x7e]([\x20-\x7e]*[\x21-\x7e])?", "visible ASCII, or none at all")
+HeaderName: Any = like(
+    r"(?i:(?!(content-length|transfer-encoding|date)\Z)[!#$%&'*+.^_`|~0-9a-z-]+)",
+    "a name a header can have, and not one of the server's own")
+Headers: Any = dict[HeaderName, Visible | None]
+Count = number(int, 0, 10**9)
+Some = number(int, 1, 10**9)
+Above0 = number(float, 0.001, 10**9)
+Length: Any = number(float, 0, 10**9)
+Seconds: Any = Length | of_size(2, list[Length])
+Code: Any = like("hex|base64")
+Raw: Any = str | of_size(1, dict[Code, str])
+
+
+# The language: for a new verb a row in here, and a method of its name. Those in the first two
+# tables are silent: they put nothing out, so that the head may still come.
+_WAITS = {
+    "sleep": Seconds,
+    "wait": str,
+}
+_SHAPES = {
+    "heartbeat": like("never") | Above0 | form("every", every=Above0, event=Line, data=Any) | None,
+    "frame": form(newline=like(r"\n|\r\n|\r"), id=Line | None, id_first=bool, wrap=Line),
+    "chunk": like("utf8|line") | Some,
+    "buffer": like("all") | Some,
+    "flush": None,
+}
+_EVERYWHERE = {
+    **_WAITS,
+    "repeat": number(int, 0, MOST_TURNS),
+    "hang": None,
+}
 _ANSWERS = {
-    **_PAUSES,
+    **_EVERYWHERE,
     "open": form(status=number(int, 200, 599), headers=Headers, body=Any),
     "raw": Raw,
     "end": None,
     "drop": None,
     "reset": None,
 }
+_EVENT = {"data": Any, "event": Line, "retry": Count}
 VERBS = {  # of each kind of script, and what they take
     "run": {
-        **_PAUSES,
-        "event": form("data", data=Any, event=Line, retry=Count),
+        **_EVERYWHERE,
+        "event": form("data", **_EVENT),
         "ordinary": like("phase2|phase3|generation") | None,
         "fail": str | form("error", error=str, stage=str, code=str, retryable=bool),
         "crash": str,
@@ -1624,23 +1636,17 @@ VERBS = {  # of each kind of script, and what they take
     "trigger": _ANSWERS,
     "stream": {
         **_ANSWERS,
-        "event": form("data", data=Any, event=Line, id=Line, retry=Count),
+        **_SHAPES,
+        "event": form("data", **_EVENT, id=Line),
         "comment": str,
-        "heartbeat":
-            like("never") | Above0 | form("every", every=Above0, event=Line, data=Any) | None,
         "relay": like("all") | Count | form("until", until=str),
-        "frame": form(newline=like(r"\n|\r\n|\r"), id=Line | None, id_first=bool, wrap=Line),
-        "chunk": like("utf8|line") | Some,
-        "buffer": like("all") | Some,
-        "flush": None,
     },
 }
-EVERY = {**VERBS["run"], **VERBS["stream"]}
 MODIFIERS = {
     "event": form(pad=number(int, 0, 2**23)),
     "wait": form(within=Seconds),
     "repeat": form("steps", steps=list),
-    "relay": form(every=Seconds, within=Seconds, shared=bool, cut=number(float, 0, 10**9)),
+    "relay": form(every=Seconds, within=Seconds, shared=bool, cut=Length),
     "chunk": form(every=Seconds),
 }
 NO_MODIFIERS = form()
@@ -1648,138 +1654,129 @@ NO_MODIFIERS = form()
 
 @dataclass(frozen=True)
 class Step:
-    """One checked step, with what need not be made again each time it is played."""
+    """One checked step."""
 
     verb: str
     argument: Any = None
     modifiers: Mapping[str, Any] = field(default_factory=dict)
     steps: tuple[Step, ...] = ()
-    turns: int = 0  # of all repeats in it
-    ready: Event | bytes | None = None
+
+    @functools.cached_property
+    def ready(self) -> Event | bytes | None:
+        """What it sends, encoded once: if it has no pad, and is the same each time."""
+        says = self.verb in MAKERS and "pad" not in self.modifiers
+        same = says and not TEMPLATE.search(to_json(self.argument))
+        return MAKERS[self.verb](self.argument) if same else None
 
 
 Script = tuple[Step, ...]
 
 
-def parse_script(value: Any, place: str, at: str = "") -> Script:
-    """A script as it may be played in this place, or the Mistake in it."""
+def parse_script(
+    value: Any, place: str, at: str = "", *, left: Iterator[int] | None = None, begun: bool = False
+) -> Script:
+    """A script as it may be played in this place, or the Mistake in it. `left` counts how many
+    steps it may have; `begun`, if something was put out before it."""
     at = at or place
+    left = left or iter(range(MOST_STEPS))
     if not isinstance(value, list):
         raise Mistake(at, value, f"a script is a list of steps, not {shown(value)}")
-    if _written(value) > MOST_STEPS:
-        raise Mistake(at, None, f"has more than {MOST_STEPS:,} steps; 'repeat' says it shorter")
-    script = tuple(_parse_step(item, place, f"{at}[{index}]") for index, item in enumerate(value))
-    if sum(step.turns for step in script) > MOST_TURNS:
+    script = []
+    for (index, item), _ in zip(enumerate(value), left, strict=False):
+        step = _parse_step(item, place, f"{at}[{index}]", left, begun)
+        begun = begun or step.verb not in (*_WAITS, *_SHAPES)
+        script.append(step)
+    if len(script) < len(value):
+        raise Mistake(at, None, f"more than {MOST_STEPS:,} steps are too many; 'repeat' is shorter")
+    if _turns(script) > MOST_TURNS:
         raise Mistake(at, None, f"repeats more than {MOST_TURNS:,} turns; nested turns multiply")
-    _check_head(value, script, at)
-    return script
+    return tuple(script)
 
 
-def _written(value: list[Any]) -> int:
-    """How many steps are written here, those of repeats and of all attempts included."""
-    inner = [item.get("steps") if isinstance(item, dict) else item for item in value]
-    return len(value) + sum(_written(steps) for steps in inner if isinstance(steps, list))
+def _turns(script: Iterable[Step]) -> int:
+    """How many turns all repeats in it have; those of nested ones multiply."""
+    loops = [step for step in script if step.verb == "repeat"]
+    return sum(step.argument * max(1, _turns(step.steps)) for step in loops)
 
 
-_SILENT = ("sleep", "wait", "heartbeat", "frame", "chunk", "buffer", "flush")
-
-
-def _check_head(value: Any, script: Script, at: str) -> None:
-    """`open` is the first output, or the head would have been sent already."""
-    begun = False
-    for index, step in enumerate(script):
-        nested = any(inner.verb == "open" for inner in step.steps)
-        if nested or (begun and step.verb == "open"):
-            raise Mistake(f"{at}[{index}]", value[index], "'open' comes once and before all output")
-        begun = begun or step.verb not in _SILENT
-
-
-def _parse_step(item: Any, place: str, at: str) -> Step:
+def _parse_step(item: Any, place: str, at: str, left: Iterator[int], begun: bool) -> Step:
     alone: Any = {} if item in ("open", "frame") else None
     try:
-        parts = {item: alone} if isinstance(item, str) else item
-        name = _verb_of(parts, place)
-        modifiers = {key: part for key, part in parts.items() if key != name}
-        argument = parts[name]
+        modifiers = {item: alone} if isinstance(item, str) else item
+        name = _verb_of(modifiers, place)
+        modifiers = dict(modifiers)
+        argument = modifiers.pop(name)
         checked(VERBS[place][name], argument, name)
         checked(MODIFIERS.get(name, NO_MODIFIERS), modifiers, name)
         if "pad" in modifiers:  # it adds a field to it
             checked(dict, argument["data"], name, "data")
-    except Wrong as wrong:
+        if name == "raw":
+            raw_bytes(argument)
+        if name == "open" and begun:
+            raise Wrong("comes once and before all output", name)
+    except ValueError as wrong:
         raise Mistake(at, item, str(wrong)) from None
-    steps = parse_script(modifiers.get("steps", []), place, f"{at}.steps")
-    turns = argument * max(1, sum(step.turns for step in steps)) if name == "repeat" else 0
-    return Step(name, argument, modifiers, steps, turns, _made_ready(name, argument, modifiers))
+    steps = parse_script(modifiers.get("steps", []), place, f"{at}.steps", left=left, begun=True)
+    return Step(name, argument, modifiers, steps)
 
 
-def _verb_of(parts: Any, place: str) -> str:
+def _verb_of(step: Any, place: str) -> str:
     """The one verb in a step, which may stand in this place."""
-    if not isinstance(parts, dict) or not parts:
-        raise Wrong(f'a step is a verb or {{"verb": argument}}, not {shown(parts)}')
-    verbs = [word for word in parts if word in EVERY]
-    if not verbs:
-        raise Wrong(_unknown_step(next(iter(parts)), place))
-    name, *more = verbs
+    if not isinstance(step, dict) or not step:
+        raise Wrong(f'a step is a verb or {{"verb": argument}}, not {shown(step)}')
+    homes = {
+        word: " or ".join(home for home in VERBS if word in VERBS[home]) for word in step
+    }
+    name, *more = [word for word in step if homes[word]] or [*step][:1]
     if more:
-        raise Wrong(f"one verb in a step, not {' and '.join(map(repr, verbs))}")
+        raise Wrong(f"one verb in a step, not {name!r} and {more[0]!r}")
+    if not homes[name]:
+        raise Wrong(f"unknown step {name[:64]!r}{did_you_mean(name, VERBS[place])}")
     if name not in VERBS[place]:
-        home = " or ".join(home for home in VERBS if name in VERBS[home])
-        raise Wrong(f"belongs in a {home} script, this is a {place} script", name)
+        raise Wrong(f"belongs in a {homes[name]} script, this is a {place} script", name)
     return str(name)
 
 
-def _unknown_step(word: str, place: str) -> str:
-    for name, modifiers in MODIFIERS.items():
-        if word in modifiers.__struct_fields__:
-            return f"{word!r} stands in one step with its verb: {{{name!r}: …, {word!r}: …}}"
-    return f"unknown step {word[:64]!r}{did_you_mean(word, VERBS[place])}"
-
-
-def _make_event(argument: Any, modifiers: Mapping[str, Any]) -> Event:
-    data = argument["data"]
-    if "pad" in modifiers:
-        data = {**{key: part for key, part in data.items() if key != "pad"}, "pad": ""}
+def made_event(argument: Any, pad: int | None = None) -> Event:
+    """The event of a step. A pad is put in as bytes: to look through megabytes of text would hold
+    everybody up."""
+    data = argument["data"] if pad is None else {**argument["data"], "pad": ""}
     event = Event(in_one_line(argument.get("event", "")), data, argument.get("retry"))
-    if "pad" in modifiers:  # put in as bytes: to look through megabytes of text holds everybody up
-        around = event.block[:-3], event.block[-3:]
-        object.__setattr__(event, "block", (b"x" * modifiers["pad"]).join(around))
+    if pad:
+        before, name, behind = event.block.rpartition(b'"pad": "')
+        object.__setattr__(event, "block", b"".join([before, name, b"x" * pad, behind]))
     return event
+
+
+def raw_bytes(value: Any) -> bytes:
+    """The bytes that a `raw` step means; a ValueError, if they do not decode."""
+    match value:
+        case {"hex": text}:
+            return bytes.fromhex(text)
+        case {"base64": text}:
+            return base64.b64decode(text, validate=True)
+    return to_bytes(value)
+
+
+def in_one_line(text: str, unfit: str = "[\r\n\0]") -> str:
+    """What a template has made, fit for a name or an id: a line break in it is percent-encoded."""
+    return re.sub(unfit, lambda found: quote(found[0], errors="replace"), text)
 
 
 def one_line(value: str) -> bytes:
     """A header's value on the wire: a template may have put anything into it."""
-    if value.isascii() and value.isprintable():
-        return value.encode()
-    return re.sub(r"[^ -~]", lambda found: quote(found[0], errors="replace"), value).encode()
+    return in_one_line(value, "[^ -~]").encode()
 
 
-def in_one_line(text: str) -> str:
-    """What a template has made, fit for a name or an id: a line break in it is percent-encoded."""
-    return re.sub("[\r\n\0]", lambda found: quote(found[0]), text)
-
-
-MAKERS: dict[str, Callable[[Any, Mapping[str, Any]], Event | bytes]] = {
-    "event": _make_event,
-    "comment": lambda argument, _: comment(argument),
-    "raw": lambda argument, _: raw_bytes(argument),
+MAKERS: dict[str, Callable[..., Event | bytes]] = {
+    "event": made_event, "comment": comment, "raw": raw_bytes,
 }
 
 
-def _made_ready(name: str, argument: Any, modifiers: Mapping[str, Any]) -> Event | bytes | None:
-    """What the step will send, if it has no pad and is the same each time: then it is encoded here,
-    once."""
-    if name not in MAKERS or "pad" in modifiers or TEMPLATE.search(to_json(argument)):
-        return None
-    return MAKERS[name](argument, modifiers)
-
-
 def literal(value: Any) -> Any:
-    """A value from outside, made safe to stand in a script: its braces mean nothing."""
-    if isinstance(value, dict):
-        return {literal(key): literal(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [literal(part) for part in value]
-    return value.replace("{", "{{") if isinstance(value, str) else value
+    """A value from outside, made safe to stand in a script: its braces mean nothing. (In JSON, a
+    brace that is not of a text is never before another one or a word.)"""
+    return json.loads(re.sub(r"\{(?=[{\w])", "{{", to_json(value)))
 
 
 class Gates:
@@ -1788,35 +1785,35 @@ class Gates:
 
     def __init__(self, most: int) -> None:
         self.most = most
-        self._open: set[tuple[str, str | None]] = set()
+        self.open = set[tuple[str, str | None]]()
         self._news = trio.Event()
         self.one_by_one = trio.Lock()  # for big events: a hundred runs shall not hold one each
 
     def signal(self, gate: str, run_id: str | None = None) -> bool:
         """Open the gate; False if too many are open already."""
-        if len(self._open | {(gate, run_id)}) > self.most:
+        if len(self.open | {(gate, run_id)}) > self.most:
             return False
-        self._open.add((gate, run_id))
+        self.open.add((gate, run_id))
         self._news.set()
         self._news = trio.Event()
         return True
 
-    def close(self) -> None:
-        self._open.clear()
-
     async def wait(self, gate: str, run_id: str | None) -> None:
-        while not self._open & {(gate, run_id), (gate, None)}:
+        while not self.open & {(gate, run_id), (gate, None)}:
             await self._news.wait()
 
 
+@dataclass(eq=False)
 class Player:
     """Plays a script: one step after the other, each by the method that has its verb's name."""
 
-    _random: random.Random | None = None
-
-    def __init__(self, clock: Any, gates: Gates, names: Mapping[str, str], seed: Any) -> None:
-        self.clock, self._gates, self._names, self._seed = clock, gates, names, seed
-        self._turn, self._breath = 0, time.perf_counter()
+    clock: Any
+    gates: Gates
+    words: Mapping[str, str]  # what stands in the place of each template
+    seed: Any
+    _turn = 0  # of the innermost repeat
+    _random: random.Random | None = None  # made on first need
+    _breath: float = field(default_factory=time.perf_counter)
 
     async def play(self, script: Script) -> None:
         for step in script:
@@ -1830,19 +1827,15 @@ class Player:
         await wait()
 
     async def sleep(self, step: Step) -> None:
-        over = self.clock.now() + self.draw(step.argument)
-        await self.rest(lambda: self.clock.sleep(over - self.clock.now()))
+        with self.clock.limit(self.draw(step.argument)):
+            await self.rest(trio.sleep_forever)
 
     async def wait(self, step: Step) -> None:
         """Wait until somebody signals the gate, or `within` is over."""
-        gate, run_id = self.fill(step.argument), self._names.get("runId")
-        over = self.clock.now() + self.draw(step.modifiers.get("within", math.inf))
-
-        async def at_the_gate() -> None:
-            with self.clock.limit(over - self.clock.now()):
-                await self._gates.wait(gate, run_id)
-
-        await self.rest(at_the_gate)
+        gate = self.fill(step.argument)
+        at_the_gate = partial(self.gates.wait, gate, self.words.get("{runId}"))
+        with self.clock.limit(self.draw(step.modifiers.get("within", math.inf))):
+            await self.rest(at_the_gate)
 
     async def hang(self, step: Step) -> None:
         """Say nothing more."""
@@ -1856,32 +1849,27 @@ class Player:
 
     def made(self, step: Step) -> Any:
         """What the step sends: made beforehand, or now, its templates filled in."""
-        return step.ready or MAKERS[step.verb](self.fill(step.argument), step.modifiers)
+        return step.ready or MAKERS[step.verb](self.fill(step.argument), **step.modifiers)
 
     def draw(self, length: Any) -> float:
         """Seconds; a range is drawn from the scenario's own generator, made on first need."""
         if not isinstance(length, list):
             return float(length)
-        self._random = self._random or random.Random(self._seed)
+        self._random = self._random or random.Random(self.seed)
         return self._random.uniform(*length)
 
     def fill(self, value: Any) -> Any:
-        """The value with its templates filled in."""
-        if value == UNIX_TIME:
-            return int(time.time())
-        if isinstance(value, dict):
-            return {self.fill(key): self.fill(part) for key, part in value.items()}
-        if isinstance(value, list):
-            return [self.fill(part) for part in value]
-        return TEMPLATE.sub(self._name, value) if isinstance(value, str) else value
+        """The value with its templates filled in: in its JSON, for only texts can hold any."""
+        return json.loads(TEMPLATE.sub(self._name, to_json(value)))
 
     def _name(self, found: re.Match[str]) -> str:
-        own = {None: "{", "n": str(self._turn), "now": now_iso()}
-        return own[found[1]] if found[1] in own else self._names[found[1]]
+        """What stands in the place of a template, as JSON has it in a text."""
+        moment = {"{now}": now_iso(), UNIX: str(int(time.time()))}
+        known = {"{{": "{", "{n}": str(self._turn), **moment, **self.words}
+        return to_json(known[found[0]])[1:-1]
 
 
-@dataclass(frozen=True)
-class Attempts:
+class Attempts(NamedTuple):
     """The script of each attempt: the last one repeats, or they go round."""
 
     scripts: tuple[Script, ...]
@@ -1898,16 +1886,16 @@ class Attempts:
 
 def parse_attempts(value: Any, place: str) -> Attempts:
     """A script, a list of them, or a cycle."""
-    cycle = isinstance(value, dict) and list(value) == ["cycle"]
-    scripts, at = (value["cycle"], f"{place}.cycle") if cycle else (value, place)
-    if not isinstance(scripts, list) or (cycle and not scripts):
-        says = 'takes a script, a list of scripts or {"cycle": [script, …]}'
-        raise Mistake(at, value, f"{says}, not {shown(value)}")
-    if not cycle and not (scripts and isinstance(scripts[0], list)):
-        return Attempts((parse_script(value, place),))
-    if _written(scripts) > MOST_STEPS:
-        raise Mistake(at, None, f"has more than {MOST_STEPS:,} steps in all its attempts")
-    parsed = (parse_script(one, place, f"{at}[{index}]") for index, one in enumerate(scripts))
+    cycle = isinstance(value, dict) and [*value] == ["cycle"]
+    scripts = value["cycle"] if cycle else value
+    at = f"{place}.cycle" if cycle else place
+    if not (isinstance(scripts, list) and scripts and (cycle or isinstance(scripts[0], list))):
+        return Attempts((parse_script(scripts, place, at),))
+    left = iter(range(MOST_STEPS))
+    parsed = [
+        parse_script(one, place, f"{at}[{index}]", left=left)
+        for index, one in enumerate(scripts)
+    ]
     return Attempts(tuple(parsed), cycle)
 
 
@@ -1923,9 +1911,9 @@ def levels(value: Any) -> Iterator[list[Any]]:
 
 def weight(value: Any) -> int:
     """The bytes a JSON value takes here: a list of nothing is two there and 64 in Python."""
-    parts = list(itertools.chain.from_iterable(levels(value)))
-    keys = itertools.chain.from_iterable(part for part in parts if isinstance(part, dict))
-    return sum(map(sys.getsizeof, itertools.chain(parts, keys)))
+    parts = [*value, *value.values()] if isinstance(value, dict) else value
+    inner = sum(map(weight, parts)) if isinstance(parts, list) else 0
+    return sys.getsizeof(value) + inner
 
 
 @dataclass(frozen=True)
@@ -1953,8 +1941,9 @@ class Scenario:
 
 
 SCENARIO = form(
-    "name", name=that("1 to 64 of a-z, 0-9 and -", re.compile("[a-z0-9-]{1,64}").fullmatch),
+    "name", name=like("[a-z0-9-]{1,64}", "1 to 64 of a-z, 0-9 and -"),
     doc=str, seed=int | float | str, run=Any, trigger=Any, stream=Any)
+PARSERS: Any = {"run": parse_script, "trigger": parse_attempts, "stream": parse_attempts}
 
 
 def parse_scenario(value: Any, *, needs: str = "name") -> Scenario:
@@ -1965,8 +1954,8 @@ def parse_scenario(value: Any, *, needs: str = "name") -> Scenario:
             raise Wrong(f"in a catalogue needs {needs!r}: the symptom, and what the client sees")
     except Wrong as wrong:
         raise Mistake("scenario", value, f"a scenario {wrong}") from None
-    parsers: Any = {"run": parse_script, "trigger": parse_attempts, "stream": parse_attempts}
-    scripts = {at: parse(value[at], at) for at, parse in parsers.items() if at in value}
+    scripts = {place: parse(value[place], place) for place, parse in PARSERS.items()
+               if place in value}
     return Scenario(value["name"], source=value, **scripts)
 
 
@@ -1975,29 +1964,29 @@ def parse_scenario(value: Any, *, needs: str = "name") -> Scenario:
 
 FOREIGN = re.compile(  # what asyncio without its loop, and Trio and Python of it, say
     "event loop|yield message|create_future|can't be (used in 'await'|awaited)")
+UPSTREAM = (  # where the errors of HTTP clients have what was asked, and what came
+    ("url", "request.url"), ("url", "response.url"), ("url", "url"),
+    ("status", "response.status_code"), ("status", "code"),
+)
 
 
 def explained(error: BaseException) -> Failure:
     """What an exception says to a person: its class, its message, and of a call to somebody else
-    its URL and status."""
+    its URL and status. It may be of somebody's own making, and anything in it may raise."""
     error = innermost(error)
-    if isinstance(error, Failure):
-        with contextlib.suppress(Exception):  # it may be one of somebody's own, half made
+    with contextlib.suppress(Exception):
+        if isinstance(error, Failure):
             stage, code, again = error.stage, error.code, error.retryable
             return Failure(error.error, stage=stage, code=code, retryable=again)
-    text, url = type(error).__name__, None
-    with contextlib.suppress(Exception):  # an exception of somebody's own may not even have a text
+    text = type(error).__name__
+    with contextlib.suppress(Exception):
         text += f": {error}"
     if FOREIGN.search(text):
         text += "; an analysis runs on Trio: `async def`, awaiting Trio or anyio, not asyncio"
-    with contextlib.suppress(Exception):  # nor an honest `request`; httpx raises where it has none
-        url = getattr(getattr(error, "request", None), "url", None)
-    with contextlib.suppress(Exception):
-        reply = getattr(error, "response", None)
-        url = url or getattr(reply, "url", None) or getattr(error, "url", None)
-        text += f" (url {url})" if url and str(url) not in text else ""
-        status = getattr(reply, "status_code", getattr(error, "code", None))
-        text += f" (status {status})" if isinstance(status, int) and f"{status}" not in text else ""
+    for what, path in UPSTREAM:
+        with contextlib.suppress(Exception):
+            found = str(operator.attrgetter(path)(error) or text)
+            text += f" ({what} {found})" if found not in text else ""
     return Failure(text[:2000], retryable=False)
 
 
@@ -2016,19 +2005,22 @@ class ScriptedInfo(RunInfo):
     weight: int = 0  # bytes, about, that its request takes here
     kept: int = 0  # and of them, when it has ended
 
-    def when_over(self) -> ScriptedInfo:
-        """These info when the run has ended: of the request, at most its own scenario is left."""
-        return dataclasses.replace(self, body={}, weight=self.kept)
-
     @property
     def names(self) -> dict[str, str]:
         """What templates may name."""
-        return {"runId": self.run_id, "caseId": self.case_id, "tenantId": self.tenant_id or ""}
+        tenant = self.tenant_id or ""
+        return {"{runId}": self.run_id, "{caseId}": self.case_id, "{tenantId}": tenant}
 
 
-def ordinary_stream(settings: DoubleSettings) -> Script:
+HELLO = {"comment": "connected"}
+REST = {"relay": "all"}
+BYE = {"raw": DONE.decode()}
+
+
+def ordinary_stream(settings: DoubleSettings, beat: Any = "heartbeat", *first: Any) -> Script:
     """How a stream is served when nobody asked for trouble."""
-    return _stream(settings, "heartbeat")
+    retry = [{"raw": f"retry: {settings.retry_ms}\n\n"}] if settings.retry_ms else []
+    return parse_script([*first, HELLO, *retry, beat, REST, BYE], "stream")
 
 
 JOB_FRAME = {"id": "{runId}_{n}"}
@@ -2037,73 +2029,60 @@ JOB_BEAT = {"event": "heartbeat", "data": {
 
 
 def job_stream(settings: DoubleSettings) -> Script:
-    """How a generation job is: its ids have its name in front, its heartbeats are events."""
+    """How a generation job is: its ids have its name in front, its heartbeats are events, and it
+    has no [DONE], for its front end parses every message."""
     frame = [{"frame": JOB_FRAME}] if settings.event_ids else []
-    beat = {"every": settings.heartbeat, **JOB_BEAT} if settings.heartbeat else "never"
-    return _stream(settings, {"heartbeat": beat}, *frame)[:-1]  # its front end parses every message
+    beat: Any = {"every": max(settings.heartbeat, 0.001), **JOB_BEAT}
+    beat = {"heartbeat": beat if settings.heartbeat else "never"}
+    return ordinary_stream(settings, beat, *frame)[:-1]
 
 
-def _stream(settings: DoubleSettings, beat: Any, *first: Any) -> Script:
-    retry = [{"raw": f"retry: {settings.retry_ms}\n\n"}] if settings.retry_ms else []
-    hello, bye = {"comment": "connected"}, {"raw": DONE.decode()}
-    return parse_script([*first, hello, *retry, beat, {"relay": "all"}, bye], "stream")
-
-
-COUNTED = {
-    "openItems": "OPEN_ITEMS", "lineage": "LINEAGE", "partyIds": "PARTY_IDS",
-    "policies": "POLICIES",
+EVIDENCE = {  # what Phase2 finds in its request, and where; documents are quoted, the rest counted
+    "DOC_HEADER": "document.header", "DOC_ITEM": "document.items", "OPEN_ITEMS": "openItems",
+    "LINEAGE": "lineage", "PARTY_IDS": "partyIds", "POLICIES": "policies",
 }
+AMOUNTS = ("amount", "totalAmount", "document.header.amount")  # the first number counts
 
 
 def assessed(info: RunInfo) -> Findings:
-    """What Phase2 finds in its request's evidence: at most 30 items, and how unusual it is, by the
-    first amount in it."""
-    evidence = info.body.get("evidence") or {}
+    """What Phase2 finds in its request's evidence, at most 30 items; and how unusual it is, by the
+    amount in it."""
+    evidence = info.body.get("evidence")
     items, anomaly = assumed(info)
-    header, rows = (_at(evidence, "document", part) for part in ("header", "items"))
-    found = [("DOC_HEADER", "document.header", {"content": header})] if header else []
-    for row in rows[:30] if isinstance(rows, list) else []:
-        found.append(("DOC_ITEM", "document.items", {"content": row}))
-    for name, kind in COUNTED.items():
-        if part := evidence.get(name):
-            count = len(part) if isinstance(part, (list, dict)) else 1
-            found.append((kind, name, {"count": count}))
-    if found:
-        items = [{"type": kind, "source": source, **more} for kind, source, more in found[:30]]
-    paths = (("amount",), ("totalAmount",), ("document", "header", "amount"))
-    amounts = [value for path in paths if type(value := _at(evidence, *path)) in (int, float)]
+    found: list[dict[str, Any]] = []
+    for kind, path in EVIDENCE.items():
+        part = inside(evidence, *path.split("."))
+        rows = part if isinstance(part, list) else [part]
+        told = [{"content": row} for row in rows[:30]] if "DOC" in kind else [{"count": len(rows)}]
+        found += [{"type": kind, "source": path, **more} for more in told if part]
+    values = [inside(evidence, *path.split(".")) for path in AMOUNTS]
+    amounts = [value for value in values if type(value) in (int, float)]
     if amounts:
         anomaly = min(0.95, 0.3 + min(max(amounts[0], 0), 1e9) / 1e6 * 0.2)
-    return items, anomaly
+    return found[:30] or items, anomaly
 
 
 async def generation(info: Any, sending: Sending) -> None:
     """The ordinary generation job: 2 s a step, where the events of a run are 0.15 s apart."""
-    title = info.body.get("title") or ""
-    about = info.body.get("description") or ""
-    text = f"# {title[:200] or info.run_id}\n\n{about[:2000]}".strip()
+    say = speech(dataclasses.replace(info, event_delay=info.event_delay * 2 / 0.15), sending)
+    text = (info.body.get("description") or info.run_id)[:2000]
     job = {"jobId": info.run_id}
-    said = []
     for value in (10, 25, 40, 60, 75, 90, 100):
-        now = {"value": value, "currentStep": f"step {value}", "estimatedTime": (100 - value) // 5}
-        said.append(Event("progress", {"type": "progress", **job, **now, "metadata": {}}))
+        now = {"value": value, "currentStep": f"step {value}", "estimatedTime": 20 - value // 5}
+        await say("progress", type="progress", **job, **now, metadata={})
         if value in (40, 75):
-            counts = {"isPartial": True, "wordCount": value, "estimatedTokens": 2 * value}
-            said.append(Event("preview", {"type": "preview", **job, "markdown": text, **counts}))
-    for event in said:
-        await send(sending, event)
-        await info.clock.sleep(2 * info.event_delay / 0.15)
+            now = {"isPartial": True, "wordCount": value, "estimatedTokens": 2 * value}
+            await say("preview", type="preview", **job, markdown=text, **now)
     result = {"markdown": text, "tokens": 200}
-    await send(sending, Event("completed", {"type": "completed", **job, "result": result}))
+    await say("completed", type="completed", **job, result=result)
 
 
-def _failed_job(info: ScriptedInfo, failure: Failure) -> dict[str, Any]:
+def failed_job(info: ScriptedInfo, failure: Failure) -> dict[str, Any]:
     why = {"code": failure.code, "message": failure.error, "retryable": failure.retryable}
     return {"type": "failed", "jobId": info.run_id, "error": why}
 
 
-@dataclass(frozen=True)
-class Phase:
+class Phase(NamedTuple):
     """What differs between kinds of analysis: the ordinary scenario, its scripts, its last
     word."""
 
@@ -2116,48 +2095,42 @@ class Phase:
 PHASES = {
     "phase2": Phase("ok", partial(phase2, assess=assessed), failed2),
     "phase3": Phase("phase3", phase3, failed3),
-    "generation": Phase("generation", generation, _failed_job, job_stream),
+    "generation": Phase("generation", generation, failed_job, job_stream),
 }
 
-@dataclass(frozen=True)
-class AtGate:
+
+class AtGate(NamedTuple):
     """What a performance sends before it waits at a gate (True), and behind it (False): so the
     idle time-out knows when to stand still."""
 
     waits: bool
 
 
+@dataclass(eq=False, kw_only=True)
 class Performance(Player):
     """Plays a run script: an analysis made of data."""
 
-    def __init__(
-        self, info: ScriptedInfo, sending: Sending, gates: Gates, seed: Any, own: Analysis | None
-    ) -> None:
-        super().__init__(info.clock, gates, info.names, seed)
-        self.info, self._sending, self._own = info, sending, own
+    info: ScriptedInfo
+    sending: Sending
+    own: Analysis | None  # one that takes the place of the ordinary ones
 
     async def event(self, step: Step) -> None:
-        if step.modifiers.get("pad", 0) > BIG:
-            async with self._gates.one_by_one:
-                await self._sending.send(self.made(step))
-            return
-        event = self.made(step)
-        try:
-            self._sending.send_nowait(event)  # not `send`: a coroutine more for each event
-        except trio.WouldBlock:
-            await self._sending.send(event)
+        if "pad" in step.modifiers:
+            async with self.gates.one_by_one:
+                await self.sending.send(self.made(step))
+        else:
+            await send(self.sending, self.made(step))
 
     async def wait(self, step: Step) -> None:
-        await self._sending.send(AtGate(True))
+        await self.sending.send(AtGate(True))
         await super().wait(step)
-        await self._sending.send(AtGate(False))
+        await self.sending.send(AtGate(False))
 
     async def ordinary(self, step: Step) -> None:
         """The analysis of this phase; or the one that was passed in, which takes its place."""
-        if self._own is not None and step.argument is None:
-            await self._own(self.info, self._sending)
-            return
-        await PHASES[step.argument or self.info.phase].analysis(self.info, self._sending)
+        own = None if step.argument else self.own
+        analysis = own or PHASES[step.argument or self.info.phase].analysis
+        await analysis(self.info, self.sending)
 
     async def fail(self, step: Step) -> NoReturn:
         said = self.fill(step.argument)
@@ -2167,15 +2140,13 @@ class Performance(Player):
         raise RuntimeError(self.fill(step.argument))
 
 
-ORDINARY_RUN: Script = (Step("ordinary"),)
-
-
 def scripted(scenario: Scenario, gates: Gates, own: Analysis | None = None) -> Analysis:
     """The analysis that plays this scenario's run script."""
-    script = ORDINARY_RUN if scenario.run is None else scenario.run
+    script = (Step("ordinary"),) if scenario.run is None else scenario.run
 
     async def analysis(info: ScriptedInfo, sending: Sending) -> None:
-        await Performance(info, sending, gates, scenario.seed, own).play(script)
+        at = (info.clock, gates, info.names, scenario.seed)
+        await Performance(*at, info=info, sending=sending, own=own).play(script)
 
     return analysis
 
@@ -2254,14 +2225,15 @@ class Entry(Record):
         self.seed = scenario.seed
         self.attempt = attempt
 
-    def carried(self, said: list[bytes], names: list[str], last: int | None) -> None:
-        """These chunks went out, and in them events of these names, the last one with this id."""
+    def carried(self, chunks: int, size: int, names: list[str], last: int | None) -> None:
+        """So many chunks and bytes went out, and in them events of these names, the last one with
+        this id."""
         if self.first_byte is None:
             self.first_byte = trio.current_time()
             if self.streams:
                 self.say_first()
-        self.chunks += len(said)
-        self.bytes += sum(map(len, said))
+        self.chunks += chunks
+        self.bytes += size
         self.last_id_sent = self.last_id_sent if last is None else last
         beats = names.count(BEAT)
         self.heartbeats += beats
@@ -2283,7 +2255,7 @@ class Entry(Record):
     @property
     def ids(self) -> dict[str, str]:
         """What templates may name where there is no run."""
-        ids = {"runId": self.run_id, "caseId": self.case_id, "tenantId": self.tenant_id}
+        ids = {"{runId}": self.run_id, "{caseId}": self.case_id, "{tenantId}": self.tenant_id}
         return {name: one or "" for name, one in ids.items()}
 
     @property
@@ -2424,8 +2396,32 @@ class Journal:
 EACH = 150  # bytes, about, that Python adds to each event of a log
 
 
+class Piece(NamedTuple):
+    """What a viewer gets in one write: its bytes, as a chunk of HTTP, and what is in them."""
+
+    asked: tuple[int, int]
+    chunk: bytes
+    size: int
+    names: list[str]
+    last: int
+
+
 class BoundedLog(Log):
     """A log that can forget its oldest events."""
+
+    ready: Piece | None = None  # the one that was made last
+
+    def shared(self, after: int) -> Piece | None:
+        """The next piece, made once for all viewers at this place; None if it is too big to be
+        kept twice."""
+        if self.ready is None or self.ready.asked != (after, self.last):
+            data, last = self.read(after)
+            if len(data) > WRITE:
+                return None
+            chunk = b"%x\r\n%b\r\n" % (len(data), data)
+            names = self.names_of(after, last)
+            self.ready = Piece((after, self.last), chunk, len(data), names, last)
+        return self.ready
 
     @property
     def held(self) -> int:
@@ -2551,7 +2547,7 @@ class BoundedHub(Hub):
 
     def settle(self, run: Any) -> None:
         super().settle(run)
-        run.info = run.info.when_over()
+        run.info = dataclasses.replace(run.info, body={}, weight=run.info.kept)
         self.time_taken(run.ended_clock - run.started_clock)
 
     @contextlib.contextmanager
@@ -2715,7 +2711,6 @@ BODILESS = (204, 304)
 BLANK = (b"\n\n", b"\r\n\r\n", b"\r\r")  # an event is whole, and so is what ends in this
 JSON_HEAD = {"content-type": "application/json"}
 TEXT_HEAD = {"content-type": "text/plain; charset=utf-8"}
-MOST_CHUNKS = 300  # of one write: the kernel takes 1024 parts, a chunk is three of them
 CUT_AFTER = 0.2  # real seconds after the last bytes; some clients lose what comes with a break
 FULL = f"the buffer was full at {MOST_HELD} bytes and let go"
 
@@ -2726,6 +2721,10 @@ class NoSocket:
     lost = False
     unsent = False
     cut = None
+
+    def write_now(self, chunk: bytes) -> bool:
+        """Only a connection of part 3 can."""
+        return False
 
 
 @dataclass(slots=True)
@@ -2778,7 +2777,7 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
         Delivery.__init__(self, run, entry, hub, headers or {})  # type: ignore[arg-type]
         self.script = script
         self.entry = entry
-        self.connection = connection or NoSocket()
+        self.connection: Any = connection or NoSocket()
         if hasattr(connection, "put"):
             self.put = connection.put  # type: ignore[method-assign]  # the short way
         self.usual = usual or Step("open", {})  # the head, where its script ends without one
@@ -2894,19 +2893,34 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
             self.said.append(piece)
             self.names += names
             self.last_said = last or self.last_said
-            enough = len(self.said) >= min(MOST_CHUNKS, WRITE // len(piece))
+            enough = len(self.said) * len(piece) >= WRITE
             if not self.departing or (outlet.free and (outlet.every is not None or enough)):
                 await super().write()
                 await trio.lowlevel.checkpoint()
         if self.till_beat:
             self.till_beat.move(self.quiet_since + self.beat_every)
 
+    async def pass_on(self, log: Any) -> None:
+        """The short way: the same bytes for all viewers at this place, right into the socket."""
+        piece = None if self.said or self.outlet or self.closed else log.shared(self.place)
+        if piece is None or not self.connection.write_now(piece.chunk):
+            await super().pass_on(log)
+            return
+        self.place = piece.last
+        if self.connection.behind:
+            await self.connection.put([])
+        self.said_at = trio.current_time()
+        self.quiet_since = self.clock.now()
+        if not self.connection.unsent:
+            self.entry.carried(1, piece.size, piece.names, piece.last)
+
     def wrote(self, said: list[bytes]) -> None:
         self.unsent_head = False
         self.said_at = trio.current_time()
         self.quiet_since = self.clock.now()
         if said and not self.connection.unsent:
-            self.entry.carried(said, self.names, self.last_said)
+            size = sum(map(len, said))
+            self.entry.carried(len(said), size, self.names, self.last_said)
         self.names = []
         self.last_said = None
 
@@ -2928,16 +2942,16 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
 
     async def beating(self, wait: Callable[[], Awaitable[None]]) -> None:
         """As ever, unless an operator ends it."""
+        if self.closed:
+            raise Over
+        await super().beating(wait)
 
-        async def unless_closed() -> None:
-            if self.closed:
-                raise Over
-            await wait()
-
-        await super().beating(unless_closed)
-
-    async def beat(self) -> None:
-        """A heartbeat; but none before the head."""
+    async def beat(self, since: float) -> None:
+        """As ever; but none before the head."""
+        if self.closed:
+            raise Over
+        if self.quiet_since > since:
+            return
         if self.entry.status:
             self.emit(self.beat_bytes(), names=[BEAT])
             await self.write()
@@ -2952,11 +2966,8 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
         said = self.fill({"event": "", "data": {}, **self._beat})
         return self.dressed(Event(in_one_line(said["event"]), said["data"]).numbered(None))
 
-    async def relay(self, step: Step | None = None) -> None:
+    async def relay(self, step: Step) -> None:
         """Deliver the next events of the log, waiting for them, until its end or the step's own."""
-        if step is None:
-            await super().relay()
-            return
         if self.run is None or self.entry.status in BODILESS:
             return
         wanted, modifiers = step.argument, step.modifiers
@@ -2973,24 +2984,24 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
             cut=modifiers.get("cut"),
         )
         progress.quiet = self.clock.now() + progress.within
-        await self.beating(partial(self.follow, progress))
+        await self.beating(partial(self.progress, progress))
 
-    async def follow(self, progress: RelayProgress) -> None:
+    async def progress(self, it: RelayProgress) -> None:
         log = self.run.log
-        while progress.left > 0 or progress.cut is not None:
-            if progress.due > self.clock.now():
+        while it.left > 0 or it.cut is not None:
+            if it.due > self.clock.now():
                 await self.write()
-                await self.clock.sleep(progress.due - self.clock.now())
-            place = progress.cursor.place
-            piece, last = log.read(place, most=min(progress.left or 1, progress.most))
+                await self.clock.sleep(it.due - self.clock.now())
+            place = it.cursor.place
+            piece, last = log.read(place, most=min(it.left or 1, it.most))
             names = log.names_of(place, last)
-            if names and progress.left <= 0 and progress.cut is not None:
+            if names and it.left <= 0 and it.cut is not None:
                 block = self.dressed(piece, last)
-                size = progress.cut if progress.cut >= 1 else progress.cut * len(block)
+                size = it.cut if it.cut >= 1 else it.cut * len(block)
                 self.emit(block[: int(size)])
                 return
             if piece:
-                await self.pass_on(piece, last, names, progress)
+                await self.pass_step(piece, last, names, it)
                 if last < log.last:
                     await trio.lowlevel.checkpoint()  # a write that fits the socket has none
             elif log.ended:
@@ -2998,23 +3009,23 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
             elif self.said or (self.outlet and self.outlet.free):
                 await self.write()
             else:
-                with self.clock.limit(progress.quiet - self.clock.now()) as silence:
+                with self.clock.limit(it.quiet - self.clock.now()) as silence:
                     await log.news()
                 if silence.cancelled_caught:
                     return
 
-    async def pass_on(
-        self, piece: bytes, last: int, names: list[str], progress: RelayProgress
+    async def pass_step(
+        self, piece: bytes, last: int, names: list[str], it: RelayProgress
     ) -> None:
         self.emit(self.dressed(piece, last), last, names)
-        progress.cursor.place = last
-        progress.left = 0 if progress.until in names else progress.left - len(names)
+        it.cursor.place = last
+        it.left = 0 if it.until in names else it.left - len(names)
         final = self.run.log.ended and last == self.run.log.last
         if self.outlet or not final:  # else it goes out with what follows
             await self.write()
-        progress.quiet = self.clock.now() + progress.within
-        if progress.every is not None:
-            progress.due = self.clock.now() + self.draw(progress.every)
+        it.quiet = self.clock.now() + it.within
+        if it.every is not None:
+            it.due = self.clock.now() + self.draw(it.every)
 
     def dressed(self, block: bytes, number: int | None = None) -> bytes:
         """A block as this viewer gets it: mostly as it is, the one that all viewers share."""
@@ -3148,188 +3159,207 @@ def _say(name: str, **data: Any) -> dict[str, Any]:
     return {"event": {"event": name, "data": data}}
 
 
-_HELLO, _REST, _BYE = {"comment": "connected"}, {"relay": "all"}, {"raw": "data: [DONE]\n\n"}
-_USUAL = [_HELLO, "heartbeat", _REST, _BYE]
+def _answer(status: int, body: Any, headers: Any = ()) -> list[Any]:
+    return [{"open": {"status": status, "headers": dict(headers), "body": body}}]
+
+
+_TWO = [HELLO, {"relay": 2}]
+_ALL = [HELLO, "heartbeat", REST]
+_USUAL = [*_ALL, BYE]
+_IDS = {"status": "completed", "runId": "{runId}", "caseId": "{caseId}"}
 _STARTED = _say("started", runId="{runId}", caseId="{caseId}", at="{now}")
-_MADE_UP = _say("completed", status="completed", runId="{runId}", caseId="{caseId}")
-_FOUND = {"summary": "nothing unusual", "score": 0.5, "severity": "LOW"}
-_COMPLETED = _say("completed", **_MADE_UP["event"]["data"], **_FOUND)
-_FOUR = [
-    _STARTED, _say("step", label="INPUT_NORM", detail="", percent=10),
-    _say("step", label="RULE_SCORING", detail="", percent=45), _COMPLETED,
-]
-
-
-def _numbered(number: int) -> dict[str, Any]:
-    """One of the four, as a stream script writes it: with its id."""
-    return {"event": {"id": str(number), **_FOUR[number - 1]["event"]}}
-
-
-def _answers(status: int, body: Any, **headers: str) -> list[Any]:
-    named = {name.replace("_", "-"): value for name, value in headers.items()}
-    return [{"open": {"status": status, "headers": named, "body": body}}]
-
-
-_BUSY = _answers(503, {"error": "temporarily unavailable"}, Retry_After="1")
+_COMPLETED = _say("completed", **_IDS, summary="nothing unusual", score=0.5, severity="LOW")
+_BEGIN = [_STARTED, _say("step", label="INPUT_NORM", detail="", percent=10)]
+_FOUR = [*_BEGIN, _say("step", label="RULE_SCORING", detail="", percent=45), _COMPLETED]
+_FIRST, _SECOND, _THIRD, _LAST = (  # the four, as a stream script writes them: with their ids
+    {"event": {"id": str(number), **step["event"]}} for number, step in enumerate(_FOUR, 1)
+)
+_TICK = _say("step", label="TICK", turn="{n}")
+_SLOW_TICK = [{"sleep": 10}, _TICK]
+_BUSY = _answer(503, {"error": "temporarily unavailable"}, {"Retry-After": "1"})
 _UNKNOWN = {"error": "runId not found or already completed", "runId": "{runId}"}
+_LOST = _answer(404, _UNKNOWN)
 _LOGIN = "<!doctype html><title>Log in</title><p>Your session has expired."
+_HTML = {"Content-Type": "text/html; charset=utf-8"}
 _OFF = {"status": "disabled", "message": "Analysis disabled (DEMO_OFF)"}
 _KOREAN = "증거를 수집하고 규칙을 적용한 뒤 위험도를 설명합니다. " * 40
+_OPAQUE = {"frame": {"id": "opaque:{n}"}}
 
-CATALOGUE: dict[str, tuple[str, dict[str, Any]]] = {
-    # Runs
-    "ok": ("all is well: the ordinary run, the ordinary stream", {}),
-    "phase3": ("all is well: the ordinary Phase3 run, whoever triggers it", {
-        "run": [{"ordinary": "phase3"}]}),
-    "generation": ("a generation job: ids `{jobId}_{n}`, heartbeats as events, no [DONE]", {
-        "run": [{"ordinary": "generation"}],
-        "stream": [{"frame": JOB_FRAME}, _HELLO, {"heartbeat": {"every": 30, **JOB_BEAT}},
-                   _REST]}),
-    "failed": ("the analysis fails: `failed` says why and is the last event, then [DONE]", {
-        "run": [*_FOUR[:2], {"fail": {"error": "the model refused the prompt", "stage": "llm"}}]}),
-    "crash": ("the analysis raises: `failed` names the exception, the server lives", {
-        "run": [*_FOUR[:2], {"crash": "row 7 has no amount"}]}),
-    "slow-first": ("only heartbeats for 30 s, then an ordinary run: is the client patient?", {
-        "run": [{"sleep": 30}, "ordinary"]}),
-    "silent": ("a run that never speaks: heartbeats, then `failed` at the idle time-out", {
-        "run": ["hang"]}),
-    "slow-run": ("an event every 10 s for 70 s: an absolute timer of 65 s gives up too early", {
-        "run": [_STARTED, {"repeat": 7, "steps": [
-            {"sleep": 10}, _say("step", label="SLOW", turn="{n}")]}, _COMPLETED]}),
-    "stepped": ("each event waits for its gate, go-1 to go-4: the test decides when it comes", {
-        "run": [part for n in (1, 2, 3, 4) for part in ({"wait": f"go-{n}"}, _FOUR[n - 1])]}),
-    "flood": ("20 000 events as fast as they come: does the client keep up?", {
-        "run": [_STARTED, {"repeat": 20_000, "steps": [_say("step", label="FLOOD", turn="{n}")]},
-                _COMPLETED]}),
-    "big-event": ("one event of 5 MB on one line: does a line buffer overflow?", {
-        "run": [_STARTED, {**_say("evidence", type="COLLECTED"), "pad": 5_000_000},
-                _COMPLETED]}),
-    "korean": ("long multi-byte text: characters that straddle every buffer", {
-        "run": [_STARTED, {"repeat": 5, "steps": [_say("step", label="설명", detail=_KOREAN)]},
-                _COMPLETED]}),
-    "no-terminal": ("[DONE] comes, but neither completed nor failed did", {"run": _FOUR[:3]}),
-    "progress-regress": ("percent goes 45, 25, 85: a progress bar runs backwards", {
-        "run": [_STARTED, *(_say("step", label="STEP", percent=n) for n in (45, 25, 85)),
-                _COMPLETED]}),
-    "missing-started": ("the first event is a step: `started` never comes", {"run": _FOUR[1:]}),
-    "unknown-events": ("event names that nobody documented, between the known ones", {
-        "run": [_STARTED, _say("telemetry", cpu=1), _say("x-internal", a=1), _COMPLETED]}),
-    # Body
-    "empty": ("200 and an empty body, properly ended: the incident", {"stream": ["open"]}),
-    "empty-truncated": ("200 and no body, and the connection breaks", {"stream": ["open", "drop"]}),
-    "no-response": ("the connection closes before any answer", {"stream": ["drop"]}),
-    "first-chunk-then-close": ("`: connected`, 13 bytes, and a proper end", {"stream": [_HELLO]}),
-    "first-chunk-then-drop": ("`: connected`, 13 bytes, then the connection breaks", {
-        "stream": [_HELLO, "drop"]}),
-    "drop": ("three events, then the connection breaks, every time", {
-        "stream": [_HELLO, {"relay": 3}, "drop"]}),
-    "drop-mid-event": ("two events and half the next one, then the connection breaks", {
-        "stream": [_HELLO, {"relay": 2, "cut": 0.5}, "drop"]}),
-    "drop-resume": ("two events and a break; a resume gets the rest, nothing lost or twice", {
-        "stream": [[_HELLO, {"relay": 2}, "drop"], _USUAL]}),
-    "always-drop": ("`: connected` and a break, however often one tries", {
-        "stream": [_HELLO, "drop"]}),
-    "reset": ("two events, then a TCP reset", {
-        "stream": [_HELLO, {"relay": 2}, "reset"]}),
-    "no-done": ("every event and a proper end, but no [DONE]", {
-        "stream": [_HELLO, "heartbeat", _REST]}),
-    "done-only": ("[DONE] and nothing else", {"stream": [_BYE]}),
-    "unterminated-last-event": ("the last event lacks its blank line: no client may see it", {
-        "run": _FOUR,
-        "stream": [_HELLO, {"relay": 3}, {"raw": "event: completed\ndata: {}\nid: 4\n"}]}),
-    "after-done": ("two empty `data:` blocks after [DONE]", {
-        "stream": [*_USUAL, {"raw": "data:\n\ndata:\n\n"}]}),
-    "fallback-completed": ("the run hangs, and the old server invents a completed without score", {
-        "run": [*_FOUR[:2], "hang"], "stream": [_HELLO, {"relay": 2}, _MADE_UP, _BYE]}),
-    # Time
-    "slow-headers": ("8 s pass before the status line", {"stream": [{"sleep": 8}, *_USUAL]}),
-    "slow-stream": ("an event every 2 s, however fast the run was", {
-        "stream": [_HELLO, "heartbeat", {"relay": "all", "every": 2}, _BYE]}),
-    "idle-cut": ("two events, a minute without a byte, then a proxy cuts the idle stream", {
-        "stream": [_HELLO, {"relay": 2}, {"heartbeat": "never"}, {"sleep": 60}, "drop"]}),
-    "no-heartbeat": ("100 s without a byte in a healthy run: no heartbeats", {
-        "run": [*_FOUR[:2], {"sleep": 100}, *_FOUR[2:]],
-        "stream": [_HELLO, {"heartbeat": "never"}, _REST, _BYE]}),
-    "heartbeat-then-silence": ("three heartbeats, then a connection that is open and dead", {
-        "stream": [_HELLO, {"heartbeat": 15}, {"sleep": 46}, "hang"]}),
-    "gateway-timeout": ("an event every 10 s, and a gateway cuts at 300 s although all is well", {
-        "run": [_STARTED, {"repeat": 60, "steps": [
-            {"sleep": 10}, _say("step", label="LONG", turn="{n}")]}, _COMPLETED],
-        "stream": [_HELLO, "heartbeat", {"relay": 30}, {"sleep": 10}, "drop"]}),
-    # Shape
-    "buffered": ("a proxy holds everything back: one arrival, at the end", {
-        "stream": [{"buffer": "all"}, *_USUAL]}),
-    "buffered-4k": ("a proxy passes on 4096 bytes at a time: events come late, in lumps", {
-        "stream": [{"buffer": 4096}, *_USUAL]}),
-    "dribble": ("every byte comes in a chunk of its own", {"stream": [{"chunk": 1}, *_USUAL]}),
-    "split-utf8": ("chunks end inside every multi-byte character", {
-        "stream": [{"chunk": "utf8"}, *_USUAL]}),
-    "mid-line": ("chunks of 7 bytes end wherever they end", {"stream": [{"chunk": 7}, *_USUAL]}),
-    "coalesced": ("`: connected` and five events come in one chunk, the rest in another", {
-        "stream": [{"buffer": "all"}, _HELLO, {"relay": 5}, "flush", _REST, _BYE]}),
-    "crlf": ("lines end in CR LF", {
-        "stream": [{"frame": {"newline": "\r\n"}}, *_USUAL[:3], {"raw": "data: [DONE]\r\n\r\n"}]}),
-    "cr-only": ("lines end in CR", {
-        "stream": [{"frame": {"newline": "\r"}}, *_USUAL[:3], {"raw": "data: [DONE]\r\r"}]}),
-    "bom": ("a byte order mark comes first", {"stream": [{"raw": {"hex": "efbbbf"}}, *_USUAL]}),
-    "double-wrapped": ("a relay wraps every line again: `data:event: …`, `data:data: …`", {
-        "stream": [{"frame": {"wrap": "data:"}}, *_USUAL[:3], {"raw": "data:data: [DONE]\n\n"}]}),
-    "gateway-ids": ("a gateway puts ids of its own on every block: `gw-1`, `gw-2`, …", {
-        "stream": [{"frame": {"id": "gw-{n}"}}, *_USUAL]}),
-    "duplicate-events": ("the second event comes twice, with the same id", {
-        "run": _FOUR, "stream": [_HELLO, {"relay": 2}, _numbered(2), _REST, _BYE]}),
-    "out-of-order": ("the third event comes before the second", {
-        "run": _FOUR, "stream": [_HELLO, *map(_numbered, (1, 3, 2, 4)), _BYE]}),
-    "bad-json": ("one event's data is JSON cut short", {
-        "stream": [_HELLO, {"relay": 2}, {"event": {"event": "step", "data": '{"label": "RULE_SC'}},
-                   _REST, _BYE]}),
-    # Status
-    "unauthorized": ("the token has expired: 401", {
-        "stream": _answers(401, {"detail": "Token expired"}, WWW_Authenticate="Bearer")}),
-    "forbidden": ("somebody else's case: 403", {
-        "stream": _answers(403, {"detail": "Not your case"})}),
-    "rate-limited": ("too many requests: 429 with Retry-After", {
-        "stream": _answers(429, {"error": "too many requests"}, Retry_After="2")}),
-    "unavailable": ("503 with Retry-After, once; then all is well", {"stream": [_BUSY, _USUAL]}),
-    "refuse-3-then-ok": ("503 three times, then all is well", {
-        "stream": [_BUSY, _BUSY, _BUSY, _USUAL]}),
-    "gone-204": ("204: a native EventSource stops for good", {
-        "stream": [{"open": {"status": 204}}]}),
-    "html": ("200 with a login page where a stream should be", {
-        "stream": _answers(200, _LOGIN, Content_Type="text/html; charset=utf-8")}),
-    "json-instead": ("200 with JSON where a stream should be", {
-        "stream": _answers(200, {"ok": True})}),
-    "sse-500": ("500 with an event-stream type and no body", {
-        "stream": [{"open": {"status": 500}}]}),
-    "unknown-run": ("the old server does not know the run: 200 with an error in JSON", {
-        "stream": _answers(200, _UNKNOWN)}),
-    "unknown-run-404": ("the run is not known: 404", {"stream": _answers(404, _UNKNOWN)}),
-    "expired-run": ("one whole stream, then the run is forgotten: 404", {
-        "stream": [_USUAL, _answers(404, _UNKNOWN)]}),
-    "other-worker": ("every second request lands on a worker that does not know the run: 404", {
-        "stream": {"cycle": [_USUAL, _answers(404, _UNKNOWN)]}}),
-    # Resume
-    "resume-unknown-id": ("ids that no server can resume from: a reconnect replays everything", {
-        "stream": [[{"frame": {"id": "opaque:{n}"}}, _HELLO, {"relay": 2}, "drop"],
-                   [{"frame": {"id": "opaque:{n}"}}, *_USUAL]]}),
-    "resume-gap": ("after a break the server has forgotten an event, and says so with `gap`", {
-        "run": _FOUR, "stream": [[_HELLO, {"relay": 2}, "drop"], [
-            _HELLO, {"event": {"id": "3", "event": "gap", "data": {"from": 3, "to": 3}}},
-            _numbered(4), _BYE]]}),
-    "retry-field": ("`retry: 1500` comes first: the client's back-off changes", {
-        "stream": [{"raw": "retry: 1500\n\n"}, *_USUAL]}),
-    "two-subscribers": ("the old queue: each event goes to one viewer only, the other misses it", {
-        "stream": [_HELLO, "heartbeat", {"relay": "all", "shared": True}, _BYE]}),
-    # Trigger
-    "slow-trigger": ("the 202 takes 6 s: the back end gives up and asks again, the run goes on", {
-        "trigger": [{"sleep": 6}]}),
-    "trigger-503": ("the trigger is refused with 503, nothing starts", {"trigger": _BUSY}),
-    "trigger-lost": ("the first answer is lost in a reset; the retry meets the same run", {
-        "trigger": [["reset"], []]}),
-    "trigger-disabled": ("200 `disabled`, nothing starts", {"trigger": _answers(200, _OFF)}),
-    "duplicate-run": ("two pipelines in one run: every event comes twice, with two ids", {
-        "run": [part for step in _FOUR for part in (step, step)]}),
+# A row: what one sees; then its scripts, as far as they are not the ordinary ones.
+RUNS: dict[str, Any] = {  # run, stream
+    "ok": ["all is well: the ordinary run, the ordinary stream"],
+    "phase3": [
+        "all is well: the ordinary Phase3 run, whoever triggers it", [{"ordinary": "phase3"}]],
+    "generation": [
+        "a generation job: ids `{jobId}_{n}`, heartbeats as events, no [DONE]",
+        [{"ordinary": "generation"}],
+        [{"frame": JOB_FRAME}, HELLO, {"heartbeat": {"every": 30, **JOB_BEAT}}, REST]],
+    "failed": [
+        "the analysis fails: `failed` says why and is the last event, then [DONE]",
+        [*_BEGIN, {"fail": {"error": "the model refused the prompt", "stage": "llm"}}]],
+    "crash": [
+        "the analysis raises: `failed` names the exception, the server lives",
+        [*_BEGIN, {"crash": "row 7 has no amount"}]],
+    "slow-first": [
+        "only heartbeats for 30 s, then an ordinary run: is the client patient?",
+        [{"sleep": 30}, "ordinary"]],
+    "silent": [
+        "a run that never speaks: heartbeats, then `failed` at the idle time-out", ["hang"]],
+    "slow-run": [
+        "an event every 10 s for 70 s: an absolute timer of 65 s gives up too early",
+        [_STARTED, {"repeat": 7, "steps": _SLOW_TICK}, _COMPLETED]],
+    "stepped": [
+        "each event waits for its gate, go-1 to go-4: the test decides when it comes",
+        [part for n in range(4) for part in ({"wait": f"go-{n + 1}"}, _FOUR[n])]],
+    "flood": [
+        "20 000 events as fast as they come: does the client keep up?",
+        [_STARTED, {"repeat": 20_000, "steps": [_TICK]}, _COMPLETED]],
+    "big-event": [
+        "one event of 5 MB on one line: does a line buffer overflow?",
+        [_STARTED, {**_say("evidence", type="COLLECTED"), "pad": 5_000_000}, _COMPLETED]],
+    "korean": [
+        "long multi-byte text: characters that straddle every buffer",
+        [_STARTED, *[_say("step", label="설명", detail=_KOREAN)] * 5, _COMPLETED]],
+    "no-terminal": ["[DONE] comes, but neither completed nor failed did", _FOUR[:3]],
+    "progress-regress": [
+        "percent goes 45, 25, 85: a progress bar runs backwards",
+        [_STARTED, *(_say("step", label="STEP", percent=n) for n in (45, 25, 85)), _COMPLETED]],
+    "missing-started": ["the first event is a step: `started` never comes", _FOUR[1:]],
+    "unknown-events": [
+        "event names that nobody documented, between the known ones",
+        [_STARTED, _say("telemetry", cpu=1), _say("x-internal", a=1), _COMPLETED]],
 }
+STREAMS: dict[str, Any] = {  # stream, run
+    # Body
+    "empty": ["200 and an empty body, properly ended: the incident", ["open"]],
+    "empty-truncated": ["200 and no body, and the connection breaks", ["open", "drop"]],
+    "no-response": ["the connection closes before any answer", ["drop"]],
+    "first-chunk-then-close": ["`: connected`, 13 bytes, and a proper end", [HELLO]],
+    "first-chunk-then-drop": [
+        "`: connected`, 13 bytes, then the connection breaks", [HELLO, "drop"]],
+    "drop": [
+        "three events, then the connection breaks, every time", [HELLO, {"relay": 3}, "drop"]],
+    "drop-mid-event": [
+        "two events and half the next one, then the connection breaks",
+        [HELLO, {"relay": 2, "cut": 0.5}, "drop"]],
+    "drop-resume": [
+        "two events and a break; a resume gets the rest, nothing lost or twice",
+        [[*_TWO, "drop"], _USUAL]],
+    "always-drop": ["`: connected` and a break, however often one tries", [HELLO, "drop"]],
+    "reset": ["two events, then a TCP reset", [*_TWO, "reset"]],
+    "no-done": ["every event and a proper end, but no [DONE]", _ALL],
+    "done-only": ["[DONE] and nothing else", [BYE]],
+    "unterminated-last-event": [
+        "the last event lacks its blank line: no client may see it",
+        [HELLO, {"relay": 3}, {"raw": "event: completed\ndata: {}\nid: 4\n"}], _FOUR],
+    "after-done": [
+        "two empty `data:` blocks after [DONE]", [*_USUAL, {"raw": "data:\n\ndata:\n\n"}]],
+    "fallback-completed": [
+        "the run hangs, and the old server invents a completed without score",
+        [*_TWO, _say("completed", **_IDS), BYE], [*_BEGIN, "hang"]],
+    # Time
+    "slow-headers": ["8 s pass before the status line", [{"sleep": 8}, *_USUAL]],
+    "slow-stream": [
+        "an event every 2 s, however fast the run was",
+        [HELLO, "heartbeat", {"relay": "all", "every": 2}, BYE]],
+    "idle-cut": [
+        "two events, a minute without a byte, then a proxy cuts the idle stream",
+        [*_TWO, {"heartbeat": "never"}, {"sleep": 60}, "drop"]],
+    "no-heartbeat": [
+        "100 s without a byte in a healthy run: no heartbeats",
+        [HELLO, {"heartbeat": "never"}, REST, BYE], [*_BEGIN, {"sleep": 100}, *_FOUR[2:]]],
+    "heartbeat-then-silence": [
+        "three heartbeats, then a connection that is open and dead",
+        [HELLO, {"heartbeat": 15}, {"sleep": 46}, "hang"]],
+    "gateway-timeout": [
+        "an event every 10 s, and a gateway cuts at 300 s although all is well",
+        [HELLO, "heartbeat", {"relay": 30}, {"sleep": 10}, "drop"],
+        [_STARTED, {"repeat": 60, "steps": _SLOW_TICK}, _COMPLETED]],
+    # Shape
+    "buffered": [
+        "a proxy holds everything back: one arrival, at the end", [{"buffer": "all"}, *_USUAL]],
+    "buffered-4k": [
+        "a proxy passes on 4096 bytes at a time: events come late, in lumps",
+        [{"buffer": 4096}, *_USUAL]],
+    "dribble": ["every byte comes in a chunk of its own", [{"chunk": 1}, *_USUAL]],
+    "split-utf8": [
+        "chunks end inside every multi-byte character", [{"chunk": "utf8"}, *_USUAL]],
+    "mid-line": ["chunks of 7 bytes end wherever they end", [{"chunk": 7}, *_USUAL]],
+    "coalesced": [
+        "`: connected` and five events come in one chunk, the rest in another",
+        [{"buffer": "all"}, HELLO, {"relay": 5}, "flush", REST, BYE]],
+    "crlf": [
+        "lines end in CR LF",
+        [{"frame": {"newline": "\r\n"}}, *_ALL, {"raw": "data: [DONE]\r\n\r\n"}]],
+    "cr-only": [
+        "lines end in CR", [{"frame": {"newline": "\r"}}, *_ALL, {"raw": "data: [DONE]\r\r"}]],
+    "bom": ["a byte order mark comes first", [{"raw": {"hex": "efbbbf"}}, *_USUAL]],
+    "double-wrapped": [
+        "a relay wraps every line again: `data:event: …`, `data:data: …`",
+        [{"frame": {"wrap": "data:"}}, *_ALL, {"raw": "data:data: [DONE]\n\n"}]],
+    "gateway-ids": [
+        "a gateway puts ids of its own on every block: `gw-1`, `gw-2`, …",
+        [{"frame": {"id": "gw-{n}"}}, *_USUAL]],
+    "duplicate-events": [
+        "the second event comes twice, with the same id", [*_TWO, _SECOND, REST, BYE], _FOUR],
+    "out-of-order": [
+        "the third event comes before the second",
+        [HELLO, _FIRST, _THIRD, _SECOND, _LAST, BYE], _FOUR],
+    "bad-json": [
+        "one event's data is JSON cut short",
+        [*_TWO, {"event": {"event": "step", "data": '{"label": "RULE_SC'}}, REST, BYE]],
+    # Status
+    "unauthorized": [
+        "the token has expired: 401",
+        _answer(401, {"detail": "Token expired"}, {"WWW-Authenticate": "Bearer"})],
+    "forbidden": ["somebody else's case: 403", _answer(403, {"detail": "Not your case"})],
+    "rate-limited": [
+        "too many requests: 429 with Retry-After",
+        _answer(429, {"error": "too many requests"}, {"Retry-After": "2"})],
+    "unavailable": ["503 with Retry-After, once; then all is well", [_BUSY, _USUAL]],
+    "refuse-3-then-ok": ["503 three times, then all is well", [_BUSY, _BUSY, _BUSY, _USUAL]],
+    "gone-204": ["204: a native EventSource stops for good", [{"open": {"status": 204}}]],
+    "html": ["200 with a login page where a stream should be", _answer(200, _LOGIN, _HTML)],
+    "json-instead": ["200 with JSON where a stream should be", _answer(200, {"ok": True})],
+    "sse-500": ["500 with an event-stream type and no body", [{"open": {"status": 500}}]],
+    "unknown-run": [
+        "the old server does not know the run: 200 with an error in JSON",
+        _answer(200, _UNKNOWN)],
+    "unknown-run-404": ["the run is not known: 404", _LOST],
+    "expired-run": ["one whole stream, then the run is forgotten: 404", [_USUAL, _LOST]],
+    "other-worker": [
+        "every second request lands on a worker that does not know the run: 404",
+        {"cycle": [_USUAL, _LOST]}],
+    # Resume
+    "resume-unknown-id": [
+        "ids that no server can resume from: a reconnect replays everything",
+        [[_OPAQUE, *_TWO, "drop"], [_OPAQUE, *_USUAL]]],
+    "resume-gap": [
+        "after a break the server has forgotten an event, and says so with `gap`",
+        [[*_TWO, "drop"], [
+            HELLO, {"event": {"id": "3", "event": "gap", "data": {"from": 3, "to": 3}}},
+            _LAST, BYE]],
+        _FOUR],
+    "retry-field": [
+        "`retry: 1500` comes first: the client's back-off changes",
+        [{"raw": "retry: 1500\n\n"}, *_USUAL]],
+    "two-subscribers": [
+        "the old queue: each event goes to one viewer only, the other misses it",
+        [HELLO, "heartbeat", {"relay": "all", "shared": True}, BYE]],
+}
+TRIGGERS: dict[str, Any] = {  # trigger, run
+    "slow-trigger": [
+        "the 202 takes 6 s: the back end gives up and asks again, the run goes on",
+        [{"sleep": 6}]],
+    "trigger-503": ["the trigger is refused with 503, nothing starts", _BUSY],
+    "trigger-lost": [
+        "the first answer is lost in a reset; the retry meets the same run", [["reset"], []]],
+    "trigger-disabled": ["200 `disabled`, nothing starts", _answer(200, _OFF)],
+    "duplicate-run": [
+        "two pipelines in one run: every event comes twice, with two ids",
+        None, [part for step in _FOUR for part in (step, step)]],
+}
+TABLES = ((RUNS, "run", "stream"), (STREAMS, "stream", "run"), (TRIGGERS, "trigger", "run"))
 
 
 def documented(value: Any) -> Scenario:
@@ -3339,10 +3369,12 @@ def documented(value: Any) -> Scenario:
 
 def catalogue() -> dict[str, Scenario]:
     """The built-in scenarios, by name."""
-    return {
-        name: documented({"name": name, "doc": doc, **parts})
-        for name, (doc, parts) in CATALOGUE.items()
-    }
+    found = {}
+    for table, *places in TABLES:
+        for name, (doc, *scripts) in table.items():
+            own = {place: script for place, script in zip(places, scripts, strict=False) if script}
+            found[name] = documented({"name": name, "doc": doc, **own})
+    return found
 
 
 def known_scenarios(settings: DoubleSettings) -> dict[str, Scenario]:
@@ -3485,8 +3517,8 @@ class Desk:
         """What happens where nobody has chosen: what is ordinary in it follows the settings; but
         somebody may have put a scenario of his own in its place."""
         found = self.catalogue[name]
-        doc, scripts = CATALOGUE[name]
-        if found.source == {"name": name, "doc": doc, **scripts}:
+        built_in = [name, *filter(None, RUNS[name])]
+        if list(found.source.values()) == built_in:
             return Scenario(name, source=found.source)
         return found
 
@@ -4179,7 +4211,7 @@ class Control(Reception):
         self.journal.forget(test_id)
         self.desk.reset(test_id)
         if test_id is None:
-            self.hub.gates.close()
+            self.hub.gates.open.clear()
         return {"reset": test_id or "all"}
 
     def shut_down(self) -> Response:
@@ -4711,21 +4743,43 @@ class Connection:
 
     # How bytes get out, and how it ends
 
+    def write_now(self, chunk: bytes) -> bool:
+        """This chunk goes out at once, as far as the socket takes it; what it does not is `behind`,
+        and the caller's concern. False if something is before it."""
+        busy = self._waiting or self._lock.locked() or self.lost or self._closing
+        if busy or not self._chunked or os.name != "posix":
+            return False
+        try:
+            sent = os.write(self.stream.socket.fileno(), chunk)
+        except OSError:  # the usual way says what to do
+            return False
+        if sent < len(chunk):
+            self._waiting = [chunk[sent:]]
+        return True
+
+    @property
+    def behind(self) -> bool:
+        """Something waits for the next write."""
+        return bool(self._waiting)
+
     async def _write(self) -> None:
         """Send directly while the kernel takes it, nearly always; else wait, but not for ever. No
         cancel can leave half a write: nothing in it waits, or it is shielded."""
         parts = self._waiting
         self._waiting = []
+        size = sum(map(len, parts))
+        sent = 0
         try:
-            busy = self._lock.locked() or os.name != "posix"
-            sent = 0 if busy else os.writev(self.stream.socket.fileno(), parts)
+            # a big event is not copied: many may wait for their viewers to read it
+            if size < 2 * PIECE and not self._lock.locked() and os.name == "posix":
+                sent = os.write(self.stream.socket.fileno(), b"".join(parts))
         except BlockingIOError:
-            sent = 0
+            pass
         except OSError:
             self.unsent = True
             self.give_up()
             return
-        if sent < sum(map(len, parts)):
+        if sent < size:
             with trio.CancelScope(shield=True):  # bounded: each piece has its deadline
                 await self._write_slowly(parts, sent)
 
@@ -5697,15 +5751,19 @@ InOperation.page = PAGE
 # time that it gets.
 
 QUIET = 120.0  # seconds without a byte; then a stream is dead: real clients give up after 45
-MOST_HEARD = 64 * 2**20  # bytes; a line costs 64 more, a chunk 128, an event 600
+MOST_HEARD = 32 * 2**20  # bytes of one answer; what ends in a blank line costs more: see `read`
 LARGEST = 6 * 2**20  # bytes of one event; in memory they may be a dozen times as many
 MOST_KEPT = 2**18  # bytes of a body; of one that is no stream, more is not even heard
-LONG = 500  # characters of a name, or of an id: nobody can resume from a longer one
+USABLE_ID = "[!-~]{1,500}"  # nobody comes back with what no header can hold
+EVENT_END = re.compile(rb"(?>\r\n|\r|\n){2}")  # `(?>` keeps CR and LF together
 
 ENDINGS = {
-    "end": "it was properly ended", "cut": "the connection was closed without an end",
-    "reset": "the connection was reset", "quiet": "it is open, but nothing more came",
-    "limit": "it still went on when the time was over", "full": "it said more than one can hear",
+    "end": "it was properly ended",
+    "cut": "the connection was closed without an end",
+    "reset": "the connection was reset",
+    "quiet": "it is open, but nothing more came",
+    "limit": "it still went on when the time was over",
+    "full": "it said more than one can hear",
 }
 
 
@@ -5713,32 +5771,9 @@ class Heard(NamedTuple):
     """An event, and when it had come."""
 
     at: float
-    id: str
+    id: str  # empty where none stood in it, or none that anybody can come back with
     name: str
     data: str
-    own: bool  # its id stood in it; else it is that of the event before
-
-
-@dataclass
-class Allowance:
-    """What some visits may cost together, in bytes."""
-
-    left: float = MOST_HEARD
-
-
-def target_of(url: str) -> tuple[str, str, int, str]:
-    """Scheme, host, port and target of a URL; or a ValueError that says what is wrong with it."""
-    parts = urlsplit(url)
-    usual = {"http": 80, "https": 443}.get(parts.scheme)
-    if not usual or not parts.hostname or re.search("[ @]", parts.netloc):
-        raise ValueError(f"a URL is like http://localhost:9000/…, and {url!r} is not")
-    target = f"{parts.path or '/'}?{parts.query}".removesuffix("?")
-    target = quote(target, safe="/?&=%:~+,;@!$'()*-._", errors="replace")
-    return parts.scheme, parts.hostname, parts.port or usual, target
-
-
-# h11 takes half a second for a head or a trailer of 16 KiB of blanks, and two for 32 KiB.
-careful_parser = partial(h11.Connection, h11.CLIENT, max_incomplete_event_size=2**14)
 
 
 @dataclass
@@ -5751,9 +5786,10 @@ class Visit(trio.abc.ReceiveChannel[Heard]):
                 print(event.at, event.name, event.data)
         print(seen.status, seen.ending)
 
-    It connects and asks when the first event is waited for. What goes wrong on the way raises
-    nothing: it is the `ending`, a key of ENDINGS or a sentence. An answer that is no stream has no
-    events, and its `body`. Leaving the block closes the connection, whatever it was doing.
+    It connects and asks when the first event is waited for; only a URL that is none is a
+    ValueError at once. What goes wrong on the way raises nothing: it is the `ending`, a key of
+    ENDINGS or a sentence. An answer that is no stream has no events, and its `body`. Leaving the
+    block closes the connection, whatever it was doing.
     """
 
     url: str
@@ -5761,12 +5797,9 @@ class Visit(trio.abc.ReceiveChannel[Heard]):
     post: bytes = b""  # a body makes it a POST
     until: float = math.inf  # by Trio's clock
     patience: float = QUIET  # seconds without a byte
-    keep: int = MOST_KEPT  # bytes of the body's beginning
-    allowance: Allowance = field(default_factory=Allowance)
 
     sent: float = 0.0  # by Trio's clock; 0 if nobody could be reached
     status: int = 0
-    headers: dict[str, str] = field(default_factory=dict)
     kind: str = "no type"  # its content type
     streams: bool = False
     head_at: float = 0.0
@@ -5776,23 +5809,29 @@ class Visit(trio.abc.ReceiveChannel[Heard]):
     ended_at: float = 0.0
     ending: str = ""
     size: int = 0
-    body: bytearray = field(default_factory=bytearray)
-    chunks: list[tuple[float, int]] = field(default_factory=list)  # when; where in the body it ends
+    chunks: int = 0
+    torn: int = 0  # chunks that ended within a line
+    left: int = MOST_HEARD  # of what may be heard
 
-    wire: h11.Connection = field(default_factory=careful_parser)
-    stream: trio.abc.Stream | None = None
-    heard: list[Heard] = field(default_factory=list)
-    held: int = 0  # what the event to come has cost
-    rest: bytearray = field(default_factory=bytearray)  # behind the last whole line
-    lines: int = 0
-    after_cr: bool = False  # the last line ended in CR, so that an LF belongs to it
-    block: list[str] = field(default_factory=list)  # lines of the event to come
-    last_id: str = ""
-    own: bool = False  # it came with the event to come
+    def __post_init__(self) -> None:
+        self.headers: dict[str, str] = {}
+        self.body = bytearray()  # how it begins
+        self.rest = bytearray()  # of an event that has not ended
+        self.heard: list[Heard] = []
+        # of a head of 16 KiB of blanks h11 thinks for half a second, of 32 KiB for two
+        self.wire = h11.Connection(h11.CLIENT, max_incomplete_event_size=2**14)
+        self.stream: trio.abc.Stream | None = None
+        self.where = urlsplit(self.url)
+        if not re.match(r"https?://[\w\[]", self.url):
+            raise ValueError(f"a URL is like http://localhost:9000/…, and {self.url!r} is not")
 
     @property
     def how(self) -> str:
         return ENDINGS.get(self.ending, self.ending)
+
+    @property
+    def now(self) -> float:
+        return trio.current_time() - self.sent
 
     @property
     def silence(self) -> float:
@@ -5808,7 +5847,7 @@ class Visit(trio.abc.ReceiveChannel[Heard]):
             patient = trio.current_time() + self.patience
             with trio.move_on_at(min(self.until, patient)) as waiting:
                 await self.go_on()
-            self.ended_at = trio.current_time() - self.sent
+            self.ended_at = self.now
             if waiting.cancelled_caught:
                 self.ending = "limit" if self.until < patient else "quiet"
         if not self.heard:
@@ -5824,106 +5863,94 @@ class Visit(trio.abc.ReceiveChannel[Heard]):
         except trio.BrokenResourceError:
             self.ending = "reset"
         else:
-            self.take(bytes(data), trio.current_time() - self.sent)
+            self.take(bytes(data))
 
     async def ask(self) -> None:
-        scheme, host, port, target = target_of(self.url)
+        where = self.where
+        host = where.hostname or ""
         try:
             with trio.fail_after(10):
-                if scheme == "http":
-                    self.stream = await trio.open_tcp_stream(host, port)
+                if where.scheme == "http":
+                    self.stream = await trio.open_tcp_stream(host, where.port or 80)
                 else:
                     self.stream = await trio.open_ssl_over_tcp_stream(
-                        host, port, https_compatible=True)
-                await self.stream.send_all(self.request(target))
+                        host, where.port or 443, https_compatible=True)
+                await self.stream.send_all(self.request())
                 self.sent = trio.current_time()
         except (OSError, trio.BrokenResourceError, trio.TooSlowError) as error:
             cause = str(innermost(error.__cause__ or error))
             why = re.sub(r".*[]:] ", "", cause) or "no answer within 10 s"
-            self.ending = f"cannot reach {host}:{port}: {why}; is it running, with {scheme}?"
+            self.ending = f"cannot reach {where.netloc}: {why}; is it running, with {where.scheme}?"
 
-    def request(self, target: str) -> bytes:
-        named = {"host": urlsplit(self.url).netloc, "accept": "text/event-stream", **self.sends}
+    def request(self) -> bytes:
+        target = f"{self.where.path or '/'}?{self.where.query}".removesuffix("?")
+        target = quote(target, safe="/?&=%:~+,;@!$'()*-._", errors="replace")
+        named = {"host": self.where.netloc, "accept": "text/event-stream", **self.sends}
         if self.post:
             named["content-length"] = str(len(self.post))
-        pairs = [(name.encode(), to_bytes(text)) for name, text in named.items()]
         method = "POST" if self.post else "GET"
-        asks = h11.Request(method=method, target=target, headers=pairs)
+        asks = h11.Request(method=method, target=target, headers=list(named.items()))
         return (self.wire.send(asks) or b"") + self.post
 
-    def pay(self, cost: int) -> None:
-        self.held += cost
-        self.allowance.left -= cost
-        if self.held > LARGEST or self.allowance.left < 0:
-            self.ending = "full"
-
-    def take(self, data: bytes, at: float) -> None:
+    def take(self, data: bytes) -> None:
         """What the answer says in these bytes; none are its end."""
-        self.pay(len(data))
+        self.left -= len(data)
         try:
             self.wire.receive_data(data)
             while not self.ending:
                 match self.wire.next_event():
                     case h11.Response() as head:
-                        self.begin(head, at)
+                        self.begin(head)
                     case h11.Data(data=piece, chunk_end=whole):
-                        self.listen(bytes(piece), at)
-                        if whole:
-                            self.chunks.append((at, self.size))
-                            self.allowance.left -= 128
+                        self.listen(bytes(piece))
+                        self.chunks += whole
+                        self.torn += whole and piece[-1] not in b"\r\n"
                     case h11.EndOfMessage():
                         self.ending = "end"
                     case h11.NEED_DATA | h11.PAUSED:
-                        return
+                        break
         except h11.RemoteProtocolError as error:
-            cut = not data and (self.status or not self.wire.trailing_data[0])
+            cut = self.status or not (data or self.wire.trailing_data[0])
             self.ending = "cut" if cut else f"it is no HTTP: {error}"
+        if self.left < 0 or len(self.rest) > LARGEST:
+            self.ending = self.ending or "full"
 
-    def begin(self, head: h11.Response, at: float) -> None:
+    def begin(self, head: h11.Response) -> None:
         self.status = head.status_code
         self.headers = {name.decode(): text.decode("latin-1") for name, text in head.headers}
         kind = self.headers.get("content-type", self.kind)
         self.kind = kind.partition(";")[0].strip().lower()
         readable = "content-encoding" not in self.headers
         self.streams = self.status == 200 and self.kind == "text/event-stream" and readable
-        self.head_at = self.last_at = at
-
-    def listen(self, piece: bytes, at: float) -> None:
-        """What these bytes of the body say, line by line."""
-        self.longest = max(self.longest, at - self.last_at)
-        self.first_at = self.first_at or at
-        self.last_at = at
-        self.size += len(piece)
-        self.body += piece[: self.keep - len(self.body)]
+        self.head_at = self.last_at = self.now
         if not self.streams:
-            self.ending = "full" if self.size > self.keep else ""
-            return
-        if self.after_cr:
-            piece = piece.removeprefix(b"\n")
-        self.after_cr = piece.endswith(b"\r")
-        begun, *others = re.split(rb"\r\n|\r|\n", piece)
-        self.rest += begun
-        for other in others:
-            self.read(self.rest.decode("utf-8" if self.lines else "utf-8-sig", "replace"), at)
-            self.rest = bytearray(other)
+            self.left = MOST_KEPT
 
-    def read(self, line: str, at: float) -> None:
-        """Keep it, cut, for the event it belongs to; the blank one ends that."""
-        self.lines += 1
-        self.pay(64)
-        if not line:
-            for _, name, data in read_events([*self.block, ""]):
-                self.heard.append(Heard(at, self.last_id, name, data, self.own))
-                self.pay(600 + 8 * len(name))
-            self.block = []
-            self.own = False
-            self.held = 0
-        elif line.startswith("id:"):
-            text = line[3:].removeprefix(" ")
-            self.own = 0 < len(text) <= LONG and text.isprintable()
-            self.last_id = text if self.own else ""
-        elif not line.startswith(":"):
-            self.block.append(line if line.startswith("data") else line[:LONG])
+    def listen(self, piece: bytes) -> None:
+        """These bytes of the body, and the events that end in them."""
+        self.longest = max(self.longest, self.now - self.last_at)
+        self.last_at = self.now
+        self.first_at = self.first_at or self.last_at
+        self.size += len(piece)
+        self.body += piece[: MOST_KEPT - len(self.body)]
+        if not self.streams:
+            return
+
+        begin = max(0, len(self.rest) - 3)  # a blank line may be torn
+        self.rest += piece
+        while found := EVENT_END.search(self.rest, begin):
+            self.read(self.rest[: found.end()])
+            del self.rest[: found.end()]
+            begin = 0
+
+    def read(self, block: bytearray) -> None:
+        """The event in these lines, if they are one. A byte order mark may stand before it."""
+        self.left -= 64
+        lines = io.TextIOWrapper(io.BytesIO(block), "utf-8-sig", "replace")  # one by one
+        for id, name, data in read_events(line.rstrip("\n") for line in lines):
+            usable = re.fullmatch(USABLE_ID, id)
+            self.heard.append(Heard(self.last_at, id if usable else "", name, data))
+            self.left -= 600 + 4 * len(id + name)
 
 
 # ═══ 26  Diagnosis ════════════════════════════════════════════════════════════════════════════════
@@ -5938,7 +5965,7 @@ TICK = 0.05  # seconds: what comes within them came together
 BACK = 30.0  # seconds spent on coming back
 
 
-def fields_of(text: str | bytearray) -> dict[str, Any] | None:
+def fields_of(text: str | bytearray) -> Any:
     """The object that it is, as a browser reads JSON; an empty one if it is another thing, or too
     big to be looked at; None if it is no JSON: NaN is none, nor is what is nested too deep."""
     try:
@@ -5952,11 +5979,16 @@ def fields_of(text: str | bytearray) -> dict[str, Any] | None:
 class Examined(Visit):
     """A visit whose events are judged as they come; of what they said, little is kept."""
 
-    events: list[Heard] = field(default_factory=list)  # no beats, no [DONE]; data is its hash
+    events: list[Heard] = field(default_factory=list)  # no beats, no [DONE], and without their data
     notes: dict[str, str] = field(default_factory=dict)  # ills that show in one event
     done: bool = False
     terminal: bool = False
     percent: float = -math.inf  # the last one
+
+    # beside the stream: what had led to it, who came back to it, and what its server says of it
+    trigger: Examined | None = None
+    later: list[Examined] = field(default_factory=list)
+    journal: dict[str, Any] = field(default_factory=dict)
 
     @property
     def over(self) -> bool:
@@ -5970,143 +6002,51 @@ class Examined(Visit):
         return max(count // 2, count - 5) if self.over else count
 
     @property
+    def numbers(self) -> list[int]:
+        """The ids that may be places in a log."""
+        return [int(one.id) for one in self.events if one.id.isdigit()]
+
+    @property
+    def lumps(self) -> int:
+        """In how many pieces the events came, as far as one can tell."""
+        return len({one.at // TICK for one in self.events})
+
+    @property
     def text(self) -> str:
-        """How the body begins, in a line."""
-        return " ".join(self.body[:200].decode("utf-8", "replace").split()) or "an empty body"
+        """How the body begins."""
+        return self.body[:200].decode("utf-8", "replace")
 
     def hear(self, one: Heard) -> None:
-        said = one.name == "message" and not one.own and one.data
         if self.done:
             self.notes["after-done"] = "more came behind [DONE]"
-        elif said == "[DONE]":
+        elif one[1:] == ("", "message", "[DONE]"):
             self.done = True
             self.patience = 10
-        elif one.own or (one.data and one.name != "heartbeat"):
-            self.notes = {**dict(self.judged(one)), **self.notes}
-            self.events.append(one._replace(data=str(hash(one.data))))
+        elif one.id or (one.data and one.name != "heartbeat"):
+            for ill, says in self.judged(one):
+                self.notes.setdefault(ill, says)
+            self.events.append(one._replace(data=""))
 
     def judged(self, one: Heard) -> Iterator[tuple[str, str]]:
         """What is wrong with an event by itself, or behind those before it."""
         fields = fields_of(one.data) if one.name in KNOWN_EVENTS else {}
         told = fields or {}
         if fields is None:
-            yield "bad-json", f"the data of a {one.name} is no JSON: {shown(one.data[:60])}"
+            yield "bad-json", f"the data of a {one.name} is no JSON: {one.data[:60]!r}"
         if one.data.startswith(("id:", "event:", "data:")):
             yield "double-wrapped", "every line is wrapped once more, as data"
         if one.name in ("gap", "failed"):
-            yield one.name, f"it says {one.name}: {one.data[:LONG]}"
+            yield one.name, f"it says {one.name}: {one.data[:500]}"
         if one.name == "completed" and told.keys() & {"caseId", "score", "summary"} == {"caseId"}:
             yield "invented", "the completed has neither score nor summary: somebody made it up"
-        self.terminal |= one.name in TERMINAL
-        self.done = one.name in TERMINAL and "jobId" in told  # a job says no [DONE]
-        percent: Any = told.get("percent", told.get("value"))
-        if type(percent) in (int, float):
+        if one.name in TERMINAL:
+            self.terminal = True
+            self.done = "jobId" in told  # a job says no [DONE]
+        percent = told.get("percent", told.get("value"))
+        if isinstance(percent, int | float):
             if percent < self.percent:
-                yield "progress-regress", f"progress went back to {percent}"[:LONG]
+                yield "off-contract", f"progress went back to {percent}"
             self.percent = percent
-
-
-@dataclass
-class Examination:
-    """What visits to one stream have shown."""
-
-    url: str
-    headers: Mapping[str, str]
-    until: float
-    triggers: list[Examined]  # one at most
-    visits: list[Examined] = field(default_factory=list)  # the stream, and who came back to it
-    journal: dict[str, Any] = field(default_factory=dict)  # what the server says, if it is ours
-    allowance: Allowance = field(default_factory=Allowance)
-
-    @property
-    def main(self) -> Examined:
-        """What is judged: the stream, or the trigger that leads to none."""
-        return (self.visits or self.triggers)[0]
-
-    async def visit(
-        self, url: str, limit: float, sends: Mapping[str, str], post: bytes = b""
-    ) -> Examined:
-        """Ask, and hear the answer to its end, or for so many seconds."""
-        until = min(self.until, trio.current_time() + limit)
-        headers = {**sends, **self.headers}
-        seen = Examined(url, headers, post, until, allowance=self.allowance)
-        async with seen:
-            with contextlib.suppress(trio.EndOfChannel):
-                while True:  # without a name that would hold a big one until the next
-                    seen.hear(await seen.receive())
-        return seen
-
-    async def trigger(self, case_id: str) -> None:
-        """Ask for a run as the back end does."""
-        url = f"{self.url.rstrip('/')}/aura/cases/{encoded(case_id)}/analysis-runs"
-        post = to_bytes(to_json({"runId": f"doctor-{uuid.uuid4().hex[:12]}"}))
-        sends = {"accept": "*/*", "content-type": "application/json"}
-        seen = await self.visit(url, 10, sends, post)
-        seen.streams = False  # not this
-        self.triggers.append(seen)
-
-    def triggered(self) -> str:
-        """The path of the stream that the trigger has told; none if it was no path. To another host
-        nobody goes: it would get our token."""
-        told = fields_of(self.triggers[0].body) or {}
-        with contextlib.suppress(ValueError):
-            where = urlsplit(str(told.get("streamUrl") or told.get("streamPath")))
-            path = where._replace(scheme="", netloc="", fragment="").geturl()
-            return path if path.startswith("/") else ""
-        return ""
-
-    async def look(self) -> None:
-        """Ask for the stream, come back to it, and ask the server what it saw."""
-        if self.triggers:
-            path = self.triggered()
-            if not path:
-                return
-            self.url = self.url.rstrip("/") + path
-        zipped = {"accept-encoding": "gzip"}  # as browsers do: does somebody compress the stream?
-        main = await self.visit(self.url, math.inf, zipped)
-        self.visits.append(main)
-        if main.streams and main.ending not in ("limit", "full"):
-            known = [one.id for one in main.events[: main.half]]
-            after = {"last-event-id": known[-1]} if any(known) else {}
-            self.visits.append(await self.visit(self.url, BACK, {**zipped, **after}))
-            if main.ending != "quiet":  # else it was we who left
-                await self.ask_journal()
-
-    async def ask_journal(self) -> None:
-        """What the server itself says of this visit, if it is one of ours and tells us."""
-        names = ("run-id", "attempt", "scenario")
-        run_id, *which = (self.main.headers.get(f"x-aura-{name}", "") for name in names)
-        if not run_id:
-            return
-        where = urlsplit(self.url)
-        path = f"/__aura/journal?kind=stream&runId={quote(unquote(run_id), safe='')}"
-        seen = await self.visit(f"{where.scheme}://{where.netloc}{path}", 5, {})
-        told: Any = fields_of(seen.body)
-        with contextlib.suppress(LookupError, TypeError):
-            for one in told["entries"]:
-                if [str(one["attempt"]), one["scenario"]] == which:
-                    self.journal = {**one["end"], "said": one["said"]}
-
-    def report(self) -> dict[str, Any]:
-        """The answers; the ills, that which explains most first; and the verdict."""
-        asked = QUESTIONS if self.main.streams else QUESTIONS[:1]
-        pairs = (question(self) for question in asked)
-        said = {name: str(says) for name, says in itertools.chain(*pairs) if says}
-        found = [code for code in ILLS if code in said]
-        ills = [{"ill": code, "says": said.pop(code), **self.blame(code)} for code in found]
-        verdict = found[0] if found else "healthy"
-        says = f"nothing is wrong: {said.get('end')}"
-        if ills:
-            says = "{says} — {fault} is at fault: {change}".format(**ills[0])
-        return {"url": self.url, "verdict": verdict, "says": says, "ills": ills, "answers": said}
-
-    def blame(self, code: str) -> dict[str, str]:
-        """Whose fault it is, and what to change."""
-        fault, change = ILLS[code]
-        if self.journal and code in ("cut", "dead"):
-            fault = BY.get(str(self.journal.get("by")), THE_SERVER)
-            change = f"its journal says: {self.journal['said']}"
-        return {"fault": fault, "change": change}
 
 
 # The questions, in the order of the guide: each yields (question, answer), then (ill, how it
@@ -6115,14 +6055,13 @@ class Examination:
 Said = Iterator[tuple[str, Any]]
 
 
-def about_answer(it: Examination) -> Said:
-    main = it.main
+def about_answer(main: Examined) -> Said:
     line = f"{main.status}, {main.kind}, after {main.head_at:.2f} s"
     yield "answer", line
     yield "no-answer", not main.status and f"no answer: {main.how}"
-    slow = [one.head_at for one in it.triggers if one.head_at > 5]
-    yield "slow-trigger", slow and f"the trigger was answered after {slow[0]:.1f} s; BE waits for 5"
-    code = STATUSES.get(main.status) or STATUSES.get(main.status // 100, "server-error")
+    took = main.trigger.head_at if main.trigger else 0
+    yield "slow-trigger", took > 5 and f"the trigger took {took:.1f} s; BE waits for 5"
+    code = STATUSES.get(main.status, "refused" if main.status < 500 else "server-error")
     if main.post and main.status < 300:
         code = "trigger-refused"
     elif main.status == 200 and main.kind == "text/event-stream":
@@ -6133,121 +6072,97 @@ def about_answer(it: Examination) -> Said:
     yield code, main.status and not main.streams and f"{line}: {says}"
 
 
-def about_beginning(it: Examination) -> Said:
-    main = it.main
-    text = main.body[: main.body.rfind(b"\n") + 1].decode("utf-8", "replace")
-    line = shown(LINE_END.split(text)[0][:LONG])
-    yield "headers", str(main.headers)
-    yield "first bytes", f"{line} after {main.first_at:.2f} s"
-    took = min(one.head_at for one in it.visits)  # once may be chance
+def about_beginning(main: Examined) -> Said:
+    text = main.body.decode("utf-8", "replace")
+    yield "headers", main.headers
+    yield "first bytes", f"{text[:60]!r} after {main.first_at:.2f} s"
+    took = min(one.head_at for one in (main, *main.later))  # once may be chance
     yield "slow-headers", took > LATE and f"the head of the answer took {took:.1f} s"
     yield "line-ends", b"\r" in main.body and "lines end in CR"
+    broken = "\ufffd" in text[:-1]  # the last one may be torn here
+    yield "not-utf8", broken and "it is not in UTF-8, or somebody has read it as if it were not"
     yield "bom", text.startswith("\ufeff") and "it begins with a byte order mark"
-    foreign = "\ufffd" in text and b"\xef\xbf\xbd" not in main.body
-    yield "not-utf8", foreign and "it is not in UTF-8"
-    ends = [at for _, at in main.chunks if at <= len(main.body)]
-    torn = sum(main.body[at - 1] not in b"\r\n" for at in ends)
-    small = main.size < 24 * len(main.chunks)
-    yield "shredded", small and torn > 20 and f"{torn} small chunks end within a line"
+    small = main.size < 24 * main.chunks
+    yield "shredded", small and main.torn > 20 and f"{main.torn} small chunks end within a line"
 
 
-def about_events(it: Examination) -> Said:
-    events, names = it.main.events, [one.name for one in it.main.events]
-    for one in it.visits:
+def about_events(main: Examined) -> Said:
+    for one in (main, *main.later):
         yield from one.notes.items()
-    if not events:
-        code = "no-events" if it.main.size else "empty"
-        over = it.main.ending in ("end", "full")
-        yield code, over and f"200, then {it.main.size} bytes without an event, and {it.main.how}"
+    if not main.events:
+        says = f"200, then {main.size} bytes without an event, and {main.how}"
+        yield "no-events" if main.size else "empty", main.ending in ("end", "full") and says
         return
-    first, last = events[0].id, events[-1].id
-    ids = f"ids {first} to {last}" if first else "no ids: nobody can resume"
-    yield "events", f"{len(events)}, {ids}; the last is {names[-1]}"
-    yield "missing-started", names[0] in KNOWN_EVENTS[1:6] and f"the first event is {names[0]}"
+
+    names = [one.name for one in main.events]
+    ids = [one.id for one in main.events if one.id]
+    span = f"ids {ids[0]} to {ids[-1]}" if ids else "no ids: nobody can resume"
+    yield "events", f"{len(names)}, {span}; the last is {names[-1]}"
+    yield "off-contract", names[0] in KNOWN_EVENTS[1:6] and f"the first event is {names[0]}"
+    strange = ", ".join(sorted({*names} - {*KNOWN_EVENTS, "gap", "message", "heartbeat"})[:5])
+    yield "off-contract", strange and f"events that nobody documented: {strange}"
     starts = names.count("started")
     yield "duplicate-run", starts > 1 and f"{starts} times started, in one run"
-    numbers = places(events)
-    wrong = numbers != sorted({*numbers})
-    yield "out-of-order", wrong and f"the ids come in the order {numbers[:20]}"
-    strange = ", ".join(sorted({*names} - {*KNOWN_EVENTS, "gap", "message", "heartbeat"})[:5])
-    yield "unknown-events", strange and f"events that nobody documented: {strange}"
+    wrong = main.numbers != sorted({*main.numbers})
+    yield "out-of-order", wrong and f"the ids come in the order {main.numbers[:20]}"
 
 
-def places(events: Iterable[Heard]) -> list[int]:
-    """Their places in the log, if they begin it: other ids are no places."""
-    found = [resume_point(one.id, 10**18) for one in events if one.own]
-    return found if found[:1] == [1] else []
-
-
-def about_arrival(it: Examination) -> Said:
-    main = it.main
-    times = sorted({main.head_at, *(one.at for one in main.events)})
-    longest = max((b - a for a, b in itertools.pairwise(times)), default=0)
-    span = f"{many(len(times) - 1, 'arrival')} over {times[-1] - times[0]:.2f} s"
-    yield "arrival", f"{span}, the longest wait {longest:.2f} s"
-    yield "buffered", held_back(it)
+def about_arrival(main: Examined) -> Said:
+    yield "arrival", f"in {many(main.lumps, 'lump')} over {main.last_at - main.head_at:.2f} s"
+    yield "buffered", held_back(main)
     silence = max(main.longest, main.silence)
-    beats = main.body.count(b": heartbeat")
-    yield "heartbeats", f"{beats}, the longest silence {silence:.1f} s"
+    yield "heartbeats", f"{main.body.count(HEARTBEAT)}, the longest silence {silence:.1f} s"
     yield "no-heartbeat", silence > BEARABLE and f"{silence:.1f} s passed without a byte"
 
 
-def held_back(it: Examination) -> Any:
+def held_back(main: Examined) -> Any:
     """The first bytes came late, and events with them; but other answers, before and after, did
-    not."""
-    came, events = it.main.first_at, it.main.events
-    others = [one.first_at for one in (*it.triggers, *it.visits[1:])]
-    if not it.triggers:  # it may have been over, and the server slow: only a late body tells
-        others.append(it.main.head_at)
-    lumps = len({one.at // TICK for one in events})
-    late = came - max(others) > HELD and 2 * lumps < len(events)
-    says = f"silent for {came:.2f} s, then {len(events)} events in {many(lumps, 'lump')}"
-    return late and says
+    not. Without a trigger it may have been over, and the server slow: only a late body tells."""
+    usual = main.trigger.first_at if main.trigger else main.head_at
+    late = main.first_at - max([usual, *(one.first_at for one in main.later)]) > HELD
+    count = len(main.events)
+    says = f"silent for {main.first_at:.2f} s, then {count} events in {many(main.lumps, 'lump')}"
+    return late and 2 * main.lumps < count and says
 
 
-def about_end(it: Examination) -> Said:
-    main, said = it.main, it.journal.get("said")
-    quiet = f", the last {main.silence:.1f} s without a byte" if main.silence > 1 else ""
-    how = f"{main.how} after {main.ended_at:.1f} s and {many(len(main.events), 'event')}{quiet}"
+def about_end(main: Examined) -> Said:
+    how = f"{main.how} after {main.ended_at:.1f} s and {many(len(main.events), 'event')}"
     yield "end", how
-    yield "journal", said
+    yield "journal", main.journal.get("said")
     mute = main.ending == "limit" and not main.size and main.silence > LATE
     yield "dead", (mute or main.ending == "quiet") and how
-    if main.ending not in ("end", "quiet", "limit", "full"):
+    if main.ending in ("cut", "reset"):
         whole_minutes = main.ended_at > 25 and main.ended_at % 30 < 1  # or half ones: a setting
         code = "time-limit" if whole_minutes else "cut"
         yield "idle-cut" if main.silence > 20 else code, how
-    elif main.ending == "end":
-        cut = it.journal.get("how") in ("drop", "reset")
-        yield "hidden-cut", cut and f"{said}; what came here was properly ended"
-        last = main.events and f"it was properly ended after {main.events[-1].name}"
-        half = main.rest or main.block
-        yield "unterminated", last and half and not main.done and f"{last}, and half an event"
-        yield "no-done", last and not main.done and f"{last}, without [DONE]"
-        yield "no-terminal", last and not main.terminal and f"{last} and [DONE]"
+    elif main.ending == "end" and main.events:
+        cut = main.journal.get("how") in ("drop", "reset")
+        yield "hidden-cut", cut and f"{main.journal['said']}; what came here was properly ended"
+        last = f"it was properly ended after {main.events[-1].name}"
+        half = ", and half an event" if main.rest.strip() else ""
+        yield "no-done", not main.done and f"{last}{half}, without [DONE]"
+        yield "no-terminal", not main.terminal and f"{last} and [DONE]"
 
 
-def about_resume(it: Examination) -> Said:
-    main = it.main
-    for back in it.visits[1:]:
+def about_resume(main: Examined) -> Said:
+    for back in main.later:
         after = back.sends.get("last-event-id")
         who = f"whoever comes back after {after}"
-        had, owed, came = (
-            {one[1:] for one in some}
-            for some in (main.events[: main.half], main.events[main.half :], back.events))
-        twice, lost = len(had & came), len(owed - came)
-        line = f"after {after} came {len(came)}, {twice} of them again; {lost} are missing"
+        had = {one.id for one in main.events[: main.half]}
+        again = sum(one.id in had for one in back.events if one.id)
+        numbers = {*main.numbers, *back.numbers}
+        holes = max(numbers, default=0) - len(numbers)
+        places = 1 in numbers and 0 < holes < len(numbers)  # else these are other kinds of ids
+        lost = holes if places else 0
+        if after and back.ending not in ("limit", "full"):
+            lost = max(lost, len(main.events) - main.half - len(back.events))
+        line = f"after {after} came {len(back.events)}, {again} of them again; {lost} are missing"
         yield "resume", line if after else "not tried: no id to come back with"
-        yield "doubled", after and twice and f"{who} gets {many(twice, 'event')} again"
+        yield "doubled", again and f"{who} gets {many(again, 'event')} again"
+        yield "lost", lost and f"{who} misses {many(lost, 'event')}"
         refused = main.over and (not back.streams or back.ending in ("cut", "reset"))
         says = f"{who}: {back.status}, {back.kind}: {back.text}; {back.how}"
         yield "resume-refused", refused and says
-        if not after or back.ending in ("limit", "full"):
-            lost = 0  # for all we know
-        numbers = {*places([*main.events, *back.events])}
-        holes = max(numbers, default=0) - len(numbers)
-        lost = holes if 0 < holes < len(numbers) else lost  # more: these are other kinds of ids
-        yield "lost", lost and f"{who} misses {many(lost, 'event')}"
         took = back.last_at - back.first_at
         slow = main.over and took > 1 and back.size < 2**16
         yield "slow-stream", slow and f"a run that has ended takes {took:.1f} s for its last events"
@@ -6256,89 +6171,84 @@ def about_resume(it: Examination) -> Said:
 QUESTIONS = (
     about_answer, about_beginning, about_events, about_arrival, about_end, about_resume,
 )
-THE_SERVER, THE_RUN, THE_CALLER = "the server", "the analysis", "the caller"
-BETWEEN, SOMEBODY = "a proxy on the way", "the server or a proxy on the way"
-BY = {"client": BETWEEN, "admin": "an operator", "shutdown": "who stopped the server"}
-STATUSES = {  # and their hundreds
-    2: "not-a-stream", 3: "refused", 4: "refused", 204: "gone", 401: "unauthorized",
-    403: "forbidden", 404: "wrong-path", 429: "too-many", 502: "bad-gateway",
-    503: "unavailable", 504: "bad-gateway",
+STATUSES = {  # others below 500 are "refused", and above it "server-error"
+    200: "not-a-stream", 204: "gone", 401: "unauthorized", 403: "unauthorized",
+    404: "wrong-path", 502: "bad-gateway", 503: "unavailable", 504: "bad-gateway",
 }
-ILLS = {  # whose fault, and what to change; what explains more stands before what explains less
-    "no-answer": (SOMEBODY, "start it, correct its address, or look for a crash in its log"),
-    "unauthorized": (THE_CALLER, "send a good token: -H 'Authorization: Bearer …'"),
-    "forbidden": (THE_CALLER, "send the token and the tenant of who may see this"),
-    "not-found": (THE_SERVER, "send all requests of a run to the instance that runs it"),
-    "wrong-path": (THE_CALLER, "correct the URL"),
-    "refused": (THE_CALLER, "its answer says what it wants"),
-    "too-many": (THE_CALLER, "ask less often; Retry-After says when"),
-    "bad-gateway": (BETWEEN, "start what it passes on to, correct its address, or wait longer"),
-    "trigger-refused": (THE_SERVER, "its answer says why there is no stream: DEMO_OFF?"),
-    "unavailable": (THE_SERVER, "ask again after Retry-After: it is full or not up"),
-    "server-error": (THE_SERVER, "look in its log for this request"),
-    "gone": (THE_SERVER, "send 204 to who has seen everything; an EventSource stops at it"),
-    "not-a-stream": (SOMEBODY, "find out who answers: a login page? a wrong path?"),
-    "compressed": (BETWEEN, "compress no text/event-stream"),
-    "empty": (THE_SERVER, "look for what cancels it before its first byte: a middleware's scope"),
-    "no-events": (THE_SERVER, "look for what ends it early, or reads the run's queue as well"),
-    "double-wrapped": ("the relaying back end", "write lines as they came: not lines as data"),
-    "out-of-order": (THE_SERVER, "write each event once, in the order of their ids"),
-    "duplicate-run": (THE_SERVER, "start one run per runId, whoever asks twice"),
-    "invented": (THE_SERVER, "say `failed` and why, where the analysis did not end"),
-    "bad-json": (THE_SERVER, "write data as one whole line of JSON"),
-    "unterminated": (THE_SERVER, "end every event with a blank line: else no client sees it"),
-    "after-done": (THE_SERVER, "end the answer behind [DONE]"),
-    "gap": (THE_SERVER, "keep more events of a run"),
-    "resume-refused": (THE_SERVER, "keep what has ended, and send all requests to that instance"),
-    "lost": (THE_SERVER, "keep a log per run: viewers of one queue steal from each other"),
-    "doubled": (SOMEBODY, "use ids that the server can resume from; nobody may replace them"),
-    "idle-cut": (BETWEEN, "beat more often than its idle time-out"),
-    "time-limit": (BETWEEN, "raise its limit on a request's time; clients should resume"),
-    "cut": (SOMEBODY, "look at that moment in the log of each hop"),
-    "dead": (SOMEBODY, "send `: connected` and heartbeats, and end the answer behind [DONE]"),
-    "hidden-cut": (BETWEEN, "let it speak HTTP/1.1 to the server: in 1.0 a cut is an end"),
-    "no-done": (THE_SERVER, "write `data: [DONE]` last, behind completed or failed"),
-    "no-terminal": (THE_RUN, "end every run with completed or failed"),
-    "slow-headers": (THE_SERVER, "send status and `: connected` before any work"),
-    "buffered": (BETWEEN, "switch buffering off (nginx: proxy_buffering off, gzip off)"),
-    "no-heartbeat": (THE_SERVER, "send `: heartbeat` after 30 quiet seconds"),
-    "slow-stream": (THE_SERVER, "write at once what is in the log"),
-    "line-ends": (SOMEBODY, "end lines in LF: hand-written clients split there"),
-    "not-utf8": (THE_SERVER, "encode everything in UTF-8"),
-    "bom": (THE_SERVER, "write no byte order mark"),
-    "shredded": (SOMEBODY, "write whole events: some clients decode piece by piece"),
-    "failed": (THE_RUN, "its last event says why; the stream did its work"),
-    "missing-started": (THE_RUN, "begin every run with `started`"),
-    "progress-regress": (THE_RUN, "let percent only grow"),
-    "unknown-events": (THE_RUN, "tell the clients of these names"),
-    "slow-trigger": (THE_SERVER, "answer 202 first, analyse afterwards"),
+ILLS = {  # and what to change; what explains more stands before what explains less
+    "no-answer": "start it, correct its address, or look for a crash in its log",
+    "unauthorized": "send a good token: -H 'Authorization: Bearer …', and its tenant",
+    "not-found": "send all requests of a run to the instance that runs it",
+    "wrong-path": "correct the URL",
+    "refused": "its answer says what it wants; after a 429, ask less often",
+    "bad-gateway": "start what it passes on to, correct its address, or wait longer",
+    "trigger-refused": "its answer says why there is no stream: DEMO_OFF?",
+    "unavailable": "ask again after Retry-After: it is full or not up",
+    "server-error": "look in its log for this request",
+    "gone": "send 204 to who has seen everything; an EventSource stops at it",
+    "not-a-stream": "find out who answers: a login page? a wrong path?",
+    "compressed": "compress no text/event-stream",
+    "empty": "look for what cancels it before its first byte: a middleware's scope",
+    "no-events": "look for what ends it early, or reads the run's queue as well",
+    "double-wrapped": "write lines as they came: not lines as data",
+    "out-of-order": "write each event once, in the order of their ids",
+    "duplicate-run": "start one run per runId, whoever asks twice",
+    "invented": "say `failed` and why, where the analysis did not end",
+    "bad-json": "write data as one whole line of JSON",
+    "after-done": "end the answer behind [DONE]",
+    "gap": "keep more events of a run",
+    "resume-refused": "keep what has ended, and send all requests to that instance",
+    "lost": "keep a log per run: viewers of one queue steal from each other",
+    "doubled": "use ids that the server can resume from; nobody may replace them",
+    "idle-cut": "beat more often than its idle time-out",
+    "time-limit": "raise its limit on a request's time; clients should resume",
+    "cut": "look at that moment in the log of each hop",
+    "dead": "send `: connected` and heartbeats, and end the answer behind [DONE]",
+    "hidden-cut": "let it speak HTTP/1.1 to the server: in 1.0 a cut is an end",
+    "no-done": "write `data: [DONE]` last, and a blank line behind every event",
+    "no-terminal": "end every run with completed or failed",
+    "slow-headers": "send status and `: connected` before any work",
+    "buffered": "switch buffering off (nginx: proxy_buffering off, gzip off)",
+    "no-heartbeat": "send `: heartbeat` after 30 quiet seconds",
+    "slow-stream": "write at once what is in the log",
+    "line-ends": "end lines in LF: hand-written clients split there",
+    "not-utf8": "encode everything in UTF-8",
+    "bom": "write no byte order mark",
+    "shredded": "write whole events: some clients decode piece by piece",
+    "failed": "its last event says why; the stream did its work",
+    "off-contract": "begin with `started`, let progress grow, and name events as documented",
+    "slow-trigger": "answer 202 first, analyse afterwards",
+}
+FAULTS = {  # whose fault; all others are the server's
+    "the caller": "unauthorized wrong-path refused",
+    "the analysis": "no-terminal failed off-contract",
+    "the relaying back end": "double-wrapped",
+    "a proxy on the way": "bad-gateway compressed idle-cut time-limit hidden-cut buffered",
+    "the server or a proxy on the way":
+        "no-answer not-a-stream doubled cut dead line-ends shredded",
 }
 
 
-async def diagnose(
-    url: str, *, case: str | None = None, via: str | None = None,
-    headers: Mapping[str, str] | None = None, limit: float = 600.0,
-) -> dict[str, Any]:
-    """Ask the stream at `url`, or at this server the stream of a new run of `case`; and the same
-    one via another URL. What was seen, and a verdict; an OSError if nobody could be asked."""
-    headers = {"authorization": "Bearer test-token", **(headers or {})}
-    began = trio.current_time()
-    until = began + limit
-    for _ in range(2 if case else 1):  # bytes that are late once may be chance: then another run
-        triggers: list[Examined] = []
-        both = [Examination(one, headers, until, triggers) for one in (url, via) if one]
-        if case:
-            await both[0].trigger(case)
-        async with trio.open_nursery() as nursery:
-            for one in both:
-                nursery.start_soon(one.look)
-        if not any(map(held_back, both)) or 2 * trio.current_time() - began > until:
-            break  # or there is no time for another
-    asked = (triggers or both[0].visits)[0]
-    if not asked.sent:
-        raise OSError(asked.how)
-    report, *others = [one.report() for one in both]
-    return compared(report, *others) if others else report
+def report(main: Examined) -> dict[str, Any]:
+    """The answers; the ills, that which explains most first; and the verdict."""
+    asked = QUESTIONS if main.streams else QUESTIONS[:1]
+    said = {name: str(says) for question in asked for name, says in question(main) if says}
+    ills = [
+        {"ill": ill, "says": said.pop(ill), "fault": fault(main, ill), "change": change}
+        for ill, change in ILLS.items() if ill in said
+    ]
+    verdict = ills[0]["ill"] if ills else "healthy"
+    says = f"nothing is wrong: {said.get('end')}"
+    if ills:
+        says = "{says} — {fault} is at fault: {change}".format(**ills[0])
+    return {"url": main.url, "verdict": verdict, "says": says, "ills": ills, "answers": said}
+
+
+def fault(main: Examined, ill: str) -> str:
+    """Whose it is; of an end, the server's journal knows more than the wire."""
+    if main.journal and ill in ("cut", "dead"):
+        return f"the {main.journal.get('by')}".replace("the client", "a proxy on the way")
+    return next((who for who, ills in FAULTS.items() if ill in ills.split()), "the server")
 
 
 def compared(direct: dict[str, Any], via: dict[str, Any]) -> dict[str, Any]:
@@ -6347,104 +6257,178 @@ def compared(direct: dict[str, Any], via: dict[str, Any]) -> dict[str, Any]:
     added = [ill for ill in via["ills"] if ill["ill"] not in known]
     both = {**direct, "via": via}
     if not added:
-        return {**both, "says": f"{direct['says']}; that way too"}
-    ill, says, fault, change = added[0].values()
-    if any(one["fault"] != THE_RUN for one in direct["ills"]):
-        return {**both, "says": f"{direct['says']} (that way also: {says})"}
-    if fault != THE_CALLER:
-        fault = f"what stands between {direct['url']} and {via['url']}"
-    return {**both, "verdict": ill, "says": f"{says} — {fault} is at fault: {change}"}
+        return both
+    ill = added[0]
+    if known:
+        return {**both, "says": f"{direct['says']} (that way also: {ill['says']})"}
+    hop = f"what stands between {direct['url']} and {via['url']}"
+    says = f"{ill['says']} — {hop} is at fault: {ill['change']}"
+    return {**both, "verdict": ill["ill"], "says": says}
+
+
+@dataclass
+class Doctor:
+    """Asks as a careful client does, with these headers, and until then by Trio's clock."""
+
+    headers: Mapping[str, str]
+    until: float
+
+    async def visit(
+        self, url: str, limit: float, sends: Mapping[str, str], post: bytes = b""
+    ) -> Examined:
+        """Ask, and hear the answer to its end, or for so many seconds."""
+        until = min(self.until, trio.current_time() + limit)
+        async with Examined(url, {**sends, **self.headers}, post, until) as seen:
+            async for one in seen:
+                seen.hear(one)
+        return seen
+
+    async def trigger(self, url: str, case_id: str) -> Examined:
+        """Ask for a run as the back end does."""
+        url = f"{url.rstrip('/')}/aura/cases/{encoded(case_id)}/analysis-runs"
+        post = to_bytes(to_json({"runId": f"doctor-{uuid.uuid4().hex[:12]}"}))
+        seen = await self.visit(url, 10, {"content-type": "application/json"}, post)
+        seen.streams = False  # not this
+        return seen
+
+    async def examine(self, url: str, trigger: Examined | None) -> Examined:
+        """Ask for the stream, come back to it, and ask the server what it saw. What the trigger
+        calls the stream counts as a path of this server: another host would get our token."""
+        if trigger:
+            told = fields_of(trigger.body) or {}
+            path = str(told.get("streamUrl") or told.get("streamPath"))
+            if not path.startswith("/"):
+                return trigger
+            url = url.rstrip("/") + path
+
+        # as browsers ask, to see if somebody compresses it; and with a name, for the journal
+        sends = {"accept-encoding": "gzip", "x-test-id": uuid.uuid4().hex}
+        main = await self.visit(url, math.inf, sends)
+        main.trigger = trigger
+        if main.streams and main.ending not in ("limit", "full"):
+            known = [one.id for one in main.events[: main.half] if one.id]
+            after = {"last-event-id": known[-1]} if known else {}
+            main.later.append(await self.visit(url, BACK, sends | after))
+            if "x-aura-attempt" in main.headers and main.ending != "quiet":  # then we had left
+                await self.ask_journal(main)
+        return main
+
+    async def ask_journal(self, main: Examined) -> None:
+        """What the server itself says of this visit, after which we came back once."""
+        path = f"/__aura/journal?kind=stream&testId={encoded(main.sends['x-test-id'])}"
+        seen = await self.visit(urljoin(main.url, path), 5, {})
+        told = fields_of(seen.body)
+        with contextlib.suppress(LookupError, TypeError):
+            entry = told["entries"][-2]
+            main.journal = {**entry["end"], "said": entry["said"]}
+
+
+async def diagnose(
+    url: str, *, case: str | None = None, via: str | None = None,
+    headers: Mapping[str, str] | None = None, limit: float = 600.0,
+) -> dict[str, Any]:
+    """Ask the stream at `url`, or at this server the stream of a new run of `case`; and the same
+    one via another URL. What was seen, and a verdict; an OSError if nobody could be asked."""
+    began = trio.current_time()
+    until = began + limit
+    doctor = Doctor({"authorization": "Bearer test-token", **(headers or {})}, until)
+    seen: dict[str, Examined] = {}
+
+    async def examine(one: str) -> None:
+        seen[one] = await doctor.examine(one, trigger)
+
+    for _ in range(2 if case else 1):  # bytes that are late once may be chance: then another run
+        trigger = await doctor.trigger(url, case) if case else None
+        async with trio.open_nursery() as nursery:
+            for one in filter(None, (url, via)):
+                nursery.start_soon(examine, one)
+        if not any(map(held_back, seen.values())) or 2 * trio.current_time() - began > until:
+            break  # or there is no time for another
+    asked = trigger or seen[url]
+    if not asked.sent:
+        raise OSError(asked.how)
+    return compared(report(seen[url]), report(seen[via])) if via else report(seen[url])
 
 
 # ═══ 27  Command line ═════════════════════════════════════════════════════════════════════════════
-# A flag for each setting, a sentence for each mistake, exit status 2 for what could not begin.
+# A flag for each setting, a sentence for each mistake, exit status 2 for what could not begin. The
+# docstring of a command is what its --help says.
 
-ABOUT = "A local server that speaks Aura's analysis-stream contract, and can misbehave."
-FIRST_STEPS = """try it, in a second terminal or in a browser at {url}/ :
-  curl -N -X POST {url}/aura/cases/85116/analysis/trigger -H "Authorization: Bearer t"
-  curl -N -X POST {url}/aura/cases/85116~drop/analysis/trigger -H "Authorization: Bearer t"
-  {me} diagnose {url} --case 85116~buffered
-The first shows a stream, the second breaks it, the third says what is wrong with one.
-"""
-AFTER_READY = "for Spring: aura.base-url={url}\n" + FIRST_STEPS + "Ctrl-C stops it."
-DIAGNOSES = """Ask a stream as a careful client would, and say what is wrong with it, whose fault
-that is, and what to change. It may be anybody's: this server's, Aura's, one behind a proxy."""
-DIAGNOSED = """for example:
-  aura-stream diagnose http://localhost:9000 --case 85116
-  aura-stream diagnose "http://localhost:9000/aura/analysis-runs/r1/stream"
-  aura-stream diagnose http://localhost:9000 --case 85116 --via http://localhost:8080/api
-exit status: 0 the stream is healthy, 1 it is not, 2 nobody could be asked
-"""
+FIRST_STEPS = (
+    "for Spring: aura.base-url={url}\n"
+    "try it, in a second terminal or in a browser at {url}/ :\n"
+    '  curl -N -X POST "{url}/aura/cases/1/analysis/trigger?access_token=t"\n'
+    '  curl -N -X POST "{url}/aura/cases/1~drop/analysis/trigger?access_token=t"\n'
+    "  {me} diagnose {url} --case 1~buffered\n"
+    "The first shows a stream, the second breaks it, the third diagnoses one.\n"
+    "Ctrl-C stops it."
+)
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but a mistake is one sentence, and an unknown flag gets a suggestion."""
+    """argparse, but a mistake is one sentence, and an unknown word gets a suggestion."""
 
-    def __init__(self, command: str, about: str, after: str, usage: str) -> None:
+    def __init__(self, command: Callable[[list[str]], int]) -> None:
+        name = f"aura-stream {command.__name__.partition('_')[0]}"
         super().__init__(
-            prog="aura-stream", description=about, epilog=after, allow_abbrev=False,
-            usage=f"aura-stream {usage}", formatter_class=argparse.RawDescriptionHelpFormatter)
-        self.command = command
+            name, f"{name} …", inspect.getdoc(command), allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; 'aura-stream {self.command} --help' says more")
+        raise ValueError(f"{message}; '{self.prog} --help' says more")
 
     def read(self, words: list[str]) -> dict[str, Any]:
+        """What these words say, by the names of the flags."""
         found, unknown = self.parse_known_args(words)
-        for word in (word.partition("=")[0] for word in unknown):
-            if word in COMMANDS:
-                raise ValueError(f"the command comes first: aura-stream {word} …")
-            if not word.startswith("-"):
-                raise ValueError(f"{self.command!r} takes no {word!r}")
-            known = re.findall(r"--[\w-]+", self.format_help())
-            close = difflib.get_close_matches(word, known, n=1)
-            help_ = f"'aura-stream {self.command} --help' lists all there is"
-            advice = f"did you mean {close[0]}?" if close else help_
-            raise ValueError(f"there is no {word}; {advice}")
+        for word in unknown:
+            close = did_you_mean(word, [*self._option_string_actions, *COMMANDS])
+            self.error(f"there is no {word!r} here{close}")
         return vars(found)
 
 
-def add_flag(about: Any, one: dataclasses.Field[Any]) -> None:
-    """The flag of a setting; its help names its environment variable."""
-    says = one.metadata["says"].replace("`", "").replace("%", "%%")
-    says += f" ({'none' if one.default == '' else one.default}; {variable(one)})"
-    alone: Any = {"nargs": "?", "const": "true"} if isinstance(one.default, bool) else {}
-    kinds = {bool: "true|false", int: "N", float: "N"}
-    form = one.metadata.get("choices") or kinds.get(type(one.default), "TEXT")
-    about.add_argument(flag(one), dest=one.name, metavar=form, help=says, **alone)
-
-
 def serve_command(words: list[str]) -> int:
-    """Serve until a signal."""
-    usage = "[serve] …\n       aura-stream diagnose URL …\n       aura-stream scenarios …"
-    steps = FIRST_STEPS.format(url="http://localhost:9000", me="aura-stream")
-    about = Parser("serve", ABOUT, steps, usage)
-    about.add_argument("--version", action="version", version=f"aura-stream {__version__}")
-    group = about.add_argument_group("settings: flag, meaning (default; environment variable)")
+    """A local server that speaks Aura's analysis-stream contract, and can misbehave.
+
+    Serve, on http://127.0.0.1:9000, until Ctrl-C:     aura-stream [serve] [FLAG VALUE] …
+    Say what is wrong with a stream, anybody's:        aura-stream diagnose URL …
+    List what can go wrong, or print one scenario:     aura-stream scenarios [NAME]
+
+    A flag beats its environment variable, and that the default: both are in brackets.
+    """
+    parser = Parser(serve_command)
+    parser.add_argument("--version", action="version", version=f"aura-stream {__version__}")
     for one in flagged(Settings):
-        add_flag(group, one)
-    flags = about.read(words)
-    settings = Settings.read(flags, os.environ)
+        yes: Any = {"nargs": "?", "const": "true"} if isinstance(one.default, bool) else {}
+        parser.add_argument(
+            flag(one), metavar=one.metadata.get("choices") or str(one.type),
+            help=f"{one.metadata['says']} ({one.default!r}; {variable(one)})", **yes)
+    settings = Settings.read(parser.read(words), os.environ)
+
     shape = "%(asctime)s - %(name)s - %(levelname)s - %(message)s"
     with contextlib.closing(LogWriter()) as lines:
-        logging.basicConfig(stream=lines, level=settings.log_level, format=shape)
-        warn_of_strangers(os.environ)
+        logging.basicConfig(stream=lines, level=settings.log_level.upper(), format=shape)
         prepare_process()
         try:
             trio.run(serve_until_signalled, settings, partial(greet, settings))
         except* OSError as group:
-            raise ValueError(cannot_listen(settings, innermost(group))) from None
+            where = f"{settings.host}:{settings.port}"
+            why = f"{innermost(group)}; --port 0 takes a free port"
+            raise ValueError(f"cannot listen on {where}: {why}") from None
     return 0
 
 
 class LogWriter:
     """Standard error for log lines. A thread of its own writes them, so that who does not read
-    them holds up nobody; those that find no room are dropped, and then their number is said."""
+    them holds up nobody; those that find no room are dropped, and then their number is said.
+
+    The standard library's QueueListener would be stuck in Python's own buffer when the process
+    ends, which is a crash; and it wakes for each line, which holds up the other threads.
+    """
 
     most = 10_000  # lines that wait for a reader who pauses: a few megabytes
-    _dropped = 0
 
     def __init__(self) -> None:
+        self._dropped = 0
         self._lines = queue.SimpleQueue[str]()
         self._thread = threading.Thread(target=self._put_out, daemon=True)
         self._thread.start()
@@ -6452,57 +6436,34 @@ class LogWriter:
     def write(self, text: str) -> None:
         if self._lines.qsize() >= (1 if self._dropped else self.most):
             self._dropped += 1
-            return
-        self._say_dropped()
-        self._lines.put(indented(text))
+        else:
+            self._say_dropped()
+            self._lines.put(indented(text) + "\n")
 
     def _say_dropped(self) -> None:
         if self._dropped:
-            self._lines.put(f"aura-stream: dropped {self._dropped} log lines, nobody read them")
+            self._lines.put(f"aura-stream: dropped {self._dropped} log lines, nobody read them\n")
             self._dropped = 0
 
     def _put_out(self) -> None:
-        """Past Python's buffer: to be stuck in there when the process ends would be a crash."""
-        for first in iter(self._lines.get, ""):
-            time.sleep(0.05)  # to wake this thread for each line would hold up the others
-            text = first + "\n"
+        for text in iter(self._lines.get, ""):
+            time.sleep(0.05)  # many lines in one go
             while self._lines.qsize() > 1 and len(text) < 2**16:  # the last may be the end's ""
-                text += self._lines.get() + "\n"
-            with contextlib.suppress(OSError):
-                if sys.stderr:  # else 2 may be anything
-                    _write_whole(2, to_bytes(text))
+                text += self._lines.get()
+            data = to_bytes(text) if sys.stderr else b""  # without one, 2 may be anything
+            while data:
+                try:
+                    data = data[os.write(2, data) :]
+                except BlockingIOError:  # somebody has made it non-blocking
+                    time.sleep(0.05)
+                except OSError:
+                    break
 
     def close(self) -> None:
         """What is left goes out, if somebody reads it."""
         self._say_dropped()
         self._lines.put("")
         self._thread.join(1)
-
-
-def _write_whole(file: int, data: bytes) -> None:
-    """Also where somebody has made the file non-blocking."""
-    while data:
-        try:
-            data = data[os.write(file, data) :]
-        except BlockingIOError:
-            time.sleep(0.05)
-
-
-def cannot_listen(settings: DoubleSettings, error: BaseException) -> str:
-    """Why not, and what to do."""
-    where = f"{settings.host}:{settings.port}"
-    if getattr(error, "errno", None) != errno.EADDRINUSE:
-        return f"cannot listen on {where}: {error}; is it an address of this machine?"
-    return (f"cannot listen on {where}: another program does already; "
-            "stop that, or --port 0 takes a free port")
-
-
-def warn_of_strangers(environment: Iterable[str]) -> None:
-    """A variable that looks like one of ours and is none is perhaps misspelt."""
-    known = [variable(one) for one in flagged(Settings)]
-    for name in sorted(set(environment) - set(known)):
-        if name.startswith("AURA_") and (close := difflib.get_close_matches(name, known, n=1)):
-            logger.warning("there is no %s; did you mean %s?", safe(name), close[0])
 
 
 def prepare_process() -> None:
@@ -6519,14 +6480,10 @@ def prepare_process() -> None:
 def greet(settings: DoubleSettings, aura: Aura, nursery: trio.Nursery) -> None:
     """Show a person the first steps, and heed standard input, if that is wished."""
     if os.isatty(1) and os.isatty(2):
-        print(AFTER_READY.format(url=aura.url, me=how_called()), file=sys.stderr)
+        me = shlex.join([sys.executable, os.path.abspath(sys.argv[0])])
+        print(FIRST_STEPS.format(url=aura.url, me=me), file=sys.stderr)
     if settings.exit_with_stdin:
         nursery.start_soon(stop_with_stdin, aura)
-
-
-def how_called() -> str:
-    """The command that started this, to be typed again."""
-    return shlex.join([sys.executable, os.path.abspath(sys.argv[0])])
 
 
 async def stop_with_stdin(aura: Aura) -> None:
@@ -6538,87 +6495,75 @@ async def stop_with_stdin(aura: Aura) -> None:
 
 
 def scenarios_command(words: list[str]) -> int:
-    """List the scenarios, or print one."""
-    about = Parser("scenarios", "List all that can go wrong, or print one scenario, to change it.",
-                   "A changed one goes into a file: aura-stream --scenarios FILE --scenario NAME",
-                   "scenarios [NAME] [--scenarios FILE]")
-    about.add_argument("name", nargs="?", metavar="NAME", help="print this one, as JSON")
-    fields = {one.name: one for one in flagged(Settings)}
-    add_flag(about, fields["scenarios"])
-    flags = about.read(words)
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
-    print(listed(known_scenarios(Settings.read(flags, os.environ)), flags["name"]))
+    """List all that can go wrong, or print one scenario as JSON, to change it.
+
+    A changed one goes into a file: aura-stream --scenarios FILE --scenario NAME
+    """
+    parser = Parser(scenarios_command)
+    parser.add_argument("name", nargs="?", metavar="NAME", help="print this one")
+    parser.add_argument("--scenarios", metavar="FILE", help="a file with scenarios of your own")
+    flags = parser.read(words)
+    known = known_scenarios(Settings.read(flags, os.environ))
+    name = flags["name"]
+    if name is None:
+        show("\n".join(f"{one.name:25} {one.doc}" for one in known.values()))
+    elif name in known:
+        show(json.dumps(known[name].source, indent=2, ensure_ascii=False))
+    else:
+        raise ValueError(f"there is no scenario {name!r}{did_you_mean(name, known)}")
     return 0
 
 
-def listed(known: Mapping[str, Scenario], name: str | None) -> str:
-    """The catalogue, a line each; or one scenario as JSON, ready to change."""
-    if name is None:
-        return "\n".join(f"{one.name:25} {one.doc}" for one in known.values())
-    if name not in known:
-        raise ValueError(f"there is no scenario {name!r}{did_you_mean(name, known)}")
-    return json.dumps(known[name].source, indent=2, ensure_ascii=False)
-
-
-def rightly_asked(
-    url: str, case: str | None, via: str | None, given: list[str]
-) -> dict[str, str]:
-    """The headers to send; or a ValueError that says what to ask instead."""
-    pairs = [header.partition(":") for header in given]
-    for name, colon, _ in pairs:
-        if not colon or name.strip().lower() == "last-event-id":
-            raise ValueError(f"-H takes 'Name: value', and no Last-Event-ID, not {name!r}")
-    named = {name.strip().lower(): value.strip() for name, _, value in pairs}
-    Headers(named)
-    for one in filter(None, (url, via)):
-        target_of(one)
-    if case is None and urlsplit(url).path in ("", "/"):
-        raise ValueError("give the URL of a stream, or that of a server and --case ID")
-    if case is not None and (re.search("/aura/|[?]", url) or not case or "/" in case):
-        raise ValueError("--case takes an id without '/', and the URL is then the server's")
-    if re.search("last-?event-?id=", url, re.IGNORECASE):
-        raise ValueError("leave lastEventId out of the URL: the doctor begins at the start")
-    return named
-
-
 def diagnose_command(words: list[str]) -> int:
-    """Examine a stream; 0 if it is healthy, 1 if not."""
-    about = Parser("diagnose", DIAGNOSES, DIAGNOSED, "diagnose URL [--case ID] [--via URL] …")
-    about.add_argument("url", metavar="URL", help="a stream's; or with --case, the server's")
-    about.add_argument("--case", metavar="ID",
-                       help="trigger an analysis of this case first, and ask for its stream")
-    about.add_argument("--via", metavar="URL",
-                       help="ask the same stream this way too: which hop loses what?")
-    about.add_argument("--limit", metavar="S", type=float, default=600.0,
-                       help="listen so many seconds at most (600)")
-    about.add_argument("-H", dest="headers", metavar="'NAME: VALUE'", action="append", default=[],
-                       help="send this header; without one: 'Authorization: Bearer test-token'")
-    about.add_argument("--json", action="store_true", help="print all that was found as JSON")
-    flags = about.read(words)
-    named = rightly_asked(flags["url"], flags["case"], flags["via"], flags["headers"])
-    checked(number(float, 1, 10**6), limit := flags["limit"], "--limit")
+    """Ask a stream as a careful client would, and say what is wrong with it, whose fault that is,
+    and what to change. It may be anybody's: this server's, Aura's, one behind a proxy.
 
-    asks = partial(diagnose, flags["url"], case=flags["case"], via=flags["via"], headers=named)
-    try:
-        report = trio.run(partial(asks, limit=limit))
-    except* OSError as group:
-        raise ValueError(f"nobody could be asked: {innermost(group)}") from None
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
-    print(json.dumps(report, indent=2) if flags["json"] else in_lines(report))
+    aura-stream diagnose http://localhost:9000 --case 85116
+    aura-stream diagnose "http://localhost:9000/aura/analysis-runs/r1/stream"
+    aura-stream diagnose http://localhost:9000 --case 85116 --via http://localhost:8080/api
+
+    exit status: 0 the stream is healthy, 1 it is not, 2 nobody could be asked
+    """
+    parser = Parser(diagnose_command)
+    add = parser.add_argument
+    add("url", metavar="URL", help="a stream's; or with --case, the server's")
+    add("--case", metavar="ID", help="trigger an analysis of this case, and ask for its stream")
+    add("--via", metavar="URL", help="ask the same stream this way too: which hop loses what?")
+    add("--limit", metavar="S", type=float, default=600.0, help="listen so long at most (600)")
+    add("-H", metavar="'NAME: VALUE'", dest="headers", action="append", default=[],
+        help="send this header; without one: 'Authorization: Bearer test-token'")
+    add("--json", action="store_true", help="print all that was found as JSON")
+    flags = parser.read(words)
+    as_json = flags.pop("json")
+    pairs = (given.partition(":") for given in flags["headers"])
+    flags["headers"] = {name.lower(): text.strip() for name, _, text in pairs}
+    checked(Headers, flags["headers"])
+    if not flags["case"] and urlsplit(flags["url"]).path in ("", "/"):
+        raise ValueError("give the URL of a stream, or that of a server and --case ID")
+
+    report = trio.run(partial(diagnose, **flags))
+    show(json.dumps(report, indent=2) if as_json else in_lines(report))
     return 0 if report["verdict"] == "healthy" else 1
 
 
 def in_lines(report: Mapping[str, Any]) -> str:
     """A diagnosis as a person reads it: the answers, then one sentence."""
     lines = []
-    for one in (report, *([report["via"]] if "via" in report else [])):
+    for one in filter(None, (report, report.get("via"))):
         lines += [one["url"], *(f"  {name:12} {text}" for name, text in one["answers"].items())]
         lines += [f"  {'ill':12} {ill['ill']}: {ill['says']}" for ill in one["ills"]]
     verdict = report["verdict"]
-    verdict = verdict if verdict == "healthy" else f"faulty ({verdict})"
-    shown = "\n".join(printable(line)[:1000] for line in (*lines, f"{verdict}: {report['says']}"))
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    return shown.encode(encoding, "backslashreplace").decode(encoding)
+    if verdict != "healthy":
+        verdict = f"faulty ({verdict})"
+    lines.append(f"{verdict}: {report['says']}")
+    return "\n".join(printable(line)[:1000] for line in lines)
+
+
+def show(text: str) -> None:
+    """On standard output."""
+    with contextlib.suppress(AttributeError):  # not on Windows
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
+    print(text)
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
@@ -6626,23 +6571,19 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 }
 
 
-def complain(text: str) -> None:
-    """A line on standard error, if there is one: somebody may have closed it."""
-    with contextlib.suppress(OSError):
-        if sys.stderr is not None:
-            print(printable(text), file=sys.stderr, flush=True)
-
-
 def main(arguments: list[str] | None = None) -> int:
     """The exit status. What goes wrong at the start is one sentence, and 2."""
-    words, status = sys.argv[1:] if arguments is None else arguments, 2
-    command, *rest = words if words and not words[0].startswith("-") else ["serve", *words]
+    words = sys.argv[1:] if arguments is None else arguments
+    if not words or words[0].startswith("-"):
+        words = ["serve", *words]
+    command, *rest = words
+    status = 2
     try:
         if command not in COMMANDS:
             raise ValueError(f"there is no command {command!r}{did_you_mean(command, COMMANDS)}")
         status = COMMANDS[command](rest)
     except* (ValueError, OSError) as group:
-        complain(f"aura-stream: {innermost(group)}")
+        print(f"aura-stream: {printable(str(innermost(group)))}", file=sys.stderr)
     except* KeyboardInterrupt:
         status = 130
     return status
