@@ -41,7 +41,7 @@ from above it. Ten minutes? Read part 1.
      4  Analyses               what the ordinary runs say
      5  HTTP                   the routes of a client's life
      6  Serving                the nurseries, and the order in which they end
-    Part 2  The double (and, not yet in parts of their own, what serves in operation and people)
+    Part 2  The double
      7  All settings           every knob, once
      8  Reading events         what a client parses
      9  Script time            a clock that tests can move
@@ -50,16 +50,21 @@ from above it. Ten minutes? Read part 1.
     12  Runs of scenarios      gates, limits, forgetting
     13  Held back, and cut anew  what a proxy does to a stream
     14  Scripted deliveries    how a delivery goes wrong, at the exact byte
-    15  Contract               who may ask for what, how we refuse, how a test chooses
-    16  Choosing               a request and its answer; the scenario of a run and of a stream
-    17  Operations             on call, and in control of the double
-    18  What ASGI cannot say   the fenced corner: sockets, deadlines, other people's bugs
-    19  Catalogue              the built-in scenarios, as data
-    20  The page               a client with its eyes open: one run, live
-    21  The double             all of it, served; `running()` for tests
-    22  The careful client     hears a stream of anybody's, whatever it sends
-    23  Diagnosis              asks any stream what is wrong with it, and whose fault that is
-    24  Command line
+    15  Catalogue              the built-in scenarios, as data
+    16  Choosing               which scenario, which attempt, which script
+    17  Control                what the double can do, is to do, and has done
+    18  The double             all of it, served; `running()` for tests
+    Part 3  In operation
+    19  What ASGI cannot say   the fenced corner: sockets, deadlines, other people's bugs
+    20  Access                 who may ask for what
+    21  Jobs                   generation jobs: runs of their own kind
+    22  Metrics and admin      for whoever is on call
+    23  The whole double       all of it, on connections that nothing kills
+    Part 4  For people
+    24  The page               a client with its eyes open: one run, live
+    25  The careful client     hears a stream of anybody's, whatever it sends
+    26  Diagnosis              asks any stream what is wrong with it, and whose fault that is
+    27  Command line
 
 Who is inside whom ends with whom. These are the scopes that end things:
 
@@ -1133,8 +1138,7 @@ async def serve_until_signalled(
 
 
 # ═══ Part 2  The double ═══════════════════════════════════════════════════════════════════════════
-# It goes wrong on purpose, at the exact byte, and says who closed first. (In operation, and for
-# people: chapters 15 to 24 are not in parts of their own yet.)
+# It goes wrong on purpose, at the exact byte, and says who closed first.
 
 
 import argparse
@@ -1171,7 +1175,7 @@ from urllib.parse import unquote, urlencode, urljoin, urlsplit
 import h11
 import msgspec
 from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable
-from quart import g
+from quart import current_app
 from werkzeug.exceptions import HTTPException
 
 # ═══ 7  All settings ══════════════════════════════════════════════════════════════════════════════
@@ -2777,7 +2781,7 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
         self.script = script
         self.entry = entry
         self.connection: Any = connection or NoSocket()
-        if connection:
+        if hasattr(connection, "put"):
             self.put = connection.put  # type: ignore[method-assign]  # the short way
         self.usual = usual or Step("open", {})  # the head, where its script ends without one
         self.named = headers or {}
@@ -3150,273 +3154,282 @@ def close_all(
     return len(chosen)
 
 
-# ═══ 15  Contract ═════════════════════════════════════════════════════════════════════════════════
-# Who may ask for what, what a request must look like, how we say no (status, cause, next step),
-# and how a test chooses what shall go wrong.
+# ═══ 15  Catalogue ════════════════════════════════════════════════════════════════════════════════
+# The built-in scenarios, as data: name, the symptom and what a client sees, the scripts for it.
 
 
-def script_of(refusal: Refusal) -> Script:
-    """How a refusal goes out where a stream was asked for."""
-    head = {"status": refusal.status, "headers": refusal.headers, "body": refusal.body or ""}
-    return refusal.script or (Step("open", literal(head)),)
+def _say(name: str, **data: Any) -> dict[str, Any]:
+    return {"event": {"event": name, "data": data}}
 
 
-def cause_of(refusal: Refusal) -> str:
-    """Its cause, for log and journal."""
-    body = refusal.body or {}
-    said = body.get("error") or body.get("detail") or body.get("message")
-    if isinstance(said, list):
-        said = f"{'.'.join(map(str, said[0]['loc']))}: {said[0]['msg']}"
-    said = said or {204: "finished and fully seen"}.get(refusal.status, "no tenant")
-    return said + (f", the limit is {body['limit']}" if "limit" in body else "")
+def _answer(status: int, body: Any, headers: Any = ()) -> list[Any]:
+    return [{"open": {"status": status, "headers": dict(headers), "body": body}}]
 
 
-CONTROL = re.compile(r"/(__aura(?!/health\Z)|api/admin)(/.*)?", re.DOTALL)
-JOBS = re.compile(r"/api/(generation|v1/generations)(/.*)?", re.DOTALL)
-GATEWAY = re.compile(
-    r"/api(?:(/aura(?:/.*)?)|/synapse(?:(/analysis-runs/[^/]*/stream)|/.*))", re.DOTALL)
-LOCAL = ("localhost", "127.0.0.1", "::1")
-LOCAL_PEER = re.compile(r"(127\..*|::1|<local>):\d+")
-LOCAL_PAGE = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?", re.IGNORECASE)
-CHALLENGE = {"WWW-Authenticate": "Bearer"}
+_TWO = [HELLO, {"relay": 2}]
+_ALL = [HELLO, "heartbeat", REST]
+_USUAL = [*_ALL, BYE]
+_IDS = {"status": "completed", "runId": "{runId}", "caseId": "{caseId}"}
+_STARTED = _say("started", runId="{runId}", caseId="{caseId}", at="{now}")
+_COMPLETED = _say("completed", **_IDS, summary="nothing unusual", score=0.5, severity="LOW")
+_BEGIN = [_STARTED, _say("step", label="INPUT_NORM", detail="", percent=10)]
+_FOUR = [*_BEGIN, _say("step", label="RULE_SCORING", detail="", percent=45), _COMPLETED]
+_FIRST, _SECOND, _THIRD, _LAST = (  # the four, as a stream script writes them: with their ids
+    {"event": {"id": str(number), **step["event"]}} for number, step in enumerate(_FOUR, 1)
+)
+_TICK = _say("step", label="TICK", turn="{n}")
+_SLOW_TICK = [{"sleep": 10}, _TICK]
+_BUSY = _answer(503, {"error": "temporarily unavailable"}, {"Retry-After": "1"})
+_UNKNOWN = {"error": "runId not found or already completed", "runId": "{runId}"}
+_LOST = _answer(404, _UNKNOWN)
+_LOGIN = "<!doctype html><title>Log in</title><p>Your session has expired."
+_HTML = {"Content-Type": "text/html; charset=utf-8"}
+_OFF = {"status": "disabled", "message": "Analysis disabled (DEMO_OFF)"}
+_KOREAN = "증거를 수집하고 규칙을 적용한 뒤 위험도를 설명합니다. " * 40
+_OPAQUE = {"frame": {"id": "opaque:{n}"}}
+
+# A row: what one sees; then its scripts, as far as they are not the ordinary ones.
+RUNS: dict[str, Any] = {  # run, stream
+    "ok": ["all is well: the ordinary run, the ordinary stream"],
+    "phase3": [
+        "all is well: the ordinary Phase3 run, whoever triggers it", [{"ordinary": "phase3"}]],
+    "generation": [
+        "a generation job: ids `{jobId}_{n}`, heartbeats as events, no [DONE]",
+        [{"ordinary": "generation"}],
+        [{"frame": JOB_FRAME}, HELLO, {"heartbeat": {"every": 30, **JOB_BEAT}}, REST]],
+    "failed": [
+        "the analysis fails: `failed` says why and is the last event, then [DONE]",
+        [*_BEGIN, {"fail": {"error": "the model refused the prompt", "stage": "llm"}}]],
+    "crash": [
+        "the analysis raises: `failed` names the exception, the server lives",
+        [*_BEGIN, {"crash": "row 7 has no amount"}]],
+    "slow-first": [
+        "only heartbeats for 30 s, then an ordinary run: is the client patient?",
+        [{"sleep": 30}, "ordinary"]],
+    "silent": [
+        "a run that never speaks: heartbeats, then `failed` at the idle time-out", ["hang"]],
+    "slow-run": [
+        "an event every 10 s for 70 s: an absolute timer of 65 s gives up too early",
+        [_STARTED, {"repeat": 7, "steps": _SLOW_TICK}, _COMPLETED]],
+    "stepped": [
+        "each event waits for its gate, go-1 to go-4: the test decides when it comes",
+        [part for n in range(4) for part in ({"wait": f"go-{n + 1}"}, _FOUR[n])]],
+    "flood": [
+        "20 000 events as fast as they come: does the client keep up?",
+        [_STARTED, {"repeat": 20_000, "steps": [_TICK]}, _COMPLETED]],
+    "big-event": [
+        "one event of 5 MB on one line: does a line buffer overflow?",
+        [_STARTED, {**_say("evidence", type="COLLECTED"), "pad": 5_000_000}, _COMPLETED]],
+    "korean": [
+        "long multi-byte text: characters that straddle every buffer",
+        [_STARTED, *[_say("step", label="설명", detail=_KOREAN)] * 5, _COMPLETED]],
+    "no-terminal": ["[DONE] comes, but neither completed nor failed did", _FOUR[:3]],
+    "progress-regress": [
+        "percent goes 45, 25, 85: a progress bar runs backwards",
+        [_STARTED, *(_say("step", label="STEP", percent=n) for n in (45, 25, 85)), _COMPLETED]],
+    "missing-started": ["the first event is a step: `started` never comes", _FOUR[1:]],
+    "unknown-events": [
+        "event names that nobody documented, between the known ones",
+        [_STARTED, _say("telemetry", cpu=1), _say("x-internal", a=1), _COMPLETED]],
+}
+STREAMS: dict[str, Any] = {  # stream, run
+    # Body
+    "empty": ["200 and an empty body, properly ended: the incident", ["open"]],
+    "empty-truncated": ["200 and no body, and the connection breaks", ["open", "drop"]],
+    "no-response": ["the connection closes before any answer", ["drop"]],
+    "first-chunk-then-close": ["`: connected`, 13 bytes, and a proper end", [HELLO]],
+    "first-chunk-then-drop": [
+        "`: connected`, 13 bytes, then the connection breaks", [HELLO, "drop"]],
+    "drop": [
+        "three events, then the connection breaks, every time", [HELLO, {"relay": 3}, "drop"]],
+    "drop-mid-event": [
+        "two events and half the next one, then the connection breaks",
+        [HELLO, {"relay": 2, "cut": 0.5}, "drop"]],
+    "drop-resume": [
+        "two events and a break; a resume gets the rest, nothing lost or twice",
+        [[*_TWO, "drop"], _USUAL]],
+    "always-drop": ["`: connected` and a break, however often one tries", [HELLO, "drop"]],
+    "reset": ["two events, then a TCP reset", [*_TWO, "reset"]],
+    "no-done": ["every event and a proper end, but no [DONE]", _ALL],
+    "done-only": ["[DONE] and nothing else", [BYE]],
+    "unterminated-last-event": [
+        "the last event lacks its blank line: no client may see it",
+        [HELLO, {"relay": 3}, {"raw": "event: completed\ndata: {}\nid: 4\n"}], _FOUR],
+    "after-done": [
+        "two empty `data:` blocks after [DONE]", [*_USUAL, {"raw": "data:\n\ndata:\n\n"}]],
+    "fallback-completed": [
+        "the run hangs, and the old server invents a completed without score",
+        [*_TWO, _say("completed", **_IDS), BYE], [*_BEGIN, "hang"]],
+    # Time
+    "slow-headers": ["8 s pass before the status line", [{"sleep": 8}, *_USUAL]],
+    "slow-stream": [
+        "an event every 2 s, however fast the run was",
+        [HELLO, "heartbeat", {"relay": "all", "every": 2}, BYE]],
+    "idle-cut": [
+        "two events, a minute without a byte, then a proxy cuts the idle stream",
+        [*_TWO, {"heartbeat": "never"}, {"sleep": 60}, "drop"]],
+    "no-heartbeat": [
+        "100 s without a byte in a healthy run: no heartbeats",
+        [HELLO, {"heartbeat": "never"}, REST, BYE], [*_BEGIN, {"sleep": 100}, *_FOUR[2:]]],
+    "heartbeat-then-silence": [
+        "three heartbeats, then a connection that is open and dead",
+        [HELLO, {"heartbeat": 15}, {"sleep": 46}, "hang"]],
+    "gateway-timeout": [
+        "an event every 10 s, and a gateway cuts at 300 s although all is well",
+        [HELLO, "heartbeat", {"relay": 30}, {"sleep": 10}, "drop"],
+        [_STARTED, {"repeat": 60, "steps": _SLOW_TICK}, _COMPLETED]],
+    # Shape
+    "buffered": [
+        "a proxy holds everything back: one arrival, at the end", [{"buffer": "all"}, *_USUAL]],
+    "buffered-4k": [
+        "a proxy passes on 4096 bytes at a time: events come late, in lumps",
+        [{"buffer": 4096}, *_USUAL]],
+    "dribble": ["every byte comes in a chunk of its own", [{"chunk": 1}, *_USUAL]],
+    "split-utf8": [
+        "chunks end inside every multi-byte character", [{"chunk": "utf8"}, *_USUAL]],
+    "mid-line": ["chunks of 7 bytes end wherever they end", [{"chunk": 7}, *_USUAL]],
+    "coalesced": [
+        "`: connected` and five events come in one chunk, the rest in another",
+        [{"buffer": "all"}, HELLO, {"relay": 5}, "flush", REST, BYE]],
+    "crlf": [
+        "lines end in CR LF",
+        [{"frame": {"newline": "\r\n"}}, *_ALL, {"raw": "data: [DONE]\r\n\r\n"}]],
+    "cr-only": [
+        "lines end in CR", [{"frame": {"newline": "\r"}}, *_ALL, {"raw": "data: [DONE]\r\r"}]],
+    "bom": ["a byte order mark comes first", [{"raw": {"hex": "efbbbf"}}, *_USUAL]],
+    "double-wrapped": [
+        "a relay wraps every line again: `data:event: …`, `data:data: …`",
+        [{"frame": {"wrap": "data:"}}, *_ALL, {"raw": "data:data: [DONE]\n\n"}]],
+    "gateway-ids": [
+        "a gateway puts ids of its own on every block: `gw-1`, `gw-2`, …",
+        [{"frame": {"id": "gw-{n}"}}, *_USUAL]],
+    "duplicate-events": [
+        "the second event comes twice, with the same id", [*_TWO, _SECOND, REST, BYE], _FOUR],
+    "out-of-order": [
+        "the third event comes before the second",
+        [HELLO, _FIRST, _THIRD, _SECOND, _LAST, BYE], _FOUR],
+    "bad-json": [
+        "one event's data is JSON cut short",
+        [*_TWO, {"event": {"event": "step", "data": '{"label": "RULE_SC'}}, REST, BYE]],
+    # Status
+    "unauthorized": [
+        "the token has expired: 401",
+        _answer(401, {"detail": "Token expired"}, {"WWW-Authenticate": "Bearer"})],
+    "forbidden": ["somebody else's case: 403", _answer(403, {"detail": "Not your case"})],
+    "rate-limited": [
+        "too many requests: 429 with Retry-After",
+        _answer(429, {"error": "too many requests"}, {"Retry-After": "2"})],
+    "unavailable": ["503 with Retry-After, once; then all is well", [_BUSY, _USUAL]],
+    "refuse-3-then-ok": ["503 three times, then all is well", [_BUSY, _BUSY, _BUSY, _USUAL]],
+    "gone-204": ["204: a native EventSource stops for good", [{"open": {"status": 204}}]],
+    "html": ["200 with a login page where a stream should be", _answer(200, _LOGIN, _HTML)],
+    "json-instead": ["200 with JSON where a stream should be", _answer(200, {"ok": True})],
+    "sse-500": ["500 with an event-stream type and no body", [{"open": {"status": 500}}]],
+    "unknown-run": [
+        "the old server does not know the run: 200 with an error in JSON",
+        _answer(200, _UNKNOWN)],
+    "unknown-run-404": ["the run is not known: 404", _LOST],
+    "expired-run": ["one whole stream, then the run is forgotten: 404", [_USUAL, _LOST]],
+    "other-worker": [
+        "every second request lands on a worker that does not know the run: 404",
+        {"cycle": [_USUAL, _LOST]}],
+    # Resume
+    "resume-unknown-id": [
+        "ids that no server can resume from: a reconnect replays everything",
+        [[_OPAQUE, *_TWO, "drop"], [_OPAQUE, *_USUAL]]],
+    "resume-gap": [
+        "after a break the server has forgotten an event, and says so with `gap`",
+        [[*_TWO, "drop"], [
+            HELLO, {"event": {"id": "3", "event": "gap", "data": {"from": 3, "to": 3}}},
+            _LAST, BYE]],
+        _FOUR],
+    "retry-field": [
+        "`retry: 1500` comes first: the client's back-off changes",
+        [{"raw": "retry: 1500\n\n"}, *_USUAL]],
+    "two-subscribers": [
+        "the old queue: each event goes to one viewer only, the other misses it",
+        [HELLO, "heartbeat", {"relay": "all", "shared": True}, BYE]],
+}
+TRIGGERS: dict[str, Any] = {  # trigger, run
+    "slow-trigger": [
+        "the 202 takes 6 s: the back end gives up and asks again, the run goes on",
+        [{"sleep": 6}]],
+    "trigger-503": ["the trigger is refused with 503, nothing starts", _BUSY],
+    "trigger-lost": [
+        "the first answer is lost in a reset; the retry meets the same run", [["reset"], []]],
+    "trigger-disabled": ["200 `disabled`, nothing starts", _answer(200, _OFF)],
+    "duplicate-run": [
+        "two pipelines in one run: every event comes twice, with two ids",
+        None, [part for step in _FOUR for part in (step, step)]],
+}
+TABLES = ((RUNS, "run", "stream"), (STREAMS, "stream", "run"), (TRIGGERS, "trigger", "run"))
 
 
-def as_text(value: bytes) -> str:
-    return value.decode("utf-8", "replace")
+def documented(value: Any) -> Scenario:
+    """A scenario of a catalogue: it has a `doc`."""
+    return parse_scenario(value, needs="doc")
 
 
-def name_in(authority: str) -> str:
-    """The host's name, without port and brackets."""
-    return re.sub(r":\d*$", "", authority).strip("[]").lower()
+def catalogue() -> dict[str, Scenario]:
+    """The built-in scenarios, by name."""
+    found = {}
+    for table, *places in TABLES:
+        for name, (doc, *scripts) in table.items():
+            own = {place: script for place, script in zip(places, scripts, strict=False) if script}
+            found[name] = documented({"name": name, "doc": doc, **own})
+    return found
 
 
-def hosts_of(settings: DoubleSettings) -> set[str]:
-    """The names it answers to; none if it listens everywhere, for then nobody knows them."""
-    if settings.host in ("0.0.0.0", "::"):
-        return set()
-    names = (*LOCAL, settings.host, *parts(settings.allow_host))
-    return {name.strip("[]").lower() for name in names}
+def known_scenarios(settings: DoubleSettings) -> dict[str, Scenario]:
+    """The catalogue and, over it, the scenarios of the user's own file; a ValueError says what is
+    wrong with that."""
+    known = catalogue()
+    if not settings.scenarios:
+        return known
+    where = f"--scenarios {settings.scenarios}"
+    try:
+        own = json.loads(Path(settings.scenarios).read_text("utf-8"), parse_constant=int)
+        for index, value in enumerate(own if isinstance(own, list) else [own]):
+            where = f"--scenarios {settings.scenarios}, [{index}]"
+            one = documented(value)
+            known[one.name] = one
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: {error}") from None
+    return known
 
 
-def known_host(authority: str, hosts: set[str]) -> None:
-    """The 421 for a name that is not ours: a page on a name of its own, made to lead here, must not
-    read a server on this machine."""
-    if hosts and (name := name_in(authority)) not in hosts:
-        error = f"this server does not answer to the name {name[:200]!r}"
-        raise Refusal(421, error, hint="start it with --allow-host NAME if it should")
-
-
-def origins(text: str) -> re.Pattern[str]:
-    """The origins in a list like `localhost:*,https://app.test`, as one pattern."""
-    found = []
-    for one in parts(text):
-        scheme, _, name = one.rpartition("://")
-        port = r"(:\d{1,5})?" if name.endswith(":*") else ""
-        known = (re.escape(scheme) or "https?") + "://" + re.escape(name.removesuffix(":*")) + port
-        found.append(".+" if one == "*" else known)
-    return re.compile("|".join(found) or "(?!)", re.IGNORECASE)
-
-
-def numbered_tenant(tenant: str | None) -> None:
-    """The gateway's own rule: 400 without a tenant that is a number."""
-    if tenant is None:
-        raise Refusal(400)
-    if not re.fullmatch("[0-9]{1,19}", tenant):
-        raise Refusal(400, "X-Tenant-ID must be numeric (e.g. 1) for Aura API.")
-
-
-def operate(headers: Mapping[bytes, bytes], client: str, settings: DoubleSettings) -> None:
-    """Let in who may control the server: who knows the token; without one, who is on this machine,
-    and neither a proxy nor another site's page."""
-    if settings.admin_token:
-        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
-        token = os.fsencode(settings.admin_token)
-        if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), token):
-            needs = "this needs 'Authorization: Bearer <the server's ADMIN_TOKEN>'"
-            raise Refusal(401, headers=CHALLENGE, detail=needs)
-        return
-    origin, why = as_text(headers.get(b"origin", b"http://localhost")), ""
-    if not LOCAL_PEER.fullmatch(client):
-        why = "this is for callers on the server's own machine"
-    elif headers.keys() & {b"forwarded", b"x-forwarded-for", b"via"}:
-        why = "this came through a proxy, and is for direct callers on the server's machine"
-    elif not LOCAL_PAGE.fullmatch(origin):
-        why = "this is not for pages of another site"
-    if why:
-        raise Refusal(403, f"{why}; with ADMIN_TOKEN set, the token lets anybody in")
-
-
-def identify(headers: Mapping[bytes, bytes], query: Any) -> None:
-    """Let everybody in who brings a token, any token, or raise the 401."""
-    given = as_text(headers.get(b"authorization", b""))
-    if not given and query.get("access_token"):  # a native EventSource cannot send headers
-        return
-    if not given:
-        hint = "send 'Authorization: Bearer <any token>'; an EventSource, which cannot,"
-        hint += " adds ?access_token=<any token> to the URL"
-        missing = "Missing authorization header"
-        raise Refusal(401, headers=CHALLENGE, detail=missing, hint=hint)
-    scheme, _, token = given.partition(" ")
-    if scheme.lower() != "bearer" or not token.strip():
-        raise Refusal(401, headers=CHALLENGE, detail="Invalid authorization header format")
-
+# ═══ 16  Choosing ═════════════════════════════════════════════════════════════════════════════════
+# What a request gets: which scenario, which attempt at it, which script. The first of these counts:
+# what the request itself names; what stands in an id, behind a `~`; what was bound beforehand; the
+# default. A service decides, at once, and is done; what takes time is a run or a delivery. Around
+# both stands the request, where its entry in the journal begins and ends.
 
 RunId = that(
     "1 to 200 printable characters, no '/'",
     lambda value: type(value) in (str, int, float) and str(value).isprintable()
     and re.fullmatch(r"(?!\.\.?\Z)[^/]{0,200}", str(value)))
-
-
-@dataclass
-class Binding:
-    """A scenario that waits for the triggers it is meant for."""
-
-    scenario: Scenario
-    left: float
-    case_id: str | None = None
-    test_id: str | None = None
-
-    def fit(self, case_id: str | None, test_id: str | None) -> int:
-        """How well it fits: 0 is not at all."""
-        if self.case_id not in (None, case_id) or self.test_id not in (None, test_id):
-            return 0
-        return 1 + (self.case_id is not None) + (self.test_id is not None)
-
-
-class Desk:
-    """How a test chooses what happens to it, and which attempt it is at."""
-
-    remembered = 10_000  # attempts counted, the latest
-
-    def __init__(self, settings: DoubleSettings, catalogue: Mapping[str, Scenario]) -> None:
-        self.settings, self.catalogue = settings, catalogue
-        self._default = self._from_start("scenario", settings.scenario)
-        self.usual = {name: self._ordinary(phase) for name, phase in PHASES.items()}
-        self._bindings: list[Binding] = []
-        self._counts: dict[int, tuple[int, str | None]] = {}  # and whose test it was
-        self.reset()
-
-    def reset(self, test_id: str | None = None) -> None:
-        """Forget the bindings of one test; or everything, but what was said at the start."""
-        self._bindings = [one for one in self._bindings if test_id and one.test_id != test_id]
-        kept = self._counts.items() if test_id else ()
-        self._counts = {what: count for what, count in kept if count[1] != test_id}
-        if test_id is not None:
-            return
-        for pair in filter(None, self.settings.case.split(",")):
-            case_id, _, name = pair.partition("=")
-            if not case_id or (scenario := self._from_start("case", name)) is None:
-                raise ValueError(f"--case takes CASE=SCENARIO, not {pair!r}")
-            self._bindings.append(Binding(scenario, math.inf, case_id))
-
-    def _from_start(self, flag: str, name: str) -> Scenario | None:
-        if name and name not in self.catalogue:
-            close = did_you_mean(name, self.catalogue)
-            raise ValueError(f"--{flag}: there is no scenario {name!r}{close}")
-        return self.catalogue.get(name)
-
-    def named(self, name: str) -> Scenario:
-        """The scenario of this name, or the 400 that helps."""
-        if name in self.catalogue:
-            return self.catalogue[name]
-        close = difflib.get_close_matches(name[:64], self.catalogue)
-        known = list(self.catalogue)
-        raise Refusal(
-            400, "unknown scenario", scenario=name[:200], didYouMean=close, known=known)
-
-    def _ordinary(self, phase: Phase) -> Scenario:
-        """What happens where nobody has chosen. What is ordinary in it follows the settings."""
-        ordinary = Attempts((phase.stream(DoubleSettings()),))
-        found = self.catalogue.get(phase.scenario) or Scenario(phase.scenario)
-        run = None if all(step.verb == "ordinary" for step in found.run or ()) else found.run
-        stream = None if found.stream == ordinary else found.stream
-        return dataclasses.replace(found, run=run, stream=stream)
-
-    def chosen(self, wanted: Any, *, whole: bool = True) -> Scenario:
-        """The scenario of this name, or that this is, if it may be a whole one."""
-        text = isinstance(wanted, str)
-        if text and not wanted.startswith("{"):
-            return self.named(wanted)
-        if not whole:
-            error = "where no token is needed, a scenario is a name of the catalogue"
-            hint = "put yours into --scenarios FILE, or bind it to a job: POST /__aura/next"
-            raise Refusal(400, error, hint=hint)
-        return parse_scenario(checked_body(to_bytes(wanted), dict, "scenario") if text else wanted)
-
-    def meant(
-        self, ids: tuple[str, str | None], test_id: str | None, able: Callable[[Scenario], bool]
-    ) -> Scenario | None:
-        """What was chosen beforehand and is able: in the run's or the case's id, by a binding
-        (which this uses up), by default."""
-        _, case_id = ids
-        for text in filter(None, ids):
-            if "~" in text and not self.settings.no_magic:
-                return self.named(text.rpartition("~")[2])
-        fits = [one for one in self._bindings if one.fit(case_id, test_id) and able(one.scenario)]
-        if not fits:
-            return self._default
-        best = max(fits, key=lambda one: one.fit(case_id, test_id))
-        best.left -= 1
-        self._bindings = [one for one in self._bindings if one.left > 0]
-        return best.scenario
-
-    def bind(self, binding: Binding) -> None:
-        if len(self._bindings) >= (most := self.settings.max_bindings):
-            error = f"{most} bindings are waiting already; POST /__aura/reset forgets them"
-            raise Refusal(409, error)
-        self._bindings.append(binding)
-
-    def weight(self) -> int:
-        """The bytes that bound scenarios hold."""
-        return sum(one.scenario.weight for one in self._bindings)
-
-    def attempts(self, *what: str) -> int:
-        """How many there have been at this."""
-        return self._counts.get(hash(what), (0, None))[0]
-
-    def count(self, *what: str, test_id: str | None) -> int:
-        """One attempt more; which it is. What it was at is kept as a number: names may be long."""
-        number, key = self.attempts(*what) + 1, hash(what)
-        self._counts.pop(key, None)  # the latest stand last
-        self._counts[key] = number, test_id
-        if len(self._counts) > self.remembered:
-            del self._counts[next(iter(self._counts))]
-        return number
-
-
-def uses(script: Script, verb: str) -> list[Step]:
-    """The steps of a script, however deep, that have this verb."""
-    inner = [found for step in script for found in uses(step.steps, verb)]
-    return [step for step in script if step.verb == verb] + inner
-
-
-def refuses(script: Script) -> bool:
-    """Whether a trigger script says no: then no run is started."""
-    return any(step.argument.get("status", 200) != 202 for step in uses(script, "open"))
-
-
-def needs_no_run(scenario: Scenario) -> bool:
-    """Whether its stream can be played where there is no log."""
-    return scenario.stream is not None and not uses(scenario.stream.of(1), "relay")
-
-
+Told = dict[str, Any]  # what an answer says, as JSON
 Text = str | None
+
+# Fields that we know must be what they are; fields that we do not know are nobody's business.
 _loose = partial(form, strict=False)
 TRIGGER_BODY = {
     "phase2": _loose(runId=RunId | None, requestedBy=Text, evidence=dict | None,
-                   mode=Text, options=dict | None),
+                     mode=Text, options=dict | None),
     "phase3": _loose(runId=RunId | None, requestedBy=Text, artifacts=dict | None,
-                   callbacks=dict | None, options=_loose(
-                       ragTopK=number(int, 1, 20) | None,
-                       temperature=number(float, 0, 1) | None, promptVersion=Text) | None),
+                     callbacks=dict | None, options=_loose(
+                         ragTopK=number(int, 1, 20) | None,
+                         temperature=number(float, 0, 1) | None, promptVersion=Text) | None),
     "generation": _loose(projectId=RunId | None, title=Text, description=Text),
 }
 
 
-def checked_body(raw: Any, kind: Any, where: str = "body") -> dict[str, Any]:
+def checked_body(raw: Any, kind: Any, where: str = "body") -> Any:
     """A JSON body, or the Wrong in it, a 422 that names the field. No body is an empty one."""
+    # It is looked through level by level, before anything that calls itself may meet it: Python's
+    # recursion limit would be a 500, and a megabyte of `[],` holds up everybody.
     try:
-        body: dict[str, Any] = json.loads(raw.decode().strip() or "{}")
+        body = json.loads(raw.decode().strip() or "{}")
         sizes = [len(level) for level in itertools.islice(levels(body), DEEPEST + 2)]
         to_json(body)  # which knows that NaN is no JSON
     except (RecursionError, ValueError) as error:
@@ -3428,9 +3441,251 @@ def checked_body(raw: Any, kind: Any, where: str = "body") -> dict[str, Any]:
     return body
 
 
-async def told(kind: Any) -> dict[str, Any]:
+async def told(kind: Any) -> Any:
     """The body of this request."""
     return checked_body(await request.get_data(cache=False), kind)
+
+
+def relays(script: Script) -> bool:
+    """Whether it needs a run's log."""
+    return any(step.verb == "relay" or relays(step.steps) for step in script)
+
+
+def refuses(script: Script) -> bool:
+    """Whether a trigger script says no: then no run is started."""
+    heads = [step.argument for step in script if step.verb == "open"]
+    return any(head.get("status", 200) != 202 for head in heads)
+
+
+def counted(counts: dict[Any, int], what: Any, most: int, more: int = 1) -> int:
+    """How many of this, with one more. So many are remembered: those that were counted last, for
+    a dict knows in which order its keys came."""
+    number = counts.pop(what, 0) + more
+    counts[what] = number
+    if len(counts) > most:
+        del counts[next(iter(counts))]
+    return number
+
+
+@dataclass
+class Binding:
+    """A scenario that waits for the triggers it is meant for: so many more of them, of this case,
+    of this test; where one of these is None, of any."""
+
+    scenario: Scenario
+    left: float
+    case_id: str | None = None
+    test_id: str | None = None
+
+
+# The ordinary streams, as a catalogue writes them: who has seen everything need not see one again.
+PLAIN = [phase.stream(DoubleSettings()) for phase in PHASES.values()]
+
+
+class Desk:
+    """How a test chooses what happens to it, and which attempt it is at.
+
+    What belongs to a test is kept under its `X-Test-Id`, so that tests can share a server: each
+    forgets what is its own, and finds its own first attempt.
+    """
+
+    def __init__(self, settings: Any, catalogue: Mapping[str, Scenario]) -> None:
+        self.settings = settings
+        self.catalogue = catalogue
+        self.default = self.from_start("scenario", settings.scenario) if settings.scenario else None
+        self.usual = {name: self.ordinary(phase.scenario) for name, phase in PHASES.items()}
+        self.reset()
+
+    def reset(self, test_id: str | None = None) -> None:
+        """Forget what was bound and counted for one test; or all, but what was said at the
+        start."""
+        if test_id is None:
+            pairs = [pair.partition("=") for pair in parts(self.settings.case)]
+            self.bindings = [
+                Binding(self.from_start("case", name), math.inf, case) for case, _, name in pairs
+            ]
+            self.counts: dict[tuple[str | None, int], int] = {}
+            return
+        self.bindings = [one for one in self.bindings if one.test_id != test_id]
+        self.counts = {what: count for what, count in self.counts.items() if what[0] != test_id}
+
+    def from_start(self, flag: str, name: str) -> Scenario:
+        """A scenario that was named at the start; a ValueError is a sentence about the flag."""
+        if name not in self.catalogue:
+            close = did_you_mean(name, self.catalogue)
+            raise ValueError(f"--{flag}: there is no scenario {name!r}{close}")
+        return self.catalogue[name]
+
+    def ordinary(self, name: str) -> Scenario:
+        """What happens where nobody has chosen: what is ordinary in it follows the settings; but
+        somebody may have put a scenario of his own in its place."""
+        found = self.catalogue[name]
+        built_in = [name, *filter(None, RUNS[name])]
+        if list(found.source.values()) == built_in:
+            return Scenario(name, source=found.source)
+        return found
+
+    def named(self, name: str) -> Scenario:
+        """The scenario of this name, or the 400 that helps."""
+        if name in self.catalogue:
+            return self.catalogue[name]
+        close = difflib.get_close_matches(name[:64], self.catalogue)
+        known = list(self.catalogue)
+        raise Refusal(
+            400, "unknown scenario", scenario=name[:200], didYouMean=close, known=known)
+
+    def read(self, wanted: Any) -> Scenario:
+        """The scenario of this name, or that this is: as JSON, or as a text of it."""
+        if isinstance(wanted, str):
+            if not wanted.startswith("{"):
+                return self.named(wanted)
+            wanted = checked_body(to_bytes(wanted), dict, "scenario")
+        return parse_scenario(wanted)
+
+    def meant(
+        self, run_id: str, case_id: str | None, able: Callable[[Scenario], object] = bool
+    ) -> Scenario | None:
+        """What was chosen beforehand and is able: in the run's or the case's id, by a binding
+        (which this uses up), by default."""
+        # An id passes unchanged through a browser, a gateway and a back end that build their own
+        # headers and bodies: so a test can choose from the other end of them all.
+        for text in (run_id, case_id or ""):
+            if "~" in text and not self.settings.no_magic:
+                return self.named(text.rpartition("~")[2])
+
+        fits = [
+            one for one in self.bindings
+            if one.case_id in (None, case_id) and one.test_id in (None, entry().test_id)
+            and able(one.scenario)
+        ]
+        if not fits:
+            return self.default
+        # the one that leaves least open fits best, and of these the oldest
+        best = min(fits, key=lambda one: [one.case_id, one.test_id].count(None))
+        best.left -= 1
+        self.bindings = [one for one in self.bindings if one.left > 0]
+        return best.scenario
+
+    def weight(self) -> int:
+        """The bytes that bound scenarios hold; they count against the limit of all logs."""
+        return sum(one.scenario.weight for one in self.bindings)
+
+    def count(self, *what: str, more: int = 1) -> int:
+        """How many attempts at this there have been, in the test at hand, and with one more. What
+        it is at is kept as a number: names may be long."""
+        return counted(self.counts, (entry().test_id, hash(what)), 10_000, more)
+
+
+class Below(NoSocket):
+    """What is below a request, as far as that matters here: in memory, nothing. The connections of
+    a server say more: whom to blame, and whether the last bytes have gone out."""
+
+    feed: Any = None  # what takes a request's body, past Quart-Trio's own tasks
+
+    def stream_begins(self) -> None:
+        """What was asked for is a stream."""
+
+    def blame(self) -> Ending:
+        """Who ended the request that has not ended itself."""
+        return LEFT
+
+
+def below(scope: Any) -> Any:
+    """The connection below a request: a `Below`, or part 3's own."""
+    return scope.get("state", {}).get("connection") or Below()
+
+
+class JournaledRequest(Exchange):
+    """One request and its answer: here the journal's entry begins and ends.
+
+    Only what is on the allow-list gets into an entry, and of a token only that there is one. What
+    is asked of the double's own control is not journaled, for it would push out what is.
+    """
+
+    def __init__(self, journal: Journal, app: QuartTrio, scope: Any) -> None:
+        super().__init__(app, scope)
+        self.journal = journal
+        given = scope["aura.headers"] = dict(scope["headers"])
+        shown = {name: as_text(given[name])[:200] for name in RECORDED if name in given}
+        if b"authorization" in shown:
+            shown[b"authorization"] = "present"
+
+        host, port = scope["client"]
+        path = "/" + scope["path"].lstrip("/")  # as the routes see it
+        self.kept = scope["method"] != "OPTIONS" and not path.startswith("/__aura/")
+        tenant = as_text(given.get(b"x-tenant-id", b"")).strip() if self.kept else ""
+        self.entry = scope["aura.entry"] = Entry(
+            method=scope["method"], path=path, client=f"{host}:{port}",
+            request_id=known_as(shown, b"x-request-id"), http_version=scope["http_version"],
+            headers=shown, tenant_id=tenant or None, user_id=shown.get(b"x-user-id"),
+            agent_id=shown.get(b"x-agent-id"), test_id=shown.get(b"x-test-id"))
+
+    async def __call__(self, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
+        """Serve it, and close its entry in the one `finally` that there is. Who wrote down an end
+        before has the last word; then who raised; then whoever the connection blames."""
+        trio.lowlevel.current_task().name = "request"
+        entry = self.entry
+        connection = below(self.scope)
+        self.journal.open(entry, kept=self.kept)
+        try:
+            if connection.feed:  # it feeds the body, and ends this task when the client leaves
+                await self.answered(connection, send)
+            else:
+                await super().__call__(receive, send)
+        finally:
+            cause = sys.exception()
+            if connection.unsent and (entry.end or LEFT).how == "end":
+                entry.end = None  # an end that could not be written was none
+            if isinstance(cause, Exception):
+                entry.finish(Ending("server", "error", explained(cause).error))
+            entry.finish(connection.blame())
+            self.journal.close(entry)
+
+    async def answered(self, connection: Any, send: ASGISendCallable) -> None:
+        """The answer, in this task. The request is let go of before a delivery plays."""
+        asked = self._create_request_from_scope(send)
+        connection.feed(asked.body)
+        response = await self.app.handle_request(asked)
+        del asked
+        await self._send_response(send, response)
+
+    async def _send_response(self, send: ASGISendCallable, response: Any) -> None:
+        """A delivery writes down its own end; here is that of a plain answer, before its bytes."""
+        entry = self.entry
+        if isinstance(response, Streamed):
+            connection = below(self.scope)
+            if entry.streams:
+                connection.stream_begins()
+            send = send if connection.feed else partial(whole, send)
+            # nobody needs them any more, and a stream may last for hours
+            self.scope["aura.headers"] = self.scope["headers"] = {}  # type: ignore
+            await response.delivery.deliver(send, response.headers.items())
+        else:
+            entry.status = response.status_code
+            entry.bytes = 0 if entry.method == "HEAD" else response.content_length or 0
+            why = entry.notes[-1] if entry.notes else "answered"
+            entry.finish(Ending("server", "end", why))
+            await super()._send_response(send, response)
+
+
+def as_text(value: bytes) -> str:
+    return value.decode("utf-8", "replace")
+
+
+def known_as(headers: Mapping[bytes, str], name: bytes) -> str:
+    """The id that a caller gave its request in this header, if it can be one; else a new one."""
+    given = headers.get(name, "")
+    return given if re.fullmatch(r"[A-Za-z0-9._-]{1,128}", given) else uuid.uuid4().hex
+
+
+def entry() -> Entry:
+    """The journal's entry of the request at hand."""
+    return request.scope["aura.entry"]  # type: ignore[typeddict-item, no-any-return]
+
+
+def header(name: bytes, default: bytes = b"") -> str:
+    """A header of the request at hand. (Werkzeug makes an exception of each that is not there.)"""
+    return as_text(request.scope["aura.headers"].get(name, default))  # type: ignore[typeddict-item]
 
 
 def header_value(value: str) -> str:
@@ -3438,385 +3693,262 @@ def header_value(value: str) -> str:
     return quote(value, safe="!\"#$&'()*+,-./:;<=>?@[\\]^_`{|}~")
 
 
-# ═══ 16  Choosing ═════════════════════════════════════════════════════════════════════════════════
-# One request and its answer, and the routes of a client's life. A handler decides; what takes time
-# is a run or a delivery.
-
-ANSWERED = Ending("server", "end", "answered")
-STREAM_ROUTES = ("case_analysis_stream", "analysis_run_stream", "trigger_stream", "job_stream",
-                 "job_events")
-TRIGGER_ROUTES = ("phase2_trigger", "phase3_trigger", "generate")
-ASKED = b"x-aura-scenario"
-REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
-GATEWAY_SAYS = {b"x-dwp-source": "FRONTEND", b"x-dwp-caller-type": "USER"}  # where nobody does
-
-
-class JournaledRequest(Exchange):
-    """One request and its answer: here the journal's entry begins and ends."""
-
-    def __init__(self, journal: Journal, app: QuartTrio, scope: Any) -> None:
-        asked = "/" + scope["path"].lstrip("/")  # as the routes see it
-        inner = GATEWAY.fullmatch(asked)
-        if inner and (inner[1] or inner[2]):
-            scope = {**scope, "path": inner[1] or f"/aura{inner[2]}"}
-        super().__init__(app, scope)
-        host, port = scope.get("client") or ("<local>", 0)
-        given = scope["aura.headers"] = dict(scope["headers"])
-        told = {name: as_text(given[name])[:200] for name in RECORDED if name in given}
-
-        def known_as(name: bytes) -> str:
-            given_id = told.get(name, "")
-            return given_id if REQUEST_ID.fullmatch(given_id) else uuid.uuid4().hex
-
-        client, tenant = f"{host}:{port}", as_text(given.get(b"x-tenant-id", b""))
-        entry = Entry(
-            method=scope["method"], path=asked, client=client, request_id=known_as(b"x-request-id"),
-            headers=told)
-        entry.http_version, entry.tenant_id = scope["http_version"], tenant.strip() or None
-        entry.user_id, entry.agent_id = told.get(b"x-user-id"), told.get(b"x-agent-id")
-        entry.test_id, scope["aura.entry"] = told.get(b"x-test-id"), entry
-        if b"authorization" in told:
-            told[b"authorization"] = "present"
-        if inner:
-            entry.trace_id = known_as(b"x-trace-id")
-            told |= {**GATEWAY_SAYS, **told, b"x-trace-id": entry.trace_id}
-        self._journal, self._entry = journal, entry
-
-    async def __call__(self, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
-        trio.lowlevel.current_task().name = "request"
-        ours = self._entry.method == "OPTIONS" or self._entry.path.startswith("/__aura/")
-        self._journal.open(self._entry, kept=not ours)
-        try:
-            if (below := connection_of(self.scope)) is None:
-                await super().__call__(receive, send)
-            else:  # it feeds the body, and ends this task when the client leaves
-                await self.answered(below, send)
-        finally:
-            connection, cause = connection_of(self.scope), sys.exception()
-            if connection and connection.unsent and (self._entry.end or LEFT).how == "end":
-                self._entry.end = None  # an end that could not be written was none
-            if isinstance(cause, Exception):
-                self._entry.finish(Ending("server", "error", explained(cause).error))
-            self._entry.finish(connection.blame() if connection else LEFT)
-            if connection and connection.half_closed:
-                self._entry.notes.append("the client had closed its side by then")
-            self._journal.close(self._entry)
-
-    async def answered(self, connection: Any, send: ASGISendCallable) -> None:
-        request = self._create_request_from_scope(send)
-        connection.feed(request.body)
-        response = await self.app.handle_request(request)
-        del request
-        await self._send_response(send, response)
-
-    def _create_request_from_scope(self, send: ASGISendCallable) -> Any:
-        made: Any = super()._create_request_from_scope(send)
-        if made.method == "GET":  # nobody reads its body, which would stay as long as a stream
-            made.body.append = lambda data: None
-        return made
-
-    async def _send_response(self, send: ASGISendCallable, response: Any) -> None:
-        entry = self._entry
-        if isinstance(response, Streamed):
-            connection = connection_of(self.scope)
-            if entry.streams and connection:
-                connection.stream_begins()
-            send = send if connection else partial(whole, send)
-            # not as long as a stream
-            self.scope["aura.headers"] = self.scope["headers"] = {}  # type: ignore
-            send = partial(assured, entry, send) if entry.trace_id else send
-            await response.delivery.deliver(send, response.headers.items())
-        else:
-            entry.status = response.status_code
-            entry.bytes = 0 if entry.method == "HEAD" else response.content_length or 0
-            entry.finish(ANSWERED)
-            await super()._send_response(send, response)
+def refusal_of(error: Any) -> Refusal:
+    """What may go wrong with a request, as the refusal it is."""
+    match error:
+        case Wrong():  # in the form FastAPI gives it, which Aura's clients know
+            detail = {"loc": list(error.path), "msg": error.says, "type": "value_error"}
+            return Refusal(422, detail=[detail])
+        case Mistake():
+            return Refusal(422, str(error), **vars(error))
+        case HTTPException():
+            says = f"{error.name}: {error.description}"
+            if error.code == 404:
+                rules = [rule.rule for rule in current_app.url_map.iter_rules()]
+                says = "there is no such path" + did_you_mean(request.path, rules)
+            allowed = {name: value for name, value in error.get_headers() if name == "Allow"}
+            return Refusal(error.code or 500, says, allowed)
+    return error  # type: ignore[no-any-return]
 
 
-def header(name: bytes) -> str:
-    """A header of the request at hand, or nothing. (Werkzeug makes an exception of each it has
-    not.)"""
-    return as_text(request.scope["aura.headers"].get(name, b""))  # type: ignore[typeddict-item]
+def cause_of(refusal: Refusal) -> str:
+    """Its cause, for log and journal."""
+    body = refusal.body or {}
+    said = body.get("error") or body.get("detail") or body.get("message")
+    if isinstance(said, list):
+        said = f"{'.'.join(said[0]['loc'])}: {said[0]['msg']}"
+    said = said or {204: "finished and fully seen"}.get(refusal.status, "no tenant")
+    return said + (f", the limit is {body['limit']}" if "limit" in body else "")
 
 
-async def assured(entry: Entry, send: Send, message: Any) -> None:
-    """The gateway's own headers on every stream, whatever the script has left of them."""
-    if message["type"] == "http.response.start":
-        named = {as_text(name): as_text(value) for name, value in message["headers"]}
-        streams = named.get("content-type", "").lower().startswith("text/event-stream")
-        named |= {**(STREAM_HEAD if streams else {}), **traces(entry)}
-        pairs = [(name.lower().encode(), value.encode()) for name, value in named.items()]
-        message = {**message, "headers": pairs}
-    await send(message)
-
-
-def traces(entry: Entry) -> dict[str, str]:
-    """What the gateway sends along, so that a request can be found again."""
-    trace_id, request_id = entry.trace_id or "", entry.request_id
-    return {"x-trace-id": trace_id, "x-gateway-request-id": request_id} if trace_id else {}
-
-
-def connection_of(scope: Any) -> Any:
-    """The `Connection` below a request; an application in memory has none."""
-    return scope.get("state", {}).get("connection")
-
-
-def head_only(headers: Mapping[str, str]) -> Response:
-    """The head a stream would have, to a HEAD request: it opens no delivery."""
-    response = Response(b"", 200, dict(headers))
-    response.headers.remove("content-length")
-    return response
-
-
-def entry() -> Entry:
-    """The journal's entry of the request at hand."""
-    found: Entry = request.scope["aura.entry"]  # type: ignore[typeddict-item]  # put by Exchange
-    return found
-
-
-def admission(  # noqa: C901  # ruff adds the routes up; a test looks at each for itself
-    app: QuartTrio, settings: DoubleSettings, hub: BoundedHub
-) -> None:
-    """What comes before every route, and after; and how a refusal leaves, wherever it was made.
-
-    Refusals come in this order: a foreign name, (preflights are answered,) the gateway's tenant,
-    no token (or where none is needed, a foreign page); in the route: a bad request, another's run,
-    too many streams, an unknown run.
-    """
-    hosts, readers = hosts_of(settings), origins(settings.cors_origin)
-
-    @app.before_request
-    async def admit() -> Response | None:
-        note(entry())
-        this, path, given = entry(), request.path, request.scope["aura.headers"]  # type: ignore[typeddict-item]
-        if b"host" in given:  # in HTTP/1.0 there may be none
-            known_host(header(b"host"), hosts)
-        if request.method == "OPTIONS":
-            asks = b"access-control-request-method" in given
-            return Response(b"", 204, PREFLIGHT) if asks else None
-        if this.trace_id is not None:
-            numbered_tenant(this.tenant_id)
-        if CONTROL.fullmatch(path):
-            operate(given, this.client, settings)
-            g.tenant = None
-        elif JOBS.fullmatch(path):
-            refuse_foreign_pages()
-        elif settings.auth == "on" and path.startswith("/aura/"):
-            identify(given, request.args)
-        return None
-
-    def refuse_foreign_pages() -> None:
-        """Where no token is needed, keep out other sites' pages: each can make a browser send a GET
-        or a plain POST. This server's own page is at home, under whatever name."""
-        origin, own = header(b"origin"), f"://{header(b'host')}"
-        foreign = header(b"sec-fetch-site") == "cross-site"
-        if origin:
-            foreign = not (readers.fullmatch(origin) or origin.endswith(own))
-        if foreign:
-            error = "this needs no token, so it is not for pages of another site"
-            raise Refusal(403, error, hint="start it with --cors-origin ORIGIN if it should be")
-
-    def note(this: Entry) -> None:
-        """Which route this is, and whose run."""
-        named, rule = request.view_args or {}, request.url_rule
-        if request.endpoint in STREAM_ROUTES and request.method in ("GET", "POST"):
-            this.kind = "stream"
-        elif request.endpoint in TRIGGER_ROUTES and request.method == "POST":
-            this.kind = "trigger"
-        this.route, this.pattern = request.endpoint or "", rule.rule if rule else "other"
-        by_case = this.route in ("case_analysis_stream", "trigger_stream")
-        this.stream_name = "case_analysis_stream" if by_case else "analysis_run_stream"
-        this.case_id, this.run_id = named.get("case_id"), named.get("run_id", named.get("job_id"))
-        g.tenant = this.tenant_id
-
-    @app.after_request
-    async def sign(response: Response) -> Response:
-        this, headers, origin = entry(), response.headers, header(b"origin")
-        headers |= {"X-Request-ID": this.request_id, **traces(this)}
-        if origin:
-            headers["Vary"] = "Origin"
-        if origin and readers.fullmatch(origin):
-            headers |= {"Access-Control-Allow-Origin": origin, **CORS}
-        return response
-
-    @app.errorhandler(Refusal)
-    async def refuse(refusal: Refusal) -> Response:
-        this, why = entry(), f"refused: {cause_of(refusal)}"
-        logger.info("[%s] %d %s", this.request_id, refusal.status, safe(why))
-        this.notes.append(safe(why))
-        this.attempt = None  # no script plays
-        if this.kind == "stream":
-            script, below = script_of(refusal), connection_of(request.scope)
-            delivery = ScriptedDelivery(script, this, hub, connection=below)
-            delivery.reason = why
-            return Streamed(delivery)
-        return answer(refusal.body, refusal.status, refusal.headers)
-
-    @app.errorhandler(Wrong)
-    async def correct(wrong: Wrong) -> Response:
-        """422 in the form FastAPI gives it, which Aura's clients know."""
-        detail = {"loc": list(wrong.path), "msg": wrong.says, "type": "value_error"}
-        return await refuse(Refusal(422, detail=[detail]))
-
-    @app.errorhandler(Mistake)
-    async def point_out(mistake: Mistake) -> Response:
-        return await refuse(Refusal(422, str(mistake), **vars(mistake)))
-
-    @app.errorhandler(HTTPException)
-    async def explain(error: HTTPException) -> Response:
-        allowed = {name: value for name, value in error.get_headers() if name == "Allow"}
-        says = f"{error.name}: {error.description}"
-        if error.code == 404:
-            rules = [rule.rule for rule in app.url_map.iter_rules()]
-            says = "there is no such path" + did_you_mean(request.path, rules)
-        return await refuse(Refusal(error.code or 500, says, allowed, path=entry().path))
-
-
-CORS = {
-    "Access-Control-Allow-Credentials": "true",
-    "Access-Control-Expose-Headers": "Last-Event-ID, X-Request-ID, X-Aura-Run, X-Aura-Run-ID, "
-    "X-Aura-Scenario, X-Aura-Attempt, Retry-After",
-}
-PREFLIGHT = {
-    "Access-Control-Allow-Methods": "GET, POST, PUT, DELETE, PATCH, OPTIONS",
-    "Access-Control-Allow-Headers": "Authorization, X-Tenant-ID, X-User-ID, X-Agent-ID, "
-    "X-DWP-Source, X-DWP-Caller-Type, X-Aura-Scenario, X-Aura-Test-Fail, X-Test-Id, X-Trace-ID, "
-    "X-Request-ID, Content-Type, Accept, Accept-Language, Last-Event-ID, Cache-Control",
-    "Access-Control-Max-Age": "3600",
-}
+def query(kind: Any) -> Any:
+    """The query of this request, its numbers as numbers, or the 400 in a sentence."""
+    try:
+        return checked(kind, request.args.to_dict(), strict=False)
+    except Wrong as wrong:
+        raise Refusal(400, f"the query {wrong}") from None
 
 
 class Reception(Service):
-    """Which scenario a trigger starts, and which one a viewer gets."""
+    """Which scenario a trigger starts, and which one a viewer gets.
 
-    def __init__(self, hub: BoundedHub, desk: Desk, analysis: Analysis | None = None) -> None:
-        super().__init__(hub.settings, analysis)
-        self.hub, self.desk = hub, desk
-        self._shown_instance = header_value(self.instance)
-        self._ordinary = {
-            name: Attempts((phase.stream(hub.settings),)) for name, phase in PHASES.items()
+    `doors` is its table of ways in, beside those of part 1: a method and a path, and what answers
+    there. Later classes add rows.
+    """
+
+    make_request: ClassVar[Any] = JournaledRequest  # a door
+
+    def __init__(self, settings: Any, analysis: Any = None, catalogue: Any = None) -> None:
+        super().__init__(settings, analysis)
+        self.journal = Journal(settings.max_journal)
+        self.desk = Desk(settings, catalogue or known_scenarios(settings))
+        self.ordinary = {
+            name: Attempts((phase.stream(settings),)) for name, phase in PHASES.items()
         }
-        # as a catalogue writes it
-        usual = [phase.stream(DoubleSettings()) for phase in PHASES.values()]
-        self._plain = [*usual, *(one.of(1) for one in self._ordinary.values())]
 
-    def chosen(self, query: Any, body: Any = None) -> Scenario | None:
-        """What the request itself chooses: a name, or a whole scenario; that not where anybody may
-        come without a token."""
-        wanted = header(ASKED) or query.get("scenario") or body
+    def application(
+        self, hub: BoundedHub, url: str = "", stop: Any = None
+    ) -> QuartTrio:
+        """All its doors, over the runs of this hub; in memory there is no URL, and no stop."""
+        self.hub = hub
+        self.url = url
+        self.stop = stop
+        self.began = hub.clock.now()
+        hub.also = self.desk.weight
+        app = make_app(self)
+        limits = self.settings
+        app.config.update(MAX_CONTENT_LENGTH=limits.max_body, BODY_TIMEOUT=limits.body_timeout)
+        app.asgi_http_class = partial(self.make_request, self.journal)  # type: ignore[assignment]
+        app.before_request(self.admit)
+        app.after_request(self.sign)
+        for error in (Refusal, Wrong, Mistake, HTTPException):
+            app.register_error_handler(error, self.refuse)
+
+        for way, method in self.doors.items():
+            verb, path = way.split()
+            view = partial(self.enter, method)
+            app.add_url_rule(path, f"{method.__name__} {way}", view, methods=[verb])
+        return app
+
+    async def enter(self, method: Callable[..., Any], **path: Any) -> Response:
+        """By one of its doors: a method answers, at once or when it is awaited, with a response or
+        with what a 200 tells."""
+        said = method(self, **path)
+        if inspect.isawaitable(said):
+            said = await said
+        return said if isinstance(said, Response) else answer(said)
+
+    async def admit(self) -> Response | None:
+        """Before every request: which route it takes, and whose run it is about. A door: part 3
+        lets in whom it may."""
+        this = entry()
+        if request.method == "GET":  # nobody reads its body, which would stay as long as a stream
+            request.body.append = lambda data: None  # type: ignore[method-assign]
+        named = request.view_args or {}
+        this.case_id = named.get("case_id")
+        this.run_id = named.get("run_id", named.get("job_id"))
+        if request.url_rule:
+            this.pattern = request.url_rule.rule
+        this.route = (request.endpoint or "").partition(" ")[0]
+        if this.route in ("case_analysis_stream", "trigger_stream"):
+            this.stream_name = "case_analysis_stream"
+        kind = this.route.rpartition("_")[2]  # routes are called by what they are
+        if kind in ("stream", "trigger") and request.method in ("GET", "POST"):
+            this.kind = kind
+        return None
+
+    async def sign(self, response: Response) -> Response:
+        """What every answer carries. A door: part 3 says who may read it."""
+        response.headers["X-Request-ID"] = entry().request_id
+        return response
+
+    async def refuse(self, error: Any) -> Any:
+        """How a refusal leaves, wherever it was made: said in the log and in the journal, and no
+        attempt at anything."""
+        this = entry()
+        refusal = refusal_of(error)
+        why = safe(f"refused: {cause_of(refusal)}")
+        logger.info("[%s] %d %s", this.request_id, refusal.status, why)
+        this.notes.append(why)
+        this.attempt = None  # no script of a scenario plays
+        return refusal.script or answer(refusal.body, refusal.status, refusal.headers)
+
+    def chosen(self, body: Any = None) -> Scenario | None:
+        """What the request itself chooses, if anything. Where anybody may come without a token,
+        which is below /api, that is a scenario that is known here."""
+        wanted = header(b"x-aura-scenario") or request.args.get("scenario") or body
         if wanted is None:
             return None
-        return self.desk.chosen(wanted, whole=not JOBS.fullmatch(request.path))
-
-    def trigger(self, order: TriggerRequest) -> tuple[ScriptedRun | None, str, Script | None]:
-        """The run a trigger asks for, if it may start; whether it was `started` or `known`; and
-        how the scenario answers, if it does."""
-        this, hub, desk = entry(), self.hub, self.desk
-        run_id = this.run_id = order.run_id
-        asked = self.chosen(request.args, order.body.get("scenario"))
-        run = hub.find(run_id)
-        if run and not may_see(g.tenant, run.info.tenant_id):
-            raise self.unknown(run_id)
-        if this.kind == "stream":
-            self.make_room()
-        if self.settings.demo_off:
-            raise disabled(run_id, order.phase)
-        if run and trio.current_time() - run.ended_clock >= self.settings.retrigger_window:
-            run = None
-        if run and asked and asked.source != run.scenario.source:
-            error = f"this run goes with scenario {run.scenario.name!r}; take another runId"
-            raise Refusal(409, error, runId=run_id)
-        if run is None and (refused := hub.refusal) is not None:
-            raise Refusal(503, refused, {"Retry-After": "5"})
-        scenario = run.scenario if run else asked
-        scenario = scenario or desk.meant((run_id, order.case_id), this.test_id, lambda _: True)
-        scenario, how = scenario or desk.usual[order.phase], "known" if run else "started"
-        whose = ("run", run_id) if order.given else ("case", order.case_id, g.tenant or "")
-        attempt = desk.count("trigger", scenario.name, *whose, test_id=this.test_id)
-        this.plays(scenario, attempt)
-        script = scenario.trigger.of(attempt) if scenario.trigger else None
-        if run is None and not (script and refuses(script)):
-            run = self._start(order, scenario)
-        return run, how, script
-
-    def _start(self, order: TriggerRequest, scenario: Scenario) -> ScriptedRun:
-        shared = (self.desk.catalogue.get(scenario.name), self.desk.usual[order.phase])
-        kept = 0 if any(scenario is one for one in shared) else scenario.weight
-        evidence = 2 * weight(order.body.get("evidence"))  # in the request, and in its event
-        held = weight(order.body) + evidence + kept
-        known = {**vars(self.info(order)), "tenant_id": g.tenant}
-        info = ScriptedInfo(**known, test_id=entry().test_id, weight=held, kept=kept)
-        analysis = scripted(scenario, self.hub.gates, self.analysis)
-        run: ScriptedRun = self.hub.start(info, scenario, analysis)
-        return run
+        name = isinstance(wanted, str) and not wanted.startswith("{")
+        if not name and request.path.startswith("/api/"):
+            error = "where no token is needed, a scenario is a name of the catalogue"
+            hint = "put yours into --scenarios FILE, or bind it to a job: POST /__aura/next"
+            raise Refusal(400, error, hint=hint)
+        return self.desk.read(wanted)
 
     async def asked(self, case_id: str, phase: str) -> TriggerRequest:
+        """What this trigger asks for, its known fields checked; a missing runId is minted."""
         body = await told(TRIGGER_BODY[phase])
         given = body.get("runId") not in (None, "")
         run_id = body["runId"] if given else uuid.uuid4()
         return TriggerRequest(str(run_id), case_id, phase, body, given)
 
-    def accepted(self, order: TriggerRequest) -> Response:
+    def trigger(self, order: TriggerRequest) -> tuple[Any, str, Any]:
+        """The run a trigger asks for, if it may start; whether it was `started` or `known`; and
+        how the scenario answers, if it does."""
+        this = entry()
+        desk = self.desk
+        this.run_id = order.run_id
+        asked = self.chosen(order.body.get("scenario"))
+        run = self.known(order, asked)
+        scenario = run.scenario if run else asked
+        if scenario is None:
+            meant = desk.meant(order.run_id, order.case_id)
+            scenario = meant or desk.usual[order.phase]
+        whose = ("run", order.run_id) if order.given else ("case", order.case_id)
+        attempt = desk.count("trigger", scenario.name, *whose, this.tenant_id or "")
+        this.plays(scenario, attempt)
+        script = scenario.trigger.of(attempt) if scenario.trigger else None
+        if run is None and not (script and refuses(script)):
+            return self.start(order, scenario), "started", script
+        return run, "known", script
+
+    def known(self, order: TriggerRequest, asked: Scenario | None) -> Any:
+        """The run that this trigger means, if there is one; or why it can neither have that nor
+        start another. The order of these refusals is the contract's."""
+        this = entry()
+        run_id = order.run_id
+        run = self.hub.find(run_id)
+        if run and not may_see(this.tenant_id, run.info.tenant_id):
+            raise self.unknown(run_id)
+        if this.kind == "stream":
+            self.make_room()
+        if self.settings.demo_off:
+            off = {"accepted": False, "runId": run_id} if order.phase == "phase3" else {
+                "status": "disabled"}
+            raise Refusal(200, **off, message="Analysis disabled (DEMO_OFF)")
+        if run and trio.current_time() - run.ended_clock >= self.settings.retrigger_window:
+            run = None
+        if run and asked and asked.source != run.scenario.source:
+            error = f"this run goes with scenario {run.scenario.name!r}; take another runId"
+            raise Refusal(409, error, runId=run_id)
+        if run is None and self.hub.refusal:
+            raise Refusal(503, self.hub.refusal, {"Retry-After": "5"})
+        return run
+
+    def start(self, order: TriggerRequest, scenario: Scenario) -> Any:
+        """Start the run. It weighs what its request does, and its scenario, if that is its own: so
+        what is held in memory is what is counted."""
+        kept = 0 if scenario in self.desk.catalogue.values() else scenario.weight
+        evidence = 2 * weight(order.body.get("evidence"))  # in the request, and in its event
+        info = ScriptedInfo(**{
+            **vars(self.info(order)), "tenant_id": entry().tenant_id, "test_id": entry().test_id,
+            "weight": weight(order.body) + evidence + kept, "kept": kept,
+        })
+        return self.hub.start(info, scenario, scripted(scenario, self.hub.gates, self.analysis))
+
+    def accepted(
+        self, order: TriggerRequest, status: int = 202, told: Told | None = None
+    ) -> Response:
+        """The answer to a trigger: what `told` says, or the usual; as the scenario wants it, if it
+        wants something."""
         run, how, script = self.trigger(order)
-        status, told = self.told(order, run.info.case_id if run else order.case_id)
-        headers = {**self._echo(), **({"x-aura-run": how} if run else {})}
+        told = told or ACCEPTED[order.phase](order, run.info.case_id if run else order.case_id)
+        headers = self.echo() | ({"x-aura-run": how} if run else {})
         if script is None:
             return answer(told, status, headers)
         usual = Step("open", literal({"status": status, "body": told}))
         return self.played(script, headers=headers, usual=usual)
 
-    def url(self) -> str:
-        """Where its caller finds this server; a proxy on this machine may say it, if it says a name
-        of ours."""
-        scheme, host = "http", request.host
-        with contextlib.suppress(Refusal):
-            if LOCAL_PEER.fullmatch(entry().client):
-                forwarded = header(b"x-forwarded-host").partition(",")[0] or host
-                known_host(forwarded, hosts_of(self.settings))
-                scheme = "https" if header(b"x-forwarded-proto").startswith("https") else scheme
-                host = forwarded
-        return f"{scheme}://{host}"
-
     def stream(self, run_id: str | None) -> Response:
         """One viewer's stream of this run: which script, from where."""
-        entry().run_id = run_id
+        this = entry()
+        this.run_id = run_id
         if run_id is None:
             raise Wrong("the query needs runId=…", "query", "runId")
         if not run_id:
             raise Refusal(400, "runId is required", runId=None)
-        this, query = entry(), request.args if request.query_string else {}
-        asked = self.chosen(query) if request.method != "POST" else None
-        run = self.hub.find(run_id, tenant=g.tenant)
+        asked = self.chosen() if request.method != "POST" else None
+        run = self.hub.find(run_id, tenant=this.tenant_id)
         if request.method != "HEAD" and (run or self.hub.find(run_id) is None):
             self.make_room()  # another tenant's run is unknown, whether there is room or not
         if run is None:
-            return self._without_a_run(run_id, asked)
-        given = query.get("lastEventId") or query.get("last-event-id")
+            return self.without_a_run(run_id, asked)
+
+        # where it left off; the query is for those who cannot send a header
+        given = request.args.get("lastEventId") or request.args.get("last-event-id")
         this.last_event_id = header(b"last-event-id") or given
         this.resumed_after = resume_point(this.last_event_id, run.log.last)
         this.case_id = this.case_id or run.info.case_id
+
+        # which attempt at which scenario: another than the run's own has a count of its own
         scenario = asked or run.scenario
         before = run.attempts.get(scenario.name, 0)
-        attempts = scenario.stream or self._ordinary[run.info.phase]
+        attempts = scenario.stream or self.ordinary[run.info.phase]
         script = attempts.of(before + 1)
-        plain = scenario.stream is None or (attempts.repeats(before + 1) and script in self._plain)
+
+        # where a script is meant, it plays; where the stream is the ordinary one, a 204 is kinder
+        plain = scenario.stream is None or (attempts.repeats(before + 1) and script in PLAIN)
         if plain and run.ended and 0 < this.resumed_after == run.log.last:
             raise Refusal(204)  # finished and fully seen: this stops a native EventSource
+        this.plays(scenario, before)
         if request.method == "HEAD":
-            this.plays(scenario, before)
-            return head_only({**STREAM_HEAD, **self._echo()})
-        this.plays(scenario, before + 1)
-        run.attempts[scenario.name] = before + 1
-        if len(run.attempts) > 1000:  # names of inline scenarios, which anybody can make up
-            del run.attempts[next(iter(run.attempts))]
-        this.say("start consuming")
-        if this.last_event_id:
-            text = "SSE connection established (client reconnected) run_id=%s last_event_id=%s"
-            logger.info(text, safe(run_id), safe(this.last_event_id))
-            if not this.resumed_after and this.last_event_id != "0":
-                this.notes.append("its Last-Event-ID is no event of this run: from the start")
+            return Response(b"", 200, STREAM_HEAD | self.echo())  # opens no delivery
+        # a thousand, for inline scenarios have names that anybody can make up
+        this.attempt = counted(run.attempts, scenario.name, 1000)
+        self.say_begun(this)
         ordinary = scenario.stream is None and run.info.phase != "generation"
         return self.played(None if ordinary else script, run)  # then part 1's own delivery plays
+
+    def say_begun(self, this: Entry) -> None:
+        """The lines that Aura's guides tell people to look for."""
+        this.say("start consuming")
+        if not this.last_event_id:
+            return
+        text = "SSE connection established (client reconnected) run_id=%s last_event_id=%s"
+        logger.info(text, safe(this.run_id), safe(this.last_event_id))
+        if not this.resumed_after and this.last_event_id != "0":
+            this.notes.append("its Last-Event-ID is no event of this run: from the start")
 
     def make_room(self) -> None:
         """Refuse a viewer too many. (What is decided here has opened its delivery before anybody
@@ -3831,128 +3963,112 @@ class Reception(Service):
         text = "%s (--max-sse-connections) run_id=%s"
         logger.warning(text, cause_of(refusal), safe(entry().run_id))
         if "text/event-stream" in header(b"accept") and not header(b"authorization"):
-            soft = [{"raw": f"retry: {pause}\n\n"}, {"comment": cause_of(refusal)}]
-            refusal.status, refusal.script = 200, parse_script(soft, "stream")
+            text = f"retry: {pause}\n\n: {cause_of(refusal)}\n\n"
+            refusal.script = Response(text, 200, STREAM_HEAD)
         raise refusal
 
-    def _without_a_run(self, run_id: str, asked: Scenario | None) -> Response:
-        """A script that needs no log plays for an unknown run too."""
-        this, desk = entry(), self.desk
+    def without_a_run(self, run_id: str, asked: Scenario | None) -> Response:
+        """A script that needs no log plays for an unknown run too, and only then it is an attempt.
+        What could not play is not used up."""
+        this = entry()
+        desk = self.desk
         if request.method == "HEAD":
             raise self.unknown(run_id)
-        scenario = asked or desk.meant((run_id, this.case_id), this.test_id, needs_no_run)
+        scenario = asked or desk.meant(
+            run_id, this.case_id, lambda one: one.stream and not relays(one.stream.of(1)))
         if scenario and scenario.stream:
-            whose = (scenario.name, run_id, g.tenant or "")
-            attempt = desk.attempts("stream", *whose) + 1
-            if not uses(script := scenario.stream.of(attempt), "relay"):
+            what = ("stream", scenario.name, run_id, this.tenant_id or "")
+            script = scenario.stream.of(desk.count(*what, more=0) + 1)
+            if not relays(script):
                 self.make_room()
-                desk.count("stream", *whose, test_id=this.test_id)
-                this.plays(scenario, attempt)
+                this.plays(scenario, desk.count(*what))
                 return self.played(script)
         this.say("runId not found or already completed")
         raise self.unknown(run_id)
 
-    def played(
-        self, script: Script | None, run: ScriptedRun | None = None, **more: Any
-    ) -> Response:
-        below, headers = connection_of(request.scope), more.pop("headers", None) or self._echo()
+    def played(self, script: Script | None, run: Any = None, **more: Any) -> Response:
+        """The answer that this script is. A job's ids have its name in front."""
         job = run and run.info.phase == "generation" and self.settings.event_ids
         play = JobDelivery if job else ScriptedDelivery
-        return Streamed(play(script, entry(), self.hub, run, headers, below, **more))
+        known = {"headers": self.echo(), "connection": below(request.scope), **more}
+        return Streamed(play(script, entry(), self.hub, run, **known))
 
-    def _echo(self) -> dict[str, str]:
+    def echo(self) -> Told:
+        """What an answer says of the choice that was made."""
         this = entry()
         return {
             "x-aura-run-id": header_value(this.run_id or ""),
-            "x-aura-instance": self._shown_instance,
+            "x-aura-instance": header_value(self.instance),
             "x-aura-scenario": this.scenario or "",
             "x-aura-attempt": str(this.attempt),
         }
 
-    def told(self, order: TriggerRequest, case_id: str) -> tuple[int, dict[str, Any]]:
-        """What a trigger is told that is granted."""
-        if order.phase == "generation":
-            return 201, job_accepted(order, self.url())
-        return 202, ACCEPTED[order.phase](order, case_id)
-
     def seen(self, run_id: str) -> Any:
-        run = self.hub.find(run_id, tenant=g.tenant)
+        """The run, or the 404 that helps: also to a run of another tenant, which must not learn
+        that it is there."""
+        run = self.hub.find(run_id, tenant=entry().tenant_id)
         if run is None:
             raise self.unknown(run_id)
         return run
 
     def unknown(self, run_id: str) -> Refusal:
-        live = [run.info.run_id for run in self.hub.seen_by(g.tenant) if not run.ended]
-        ends = (run_id[:3], run_id[-3:])  # to compare is slow: with few, with short ones
-        alike = [one for one in live if one.startswith(ends[0]) or one.endswith(ends[1])]
-        short = [one for one in alike[-50:] if len(one) <= 64]
-        close = difflib.get_close_matches(run_id[:64], short, n=1)
+        """The 404 that helps: where it was looked for, what is like it, or that it has been
+        forgotten. It counts and names only runs that this caller may see."""
+        tenant = entry().tenant_id
+        live = [run.info.run_id for run in self.hub.seen_by(tenant) if not run.ended]
+        short = [one for one in live if len(one) <= 64]  # to compare is slow
+        close = difflib.get_close_matches(run_id[:64], short[-200:], n=1)
         hint = f"no such run on instance {self.instance}, where {len(live)} live"
         hint += f"; did you mean {close[0]!r}?" if close else ""
-        if self.hub.was_here(run_id, tenant=g.tenant):
+        if self.hub.was_here(run_id, tenant=tenant):
             hint = f"it has ended and was forgotten by instance {self.instance}; trigger it again"
         status = int(self.settings.unknown_run) if entry().kind == "stream" else 404
         return Refusal(status, "runId not found or already completed", runId=run_id, hint=hint)
 
+    async def trigger_stream(self, case_id: str) -> Response:
+        """To trigger and watch at once."""
+        return self.triggered(await self.asked(case_id, "phase2"))
 
-def client_routes(
-    app: QuartTrio, reception: Reception
-) -> None:
-    """The rest of a client's life: to trigger and watch at once, the last result."""
-
-    @app.post("/aura/cases/<case_id>/analysis/trigger")
-    async def trigger_stream(case_id: str) -> Response:
-        run, _, script = reception.trigger(await reception.asked(case_id, "phase2"))
+    def triggered(self, order: TriggerRequest) -> Response:
+        """The stream of the run that this starts, or the trigger script's own answer."""
+        run, _, script = self.trigger(order)
         if run is None or (script and refuses(script)):
-            return reception.played(script or ())
-        return reception.stream(run.info.run_id)
+            return self.played(script or ())
+        return self.stream(run.info.run_id)
 
-    @app.get("/aura/cases/<case_id>/analysis")
-    async def last_result(case_id: str) -> Response:
-        visible = reception.hub.seen_by(g.tenant)
+    def last_result(self, case_id: str) -> Told:
+        """The last result of a case: of its newest run that has completed."""
+        visible = self.hub.seen_by(entry().tenant_id)
         runs = [run for run in visible if run.info.case_id == case_id]
-        run = next((run for run in reversed(runs) if run.status == "completed"), None)
-        if run is None:
+        done = [run for run in runs if run.status == "completed"]
+        if not done:
             hint = f"{len(runs)} of its runs are here, none completed; trigger one and wait for it"
             raise Refusal(404, "no completed analysis of this case", caseId=case_id, hint=hint)
-        return answer(result_of(run))
+        return result_of(done[-1])
 
-
-def job_accepted(order: TriggerRequest, here: str) -> dict[str, Any]:
-    """Its front end calls `new URL`, and so needs whole ones."""
-    body, url = order.body, f"{here}/api/v1/generations/{order.run_id}"
-    return {
-        "jobId": order.run_id, "status": "queued", "sseUrl": f"{url}/events", "cancelUrl": url,
-        "projectId": body.get("projectId"),
-        "title": body.get("title") or (body.get("description") or "Untitled")[:80],
-        "estimatedDuration": 18,  # seconds, at the ordinary pace
+    doors: ClassVar[Any] = {
+        "POST /aura/cases/<case_id>/analysis/trigger": trigger_stream,
+        "GET /aura/cases/<case_id>/analysis": last_result,
     }
 
 
-def disabled(run_id: str, phase: str) -> Refusal:
-    """DEMO_OFF: nothing is started, and the old server's answer says so with a 200."""
-    off = {"accepted": False, "runId": run_id} if phase == "phase3" else {"status": "disabled"}
-    return Refusal(200, **off, message="Analysis disabled (DEMO_OFF)")
-
-
-def said_last(log: BoundedLog, name: str, count: int, *, among: float = math.inf) -> list[Any]:
+def said_last(log: BoundedLog, name: str, count: int = 1) -> list[Any]:
     """The data of the last events of this name, read back from the bytes that viewers get; only
     objects: text is not a result."""
-    first = int(max(log.first, log.last - among))
+    first = max(log.first, log.last - 10_000)  # further back is too far to look
     places = [at for at, one in enumerate(log.names_of(first - 1, log.last), first) if one == name]
     found = []
     for place in places[-count:]:
-        lines = LINE_END.split(log.read(place - 1, most=1)[0].decode())
-        text = next(read_events(lines))[2]
+        block = log.read(place - 1, most=1)[0].decode()
         with contextlib.suppress(ValueError):
-            found.append(json.loads(text))
+            found += [json.loads(text) for _, _, text in read_events(LINE_END.split(block))]
     return [data for data in found if isinstance(data, dict)]
 
 
-def result_of(run: ScriptedRun) -> dict[str, Any]:
-    """The last result of a case, read from the log: what was streamed is what was found."""
-    last = (said_last(run.log, "completed", 1) or [{}])[0]
-    breakdown = (said_last(run.log, "confidence", 1) or [None])[0]
+def result_of(run: ScriptedRun) -> Told:
+    """The result of a run, read from its log: what was streamed is what was found."""
+    last = (said_last(run.log, "completed") or [{}])[0]
+    breakdown = (said_last(run.log, "confidence") or [None])[0]
     return {
         "caseId": run.info.case_id, "reasonText": last.get("summary"),
         "proposals": said_last(run.log, "proposal", 100) or None,
@@ -3961,441 +4077,194 @@ def result_of(run: ScriptedRun) -> dict[str, Any]:
     }
 
 
-# ═══ 17  Operations ═══════════════════════════════════════════════════════════════════════════════
-# For whoever is on call, and for whoever tests: jobs, health, metrics, what an operator may do, the
-# control of the double. And the application, which has it all.
+# ═══ 17  Control ══════════════════════════════════════════════════════════════════════════════════
+# `/__aura`: what the double can do, what is to happen, what has happened. Each way in is a row of
+# the table at the end of the class, and a method that returns what is told; what is asked has its
+# form here. A mistake in a body is a 422 that names the field, one in a query a 400.
+
+Word = that("a text that is not empty", bool)
+HOW = form(how=like("end|drop|reset"))
+RESET = form(testId=Word)
+JOURNAL = form(
+    runId=Word, testId=Word, kind=like("stream|trigger|request"), since=number(int, 0, 10**15),
+    count=Some, within=number(float, 0, 3600), view=like("calls"))
+NEXT = form(
+    "scenario", scenario=str | dict, times=Some | None, caseId=RunId | None, testId=Text)
+SIGNAL = form("gate", gate=str, runId=RunId | None)
+EMIT = form("runId event data", runId=RunId, event=Line, data=Any)
+CLOCK = form("advance", advance=number(float, 0, 10**9))
 
 
-def job_routes(  # noqa: C901  # likewise
-    app: QuartTrio, reception: Reception
-) -> None:
-    """Generation jobs: runs of their own kind, which need no token."""
-    hub = reception.hub
+class Control(Reception):
+    """The control of the double, for the one who tests with it: it sees the runs of all tenants."""
 
-    def jobs() -> list[ScriptedRun]:
-        return [run for run in hub.seen_by(g.tenant) if run.info.phase == "generation"]
+    def now(self) -> float:
+        """Script seconds since the start."""
+        return float(round(self.hub.clock.now() - self.began, 3))
 
-    def job(job_id: str) -> ScriptedRun:
-        """The job; or a 404 that does not say what else has this id."""
-        run: ScriptedRun | None = hub.find(job_id, tenant=g.tenant)
-        if run is None or run.info.phase != "generation":
-            hint = "POST /api/v1/generations starts a job, and says where its events are"
-            raise Refusal(404, "there is no such job", jobId=job_id, hint=hint)
-        return run
+    def control_health(self) -> Told:
+        """Always open: who has started it waits for this."""
+        rate = self.hub.clock.rate
+        mode = {1.0: "real", math.inf: "max"}.get(rate, f"x{rate:g}")
+        return {
+            "status": "ok", "version": __version__, "pid": os.getpid(), "url": self.url,
+            "instance": self.instance, "clock": {"mode": mode, "now": self.now()},
+        }
 
-    @app.get("/api/generation/jobs/<job_id>/events")
-    async def job_stream(job_id: str) -> Response:
-        """Whoever watches a job that is not there starts it: the runbook does."""
-        if hub.find(job_id) is None and request.method != "HEAD":
-            checked(RunId, job_id, "path", "jobId")
-            run, _, script = reception.trigger(TriggerRequest(job_id, job_id, "generation", {}))
-            if run is None:
-                return reception.played(script or ())
-        return reception.stream(job(job_id).info.run_id)
+    def list_scenarios(self) -> Told:
+        known = self.desk.catalogue.values()
+        return {"scenarios": [{"name": one.name, "doc": one.doc} for one in known]}
 
-    @app.post("/api/v1/generations")
-    async def generate() -> Response:
-        body = await told(TRIGGER_BODY["generation"])
-        job_id = f"job_{uuid.uuid4().hex[:16]}"
-        project = str(body.get("projectId") or job_id)
-        return reception.accepted(TriggerRequest(job_id, project, "generation", body, given=False))
-
-    @app.get("/api/v1/generations/<job_id>/events")
-    async def job_events(job_id: str) -> Response:
-        if hub.find(job_id) is None and request.method != "HEAD":
-            reception.make_room()
-        return reception.stream(job(job_id).info.run_id)
-
-    @app.get("/api/v1/generations/<job_id>")
-    async def show_job(job_id: str) -> Response:
-        return answer(job_of(job(job_id)))
-
-    @app.delete("/api/v1/generations/<job_id>")
-    async def cancel_job(job_id: str) -> Response:
-        why = "the job was cancelled by a DELETE"
-        with contextlib.suppress(Refusal):  # what is not there is as its caller wants it
-            job(job_id).cancel(Failure(why, stage="cancelled", retryable=False))
-        return answer(None, 204)
-
-    @app.get("/api/v1/generations/_stats")
-    async def job_statistics() -> Response:
-        here = jobs()
-        counts = {**dict.fromkeys(JOB_STATUSES, 0), **collections.Counter(map(job_status, here))}
-        viewers = sum(run.viewers for run in here)
-        told = {"total_jobs": len(here), **counts, "active_connections": viewers}
-        now = {"service_status": "operational", "timestamp": now_iso()}
-        return answer({"job_statistics": told, **now})
-
-    @app.get("/api/v1/generations/active")
-    async def active_jobs() -> Response:
-        active = [job_of(run) for run in jobs() if not run.ended]
-        return answer({"active_jobs": active, "total_active": len(active)})
-
-
-JOB_STATUSES = ("queued", "streaming", "completed", "failed", "canceled")
-
-
-def job_status(run: ScriptedRun) -> str:
-    running = "streaming" if run.log.last else "queued"
-    return {"running": running, "cancelled": "canceled"}.get(run.status, run.status)
-
-
-def job_of(run: ScriptedRun) -> dict[str, Any]:
-    last = (said_last(run.log, "progress", 1, among=1000) or [{}])[0]
-    return {
-        "jobId": run.info.run_id, "status": job_status(run), "progress": last.get("value", 0),
-        "createdAt": run.started_at,
-    }
-
-
-def operation_routes(  # noqa: C901  # likewise
-    app: QuartTrio, hub: BoundedHub, metrics: Metrics | None, about: Mapping[str, Any], page: str
-) -> None:
-    """For whoever comes by, and for whoever is on call."""
-    began, guard = time.perf_counter(), {**GUARD, "Content-Security-Policy": policy(page)}
-
-    @app.get("/")
-    async def front() -> Response:
-        if page and "text/html" in header(b"accept").lower():
-            return Response(page, headers=guard, content_type="text/html; charset=utf-8")
-        told = {"message": "Aura analysis stream", "version": __version__, "status": "operational"}
-        return answer(told)
-
-    @app.get("/health")
-    @app.get("/api/generation/health")
-    async def health() -> Response:
-        return answer({
-            "status": "healthy", **about, "runs": hub.live, "sse_connections": hub.streams,
-            "uptime": round(time.perf_counter() - began, 3),
-        })
-
-    def streams() -> Iterator[ScriptedDelivery]:
-        return (one for one in hub.deliveries if one.entry.streams)
-
-    def come_back(latest: int) -> int:
-        """Close every stream with a `retry:` of each viewer's own, 1 s to so many ms. They drop: a
-        proper end is the end to some clients, and the run goes on."""
-        how = query(HOW).how or "drop"
-        return close_all(streams(), how, lambda: b"retry: %d\n\n" % random.randint(1000, latest))
-
-    @app.post("/api/admin/sse/restart")
-    async def restart_streams() -> Response:
-        return answer({"closed": come_back(1000)})
-
-    @app.post("/api/admin/sse/broadcast-reconnect")
-    async def broadcast_reconnect() -> Response:
-        return answer({"notified": come_back(5000)})
-
-    @app.post("/api/admin/connections/reset")
-    async def reset_connections() -> Response:
-        return answer({"dropped": close_all(streams(), "drop")})
-
-    @app.get("/metrics")
-    async def show_metrics() -> Response:
-        if metrics is None:
-            raise Refusal(501, "metrics need an extra: pip install 'aura-stream[metrics]'")
-        plain = "text/plain; version=0.0.4; charset=utf-8"
-        return Response(metrics.text(), content_type=plain)
-
-
-GUARD = {
-    "Vary": "Accept", "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",
-}
-
-
-def policy(page: str) -> str:
-    """What a browser may do with this page: run the script and the style that are in it, known by
-    their hashes, and ask this server. Nothing from elsewhere, and in nobody's frame."""
-
-    def hashes(tag: str) -> str:
-        found = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
-        sums = (hashlib.sha256(text.encode()).digest() for text in found)
-        return " ".join(f"'sha256-{base64.b64encode(one).decode()}'" for one in sums)
-
-    nothing = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    own = f"script-src {hashes('script')}; style-src {hashes('style')}"
-    return f"{nothing}; {own}; connect-src 'self'; img-src data:"
-
-
-METHODS = ("GET", "POST", "PUT", "DELETE", "PATCH", "HEAD", "OPTIONS")
-BOUNDS = (0.01, 0.1, 1, 10, 60, 600, 3600)  # seconds, from a moment to an hour
-
-
-class Metrics:
-    """What Prometheus reads of this application, and of no other in the process. What can be known
-    beforehand begins at 0: a counter that appears has no rate."""
-
-    def __init__(self, hub: BoundedHub, journal: Journal) -> None:
-        from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram  # an extra
-
-        self._hub, self._journal, self._registry = hub, journal, CollectorRegistry()
-        self._due = self._written = 0
-        spread = partial(Histogram, buckets=BOUNDS)
-        made: list[Any] = [
-            kind(name, says, labels.split(), registry=self._registry)
-            for kind, name, says, labels in (
-                (Counter, "sse_connections_total", "streams opened", ""),
-                (Gauge, "sse_reconnect_count", "streams opened with a Last-Event-ID", ""),
-                (Counter, "sse_bytes_sent_total", "bytes of streams sent", ""),
-                (Counter, "sse_heartbeat_sent_total", "heartbeats sent", ""),
-                (Gauge, "sse_connections_open", "streams open now", ""),
-                (Gauge, "sse_message_delivery_success_rate", "events written of events due", ""),
-                (Counter, "sse_message_sent_total", "events sent", "event"),
-                (Counter, "sse_stream_ended_total", "who ended streams, and how", "by how"),
-                (Counter, "http_requests_total", "requests answered", "method endpoint status"),
-                (Gauge, "aura_runs", "runs that are here", "status"),
-                (spread, "sse_time_to_first_event_seconds", "it took so long", ""),
-                (spread, "sse_connection_duration_seconds", "streams were open so long", ""),
-                (spread, "aura_run_duration_seconds", "runs took so long", ""),
-            )
-        ]
-        self._sums, (self._open, self._rate, self._names, self._ended) = made[:4], made[4:8]
-        requests, self._runs, self._first, self._lasted, ran = made[8:]
-        for name in (*KNOWN_EVENTS, "other"):
-            self._names.labels(name)
-        for end in ACTS:
-            self._ended.labels(*end)
-        self._asked = functools.cache(requests.labels)
-        hub.time_taken, journal.count = ran.observe, self._over
-
-    def _so_far(self, entry: Entry) -> None:
-        """Count what has come of a stream since the last look."""
-        begun = entry.first_event is not None
-        now = (1, entry.last_event_id is not None, entry.bytes, entry.heartbeats, begun)
-        for one, after, before in zip(self._sums, now, entry.counted, strict=False):
-            if after > before:
-                one.inc(after - before)
-        if begun > entry.counted[-1]:
-            self._first.observe((entry.first_event or 0.0) - entry.opened)
-        entry.counted = now
-
-    def _over(self, entry: Entry) -> None:
-        method = entry.method if entry.method in METHODS else "other"
-        self._asked(method, shown_path(entry.pattern), entry.status).inc()
-        if entry.streams and entry.closed is not None:
-            self._so_far(entry)
-            self._ended.labels(*(entry.end or LEFT)[:2]).inc()
-            self._lasted.observe(entry.closed - entry.opened)
-            self._due += entry.due
-            self._written += min(entry.events, entry.due)
-
-    def collect(self) -> Iterator[Any]:
-        """All of it, without the library's notes on when each was made."""
-        for family in self._registry.collect():
-            family.samples = [one for one in family.samples if not one.name.endswith("_created")]
-            yield family
-
-    def text(self) -> bytes:
-        from prometheus_client import generate_latest
-
-        for entry in self._journal.under_way.values():
-            if entry.streams:
-                self._so_far(entry)
-        fold(tally := self._journal.tally)
-        for name in tally:
-            self._names.labels(name).inc(tally[name])
-        tally.clear()
-        there = collections.Counter(run.status for run in self._hub.seen_by(None))
-        for status in RUN_STATUSES:
-            self._runs.labels(status).set(there[status])
-        self._open.set(self._hub.streams)
-        self._rate.set(self._written / self._due if self._due else 1)
-        return generate_latest(self)
-
-
-RUN_STATUSES = ("running", "completed", "failed", "cancelled")
-
-
-@functools.cache
-def shown_path(pattern: str) -> str:
-    """A route's path as the contract writes it; a job's events as the runbook's queries do."""
-    path = re.sub(r"<(?:int:)?(\w+)>", lambda found: f"{{{camel(found[1])}}}", pattern)
-    return re.sub(r".*}/events", "*/events", path)
-
-
-def control_routes(  # noqa: C901  # likewise
-    app: QuartTrio, reception: Reception, journal: Journal, about: Mapping[str, Any],
-    stop: Callable[[], None] | None,
-) -> None:
-    """The control of the test double: what it can do, what is to happen, what has happened."""
-    hub, desk = reception.hub, reception.desk
-    began = hub.clock.now()
-    journal_query = form(**JOURNAL, count=number(int, 1, max(journal.most, 1)))
-
-    @app.get("/__aura/health")
-    async def control_health() -> Response:
-        mode = {1.0: "real", math.inf: "max"}.get(hub.clock.rate, f"x{hub.clock.rate:g}")
-        script_time = {"mode": mode, "now": round(hub.clock.now() - began, 3)}
-        return answer({"status": "ok", **about, "clock": script_time})
-
-    @app.get("/__aura/scenarios")
-    async def list_scenarios() -> Response:
-        listed = [{"name": one.name, "doc": one.doc} for one in desk.catalogue.values()]
-        return answer({"scenarios": listed})
-
-    @app.get("/__aura/scenarios/<name>")
-    async def show_scenario(name: str) -> Response:
-        return answer(desk.named(name).source)
-
-    @app.post("/__aura/check")
-    async def check_scenario() -> Response:
+    async def check_scenario(self) -> Told:
+        """Whether it would play; else the 422 says where the mistake is."""
         parse_scenario(await told(Any))
-        return answer({"ok": True})
+        return {"ok": True}
 
-    @app.post("/__aura/next")
-    async def bind_next() -> Response:
+    async def bind_next(self) -> Told:
+        """The next triggers get this scenario: one, so many, or with null all until a reset."""
         body = await told(NEXT)
-        scenario, times = desk.chosen(body["scenario"]), body.get("times", 1)
+        scenario = self.desk.read(body["scenario"])
+        times = body.get("times", 1)
         case_id = checked(RunId | None, body.get("caseId"))  # as a text
-        left = math.inf if times is None else times
-        if scenario.weight + hub.held > (most := hub.settings.max_log_bytes):
-            error = f"this would hold too much, the limit is {most} bytes; a reset forgets all"
-            raise Refusal(409, error)
-        desk.bind(Binding(scenario, left, case_id, body.get("testId")))
-        return answer({"scenario": scenario.name, "times": times, "caseId": case_id})
+        bindings = self.desk.bindings
+        most = self.settings.max_bindings
+        limit = self.settings.max_log_bytes
+        if len(bindings) >= most or scenario.weight + self.hub.held > limit:
+            error = f"at most {most} bindings wait, and the limit is {limit} bytes"
+            raise Refusal(409, error + "; POST /__aura/reset forgets them")
+        bindings.append(Binding(scenario, times or math.inf, case_id, body.get("testId")))
+        return {"scenario": scenario.name, "times": times, "caseId": case_id}
 
-    @app.post("/__aura/signal")
-    async def signal_gate() -> Response:
+    async def signal_gate(self) -> Told:
+        """Open a gate, for one run or for all, for good."""
         body = await told(SIGNAL)
-        run_id = body.get("runId")
+        gates = self.hub.gates
+        run_id = checked(RunId | None, body.get("runId"))
         if run_id is not None:
-            run_id = reception.seen(str(run_id)).info.run_id
-        if not hub.gates.signal(body["gate"], run_id):
-            error = f"{hub.gates.most} gates are open already; POST /__aura/reset closes them"
+            self.seen(run_id)
+        if not gates.signal(body["gate"], run_id):
+            error = f"{gates.most} gates are open already; POST /__aura/reset closes them"
             raise Refusal(409, error)
-        return answer({"open": body["gate"], "runId": run_id})
+        return {"open": body["gate"], "runId": run_id}
 
-    @app.post("/__aura/clock")
-    async def move_clock() -> Response:
-        await hub.clock.advance((await told(CLOCK))["advance"])
-        return answer({"now": round(hub.clock.now() - began, 3)})
+    async def move_clock(self) -> Told:
+        """Move script time ahead; whatever is due on the way comes in its turn."""
+        await self.hub.clock.advance((await told(CLOCK))["advance"])
+        return {"now": self.now()}
 
-    @app.get("/__aura/runs")
-    async def list_runs() -> Response:
-        return answer({"runs": [state_of(run) for run in hub.seen_by(None)]})
-
-    @app.get("/__aura/runs/<run_id>")
-    async def show_run(run_id: str) -> Response:
-        return answer(state_of(reception.seen(run_id)))
-
-    @app.post("/__aura/emit")
-    async def emit() -> Response:
+    async def emit(self) -> Told:
+        """Speak into a live run's channel, as its analysis does; where that has said its last word,
+        nobody listens any more."""
         body = await told(EMIT)
-        run = reception.seen(str(body["runId"]))
-        try:
+        run = self.seen(str(body["runId"]))
+        with contextlib.suppress(trio.ClosedResourceError, trio.BrokenResourceError):
             with run.sending.clone() as sending:
                 await sending.send(Event(body["event"], body["data"]))
-        except (trio.ClosedResourceError, trio.BrokenResourceError):
-            error = f"this run has ended ({run.status}), nobody listens any more"
-            raise Refusal(409, error, runId=body["runId"]) from None
-        return answer({"emitted": body["event"]})
+            return {"emitted": body["event"]}
+        error = f"this run has ended ({run.status}), nobody listens any more"
+        raise Refusal(409, error, runId=body["runId"])
 
-    @app.get("/__aura/connections")
-    async def list_connections() -> Response:
-        entries = (one.entry for one in hub.deliveries)
-        return answer({"connections": [{"id": one.seq, **journal.show(one)} for one in entries]})
+    def list_connections(self) -> Told:
+        """What is open now, oldest first."""
+        entries = [one.entry for one in self.hub.deliveries]
+        shown = [{"id": one.seq, **self.journal.show(one)} for one in entries]
+        return {"connections": shown}
 
-    @app.delete("/__aura/connections")
-    @app.delete("/__aura/connections/<int:number>")
-    async def close_connections(number: int | None = None) -> Response:
+    def close_connections(self, number: int | None = None) -> Told:
+        """End, drop or reset one of them, or all."""
         how = query(HOW).how or "end"
-        chosen = (one for one in hub.deliveries if number in (None, one.entry.seq))
+        chosen = (one for one in self.hub.deliveries if number in (None, one.entry.seq))
         count = close_all(chosen, how)
         if number is not None and not count:
             raise Refusal(404, f"no open connection has the id {number}")
-        return answer({"closed": count, "how": how})
+        return {"closed": count, "how": how}
 
-    @app.get("/__aura/tasks")
-    async def show_tasks() -> Response:
+    def show_tasks(self) -> Response:
         return Response(task_tree(), content_type="text/plain; charset=utf-8")
 
-    @app.get("/__aura/journal")
-    async def read_journal() -> Response:
-        asked = query(journal_query)
+    async def read_journal(self) -> Told:
+        """What is there; or with `count`, the first so many that are finished, within the time."""
+        journal = self.journal
+        asked = query(JOURNAL)
         wanted = {"run_id": asked.runId, "test_id": asked.testId, "kind": asked.kind}
-        since, count = asked.since or 0, asked.count
+        since = asked.since or 0
+        count = asked.count or 0
         within = 5 if asked.within is None else asked.within
-        if count is None:
-            found = journal.find(wanted, since=since)
-        else:
+        found = journal.find(wanted, since=since)
+        if count:
             found = await journal.wait(count, wanted, since=since, within=within)
-        show = call if asked.view else journal.show
+        show = self.as_call if asked.view else journal.show
         entries = [show(one) for one in found]
-        if count is not None and len(found) < count:
-            begun = len(journal.find(wanted, since=since)) - len(found)
+        if len(found) < count:
             missing = f"{len(found)} of {count} finished entries came within {within:g} s"
-            missing += f", {begun} more match and are still open"
             raise Refusal(408, missing, entries=entries)
-        return answer({"entries": entries})
+        return {"entries": entries}
 
-    def call(entry: Entry) -> dict[str, Any]:
+    def as_call(self, entry: Entry) -> Told:
         """The entry as the gateway's call history has it."""
-        shown = {**journal.show(entry), "statusCode": entry.status}
+        shown = {**self.journal.show(entry), "statusCode": entry.status}
         names = ("path", "statusCode", "latency", "tenantId", "userId", "agentId", "end")
         return {name: shown[name] for name in names}
 
-    @app.post("/__aura/reset")
-    async def reset() -> Response:
+    def reset(self) -> Told:
+        """Forget everything, or what is of one test."""
         test_id = query(RESET).testId
         why = Failure("the control API forgot the run", stage="cancelled", retryable=False)
-        hub.reset(why, test_id)
-        journal.forget(test_id)
-        desk.reset(test_id)
+        self.hub.reset(why, test_id)
+        self.journal.forget(test_id)
+        self.desk.reset(test_id)
         if test_id is None:
-            hub.gates.open.clear()
-        return answer({"reset": test_id or "all"})
+            self.hub.gates.open.clear()
+        return {"reset": test_id or "all"}
 
-    @app.post("/__aura/shutdown")
-    async def shut_down() -> Response:
-        if stop is None:
+    def shut_down(self) -> Response:
+        """Stop, as SIGTERM does."""
+        if self.stop is None:
             raise Refusal(409, "this application runs in memory: end its nursery")
-        stop()
+        self.stop()
         return answer({"status": "stopping"}, 202)
 
-
-Word = that("a text that is not empty", bool)
-HOW, RESET = form(how=like("end|drop|reset")), form(testId=Word)
-JOURNAL = {
-    "runId": Word, "testId": Word, "kind": like("stream|trigger|request"),
-    "since": number(int, 0, 10**15), "within": number(float, 0, 3600), "view": like("calls"),
-}
-NEXT = form("scenario", scenario=str | dict, times=Some | None, caseId=RunId | None,
-            testId=Text)
-SIGNAL = form("gate", gate=str, runId=RunId | None)
-CLOCK = form("advance", advance=number(float, 0, 10**9))
-EMIT = form("runId event data", runId=RunId, event=Line, data=Any)
-
-
-def query(kind: Any) -> Any:
-    """The query of a control request, its numbers as numbers, or the 400 in a sentence."""
-    try:
-        return checked(kind, request.args.to_dict(), strict=False)
-    except Wrong as wrong:
-        raise Refusal(400, f"the query {wrong}") from None
+    doors = Reception.doors | {
+        "GET /__aura/health": control_health,
+        "GET /__aura/scenarios": list_scenarios,
+        "GET /__aura/scenarios/<name>": lambda self, name: self.desk.named(name).source,
+        "POST /__aura/check": check_scenario,
+        "POST /__aura/next": bind_next,
+        "POST /__aura/signal": signal_gate,
+        "POST /__aura/emit": emit,
+        "POST /__aura/clock": move_clock,
+        "GET /__aura/runs":
+            lambda self: {"runs": [state_of(run) for run in self.hub.seen_by(None)]},
+        "GET /__aura/runs/<run_id>": lambda self, run_id: state_of(self.seen(run_id)),
+        "GET /__aura/connections": list_connections,
+        "DELETE /__aura/connections": close_connections,
+        "DELETE /__aura/connections/<int:number>": close_connections,
+        "GET /__aura/tasks": show_tasks,
+        "GET /__aura/journal": read_journal,
+        "POST /__aura/reset": reset,
+        "POST /__aura/shutdown": shut_down,
+    }
 
 
 def task_tree() -> str:
     """Trio's own tree, as far as it is ours: nurseries, in them tasks, and where each waits."""
-    root, lines = trio.lowlevel.current_root_task(), list[str]()
-    if root is not None:
-        _draw(root, 0, lines)
-    return "\n".join([*lines, ""])
+    return "\n".join([*drawn(trio.lowlevel.current_root_task()), ""])
 
 
-def _draw(task: trio.lowlevel.Task, depth: int, lines: list[str]) -> None:
+def drawn(task: Any, depth: int = 0) -> Iterator[str]:
+    """A task, and under it the nurseries that it has opened; of others' tasks, what they hold."""
     ours = [frame for frame in frames_of(task) if frame.f_code.co_filename == __file__]
     name = task.name.removeprefix(f"{__name__}.")
-    if ours or re.match(r"[a-z]+\b(?!\.)", name):  # a name of ours has no dots
-        place = ours[-1].f_code.co_qualname.replace(".<locals>", "") if ours else name
-        lines.append(f"{'   ' * depth}{name}" + (f"  <- {place}" if place != name else ""))
+    if ours or name.isidentifier():  # others' tasks are called by what they run
+        place = ours[-1].f_code.co_qualname if ours else name
+        yield "   " * depth + name + (f"  <- {place}" if place != name else "")
         depth += 1
     for nursery in task.child_nurseries:
         if opened := name_of(nursery, ours):
-            lines.append(f"{'   ' * depth}nursery {opened}")
+            yield f"{'   ' * depth}nursery {opened}"
             depth += 1  # whatever the task opens behind it is inside it
         for child in sorted(nursery.child_tasks, key=lambda one: one.name):
-            _draw(child, depth, lines)
+            yield from drawn(child, depth)
 
 
 def name_of(nursery: trio.Nursery, frames: Iterable[types.FrameType]) -> str:
@@ -4407,40 +4276,218 @@ def name_of(nursery: trio.Nursery, frames: Iterable[types.FrameType]) -> str:
     return ""
 
 
-def frames_of(task: trio.lowlevel.Task) -> Iterator[types.FrameType]:
-    """The frames of its coroutines, outermost first."""
-    step: Any = task.coro
+def frames_of(task: Any) -> Iterator[types.FrameType]:
+    """The frames of its coroutines, outermost first; each coroutine knows the one it awaits."""
+    step = task.coro
     while (frame := getattr(step, "cr_frame", None)) is not None:
         yield frame
         step = step.cr_await
 
 
+# ═══ 18  The double ═══════════════════════════════════════════════════════════════════════════════
+# All of part 2, served; and `running()`, for tests. What this part needs of a connection, beside
+# what Hypercorn has, is to break it: so it plays every scenario, and says who closed first. That no
+# client can harm it is part 3's concern.
+
+
+@dataclass(frozen=True)
+class Aura:
+    """A running server, from outside. Its methods ask over HTTP and block: they are for threads,
+    not for the server's own tasks."""
+
+    url: str
+    port: int
+    stop: Callable[[], None]
+    bearer: str = field(default="aura", repr=False)  # the admin token, if there is one
+
+    def trigger(
+        self, case: str | int, *, run_id: str | None = None, scenario: Any = None, **body: Any
+    ) -> str:
+        """Start a run of this case; its id."""
+        path = f"/aura/cases/{encoded(str(case))}/analysis-runs"
+        reply = self._ask("POST", path, {"runId": run_id, "scenario": scenario, **body})
+        if not hasattr(reply, "run_id"):
+            raise RuntimeError(f"POST {path} was answered without a runId: {reply}")
+        return str(reply.run_id)
+
+    def journal(
+        self, run_id: str | None = None, *, kind: str | None = "stream", count: int | None = None,
+        within: float = 5,
+    ) -> list[Any]:
+        """The journal's entries, oldest first; with `count` it waits for so many that are
+        finished. Attributes are the JSON names in snake_case."""
+        wanted = {"runId": run_id, "kind": kind, "count": count}
+        given = {name: value for name, value in wanted.items() if value is not None}
+        path = "/__aura/journal?" + urlencode({"within": within, **given})
+        return list(self._ask("GET", path, patience=within).entries)
+
+    def next(self, scenario: Any, *, times: int | None = 1, case: str | None = None) -> None:
+        """The next triggers get this scenario: so many of them, or with None all until a reset."""
+        self._tell("next", scenario=scenario, times=times, caseId=case)
+
+    def signal(self, gate: str, run_id: str | None = None) -> None:
+        """Open a gate, for one run or for all."""
+        self._tell("signal", gate=gate, runId=run_id)
+
+    def emit(self, run_id: str, event: str, data: Any) -> None:
+        """Let a live run say this."""
+        self._tell("emit", runId=run_id, event=event, data=data)
+
+    def advance(self, seconds: float) -> None:
+        """Move script time ahead."""
+        self._tell("clock", advance=seconds)
+
+    def reset(self) -> None:
+        """Forget runs, journal, bindings and gates."""
+        self._tell("reset")
+
+    def scenarios(self) -> dict[str, str]:
+        """The catalogue: each name with what a client sees."""
+        return {one.name: one.doc for one in self._ask("GET", "/__aura/scenarios").scenarios}
+
+    def _tell(self, what: str, **body: Any) -> None:
+        self._ask("POST", f"/__aura/{what}", body)
+
+    def _ask(self, method: str, path: str, body: Any = None, *, patience: float = 0) -> Any:
+        """Ask, and wait. A refusal is a RuntimeError with what was answered."""
+        token = os.fsencode(f"Bearer {self.bearer}")
+        headers: Any = {"Authorization": token, "Content-Type": "application/json"}
+        content = None if body is None else to_bytes(to_json(body))
+        wire = http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=10 + patience)
+        with contextlib.closing(wire):
+            wire.request(method, path, content, headers)
+            reply = wire.getresponse()
+            said = reply.read().decode()
+        if reply.status not in (200, 202):
+            raise RuntimeError(f"{method} {path} was answered {reply.status}: {said[:1000]}")
+        return json.loads(said, object_hook=attributes)
+
+
+def attributes(said: Mapping[str, Any]) -> types.SimpleNamespace:
+    """An object of JSON, its names in snake_case."""
+    return types.SimpleNamespace(
+        **{re.sub("([A-Z])", r"_\1", name).lower(): value for name, value in said.items()})
+
+
+@dataclass
+class StockConnection(Below):
+    """Hypercorn's connection, as it comes, and a way to cut it. (Part 3 has one that a client
+    cannot harm.)"""
+
+    service: Service
+    stream: trio.SocketStream
+
+    def blame(self) -> Ending:
+        """Who has not ended by the end of the grace was cut; before that, it left."""
+        return CUT if self.service.hub.stopping else LEFT
+
+    def cut(self, *, reset: bool = False) -> None:  # type: ignore[override]
+        """Close the socket: Hypercorn's reader finds it gone, and ends the request."""
+        cut_off(self.stream.socket, reset=reset)
+
+
+def cut_off(raw: Any, *, reset: bool) -> None:
+    """Close a socket at once: no last chunk, no goodbye."""
+    with contextlib.suppress(OSError):
+        if reset:
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        else:
+            raw.shutdown(socket.SHUT_WR)
+    raw.close()
+
+
+class Double(Control):
+    """The double, on connections as Hypercorn makes them; its clock may jump."""
+
+    def open(self, runs: trio.Nursery, clocks: trio.Nursery, url: str, stop: Any) -> Any:
+        hub: Any = BoundedHub(self.settings, runs)
+        if hub.clock.rate == math.inf:
+            clocks.start_soon(hub.clock.jump, name="clock")
+        return self.application(hub, url, stop)
+
+    async def attend(self, app: ASGIWrapper, context: WorkerContext, stream: Any) -> None:
+        trio.lowlevel.current_task().name = "connection"
+        state: Any = {"connection": StockConnection(self, stream)}
+        await TCPServer(app, Config(), context, state, stream).run()
+
+    def handle(self, url: str, port: int, stop: Callable[[], None]) -> Aura:
+        """For threads: they may stop it as often as they like, from wherever they are."""
+        token = trio.lowlevel.current_trio_token()
+
+        def stop_from_any_thread() -> None:
+            """Also when it has stopped."""
+            with contextlib.suppress(trio.RunFinishedError):
+                token.run_sync_soon(stop)
+
+        return Aura(url, port, stop_from_any_thread, self.settings.admin_token or "aura")
+
+
+class Settings(DoubleSettings):
+    """All that can be set, of a whole double."""
+
+    make_service: ClassVar[Any] = Double  # a door: part 3 has a service of its own
+
+
 def create_app(
-    settings: DoubleSettings, hub: BoundedHub, catalogue: Mapping[str, Scenario] | None = None, *,
-    analysis: Analysis | None = None, url: str = "", stop: Callable[[], None] | None = None,
-    page: str = "",
+    settings: Any, hub: BoundedHub, catalogue: Any = None, *, analysis: Analysis | None = None
 ) -> QuartTrio:
-    """The application: Aura's contract over the runs of this hub, and the control of both."""
-    journal = Journal(settings.max_journal)
-    reception = Reception(hub, desk := Desk(settings, catalogue or {}), analysis)
-    hub.also = desk.weight
-    about = {"version": __version__, "instance": reception.instance}
-    app = make_app(reception)
-    app.config.update(MAX_CONTENT_LENGTH=settings.max_body, BODY_TIMEOUT=settings.body_timeout)
-    app.asgi_http_class = partial(JournaledRequest, journal)  # type: ignore[assignment]
-    admission(app, settings, hub)
-    client_routes(app, reception)
-    job_routes(app, reception)
-    metrics = None
-    with contextlib.suppress(ImportError):
-        metrics = Metrics(hub, journal)
-    operation_routes(app, hub, metrics, about, page.replace("{tries}", str(settings.max_retries)))
-    told = {**about, "pid": os.getpid(), "url": url}
-    control_routes(app, reception, journal, told, stop)
-    return app
+    """The application in memory, over the runs of this hub."""
+    return Settings.make_service(settings, analysis, catalogue).application(hub)  # type: ignore[no-any-return]
 
 
-# ═══ 18  What ASGI cannot say ═════════════════════════════════════════════════════════════════════
+@contextlib.contextmanager
+def running(
+    settings: Settings | None = None, *, analysis: Analysis | None = None, **fields: Any
+) -> Iterator[Aura]:
+    """A server in a thread, for tests in any framework: ready when this yields, on a free port.
+
+    A failed start raises here, as the OSError it was; a crash of the server raises at the end.
+    """
+    # what is not said, or None, is as in `settings`
+    settings = settings or Settings()
+    port = 0 if settings.port == Settings.port else settings.port  # the usual one may be taken
+    given = {name: value for name, value in fields.items() if value is not None}
+    if "speed" in given:
+        given["speed"] = str(given["speed"]).replace("inf", "max")
+    settings = dataclasses.replace(settings, **{"port": port, **given})
+    started: Future[Aura] = Future()
+    crashes: list[BaseException] = []
+    status: Any = types.SimpleNamespace(started=started.set_result)
+
+    def thread() -> None:
+        try:
+            trio.run(partial(serve, settings, analysis=analysis, task_status=status))
+        except BaseException as error:  # noqa: BLE001  # handed over to the thread that waits
+            (crashes.append if started.done() else started.set_exception)(innermost(error))
+
+    def stop() -> list[BaseException]:
+        """Stop it, if it runs; and how it has crashed."""
+        if worker.is_alive() and not started.exception():  # in a forked process it is not
+            started.result().stop()
+        worker.join(settings.grace + 5)
+        if worker.is_alive():
+            late = f"no stop within {settings.grace + 5:g} s"
+            raise RuntimeError(f"{late}: an analysis does not heed its cancellation")
+        return crashes
+
+    worker = threading.Thread(target=thread, name="aura-stream", daemon=True)
+    worker.start()
+    try:
+        yield started.result()
+    except BaseException as error:
+        for crash in stop():
+            error.add_note(f"and the server had crashed: {crash!r}")
+        raise
+    for crash in stop():
+        raise crash
+
+
+# ═══ Part 3  In operation ═════════════════════════════════════════════════════════════════════════
+# What it takes to be asked by everybody, day and night: connections that nothing kills, who may
+# ask, jobs, metrics, and what an operator may do. The service of part 2, with more doors.
+
+
+# ═══ 19  What ASGI cannot say ═════════════════════════════════════════════════════════════════════
 # The fenced corner: a connection of our own, on h11. ASGI knows no socket, no send deadline and no
 # "close now"; and the stock connections of part 1 have bugs that a server for experiments with
 # failure cannot afford: one bad request ends the process, one reader that stops holds up the stop,
@@ -4807,233 +4854,520 @@ class Connection:
             self.cut()
 
 
-# ═══ 19  Catalogue ════════════════════════════════════════════════════════════════════════════════
-# The built-in scenarios, as data: name, the symptom and what a client sees, the scripts for it.
+# ═══ 20  Access ═══════════════════════════════════════════════════════════════════════════════════
+# Who may ask for what. In this order: a foreign name is refused, preflights are answered; the
+# gateway wants a tenant; control, an operator; everything else a token, or where none is needed, no
+# foreign page. What a request asks for, its route looks at.
+
+CONTROL = ("/__aura/", "/api/admin/")
+JOBS = ("/api/generation/", "/api/v1/generations")
+GATEWAY = re.compile(  # of the other service only the stream is here; the rest of it is unknown
+    r"/api(?:/aura|/synapse(?=/analysis-runs/[^/]*/stream\Z)|(?=/synapse/))"
+    r"((?:/.*)?)", re.DOTALL)
+GATEWAY_SAYS = {b"x-dwp-source": "FRONTEND", b"x-dwp-caller-type": "USER"}  # where nobody does
+LOCAL = ("localhost", "127.0.0.1", "::1")
+LOCAL_PEER = re.compile(r"(127\..*|::1):\d+")
+LOCAL_PAGE = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?", re.IGNORECASE)
+CHALLENGE = {"WWW-Authenticate": "Bearer"}
+CORS = {
+    "Access-Control-Allow-Credentials": "true",
+    "Access-Control-Expose-Headers": "Last-Event-ID, X-Request-ID, X-Aura-Run, X-Aura-Run-ID, "
+    "X-Aura-Scenario, X-Aura-Attempt, Retry-After",
+}
+PREFLIGHT = {
+    "Access-Control-Allow-Methods": "GET, POST, PUT, DELETE, PATCH, OPTIONS",
+    "Access-Control-Allow-Headers": "Authorization, X-Tenant-ID, X-User-ID, X-Agent-ID, "
+    "X-DWP-Source, X-DWP-Caller-Type, X-Aura-Scenario, X-Aura-Test-Fail, X-Test-Id, "
+    "X-Trace-ID, X-Request-ID, Content-Type, Accept, Accept-Language, Last-Event-ID, "
+    "Cache-Control",
+    "Access-Control-Max-Age": "3600",
+}
 
 
-def _say(name: str, **data: Any) -> dict[str, Any]:
-    return {"event": {"event": name, "data": data}}
+def bearer() -> str:
+    """The token that the request at hand brings, if it is a bearer's."""
+    scheme, _, token = header(b"authorization").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else ""
 
 
-def _answer(status: int, body: Any, headers: Any = ()) -> list[Any]:
-    return [{"open": {"status": status, "headers": dict(headers), "body": body}}]
+def identify() -> None:
+    """Let everybody in who brings a token, any token, or raise the 401."""
+    if header(b"authorization") and not bearer():
+        raise Refusal(401, headers=CHALLENGE, detail="Invalid authorization header format")
+    if not (bearer() or request.args.get("access_token")):  # a native EventSource sends no headers
+        hint = "send 'Authorization: Bearer <any token>'; an EventSource, which cannot,"
+        hint += " adds ?access_token=<any token> to the URL"
+        missing = "Missing authorization header"
+        raise Refusal(401, headers=CHALLENGE, detail=missing, hint=hint)
 
 
-_TWO = [HELLO, {"relay": 2}]
-_ALL = [HELLO, "heartbeat", REST]
-_USUAL = [*_ALL, BYE]
-_IDS = {"status": "completed", "runId": "{runId}", "caseId": "{caseId}"}
-_STARTED = _say("started", runId="{runId}", caseId="{caseId}", at="{now}")
-_COMPLETED = _say("completed", **_IDS, summary="nothing unusual", score=0.5, severity="LOW")
-_BEGIN = [_STARTED, _say("step", label="INPUT_NORM", detail="", percent=10)]
-_FOUR = [*_BEGIN, _say("step", label="RULE_SCORING", detail="", percent=45), _COMPLETED]
-_FIRST, _SECOND, _THIRD, _LAST = (  # the four, as a stream script writes them: with their ids
-    {"event": {"id": str(number), **step["event"]}} for number, step in enumerate(_FOUR, 1)
+class GatewayRequest(JournaledRequest):
+    """A request, perhaps to the gateway's face: that leads to the same routes."""
+
+    def __init__(self, journal: Journal, app: QuartTrio, scope: Any) -> None:
+        asked = "/" + scope["path"].lstrip("/")
+        face = GATEWAY.fullmatch(asked)
+        if face:
+            scope = {**scope, "path": f"/aura{face[1]}"}
+        super().__init__(journal, app, scope)
+        if face:
+            entry = self.entry
+            entry.path = asked  # the journal knows it by the name that the caller used
+            entry.trace_id = known_as(entry.headers, b"x-trace-id")
+            entry.headers = {**GATEWAY_SAYS, **entry.headers, b"x-trace-id": entry.trace_id}
+
+    async def _send_response(self, send: ASGISendCallable, response: Any) -> None:
+        if isinstance(response, Streamed) and self.entry.trace_id:
+            send = partial(assured, self.entry, send)
+        await super()._send_response(send, response)
+
+
+async def assured(entry: Entry, send: Send, message: Any) -> None:
+    """The gateway's own headers on every stream, whatever the script has left of them."""
+    if message["type"] == "http.response.start":
+        named = dict(message["headers"])
+        streams = named.get(b"content-type", b"").lower().startswith(b"text/event-stream")
+        sure = (STREAM_HEAD if streams else {}) | traces(entry)
+        named |= {name.encode(): value.encode() for name, value in sure.items()}
+        message["headers"] = list(named.items())
+    await send(message)
+
+
+def traces(entry: Entry) -> dict[str, str]:
+    """What the gateway sends along, so that a request can be found again; nothing to who did not
+    come to its face."""
+    if not entry.trace_id:
+        return {}
+    return {"x-trace-id": entry.trace_id, "x-gateway-request-id": entry.request_id}
+
+
+class Access(Double):
+    """The double, for those who may."""
+
+    make_request = GatewayRequest
+
+    async def admit(self) -> Response | None:
+        """The order of the refusals is the contract's: what can be said without knowing a secret
+        comes before what cannot."""
+        await super().admit()
+        this = entry()
+        path = request.path
+        self.known_host(header(b"host", b"localhost"))  # in HTTP/1.0 there may be none
+        if request.method == "OPTIONS":
+            asks = header(b"access-control-request-method")
+            return Response(b"", 204, PREFLIGHT) if asks else None
+        if this.trace_id and this.tenant_id is None:
+            raise Refusal(400)
+        if this.trace_id and not re.fullmatch("[0-9]{1,19}", this.tenant_id or ""):
+            raise Refusal(400, "X-Tenant-ID must be numeric (e.g. 1) for Aura API.")
+        if path.startswith(CONTROL) and path != "/__aura/health":
+            self.operate()
+        elif path.startswith(JOBS):
+            self.refuse_foreign_pages()
+        elif self.settings.auth == "on" and path.startswith("/aura/"):
+            identify()
+        return None
+
+    def known_host(self, authority: str) -> None:
+        """The 421 for a name that is not ours: a page on a name of its own, made to lead here, must
+        not read a server on this machine."""
+        if self.settings.host in ("0.0.0.0", "::"):
+            return  # it listens everywhere, and nobody knows under which names
+        name = re.sub(r":\d*$", "", authority).strip("[]").lower()
+        known = (*LOCAL, self.settings.host, *parts(self.settings.allow_host))
+        if name not in [one.strip("[]").lower() for one in known]:
+            error = f"this server does not answer to the name {name[:200]!r}"
+            raise Refusal(421, error, hint="start it with --allow-host NAME if it should")
+
+    def operate(self) -> None:
+        """Let in who may control the server: who knows the token; without one, who is on this
+        machine, and neither a proxy nor another site's page."""
+        if self.settings.admin_token:
+            token = os.fsencode(self.settings.admin_token)
+            if not hmac.compare_digest(to_bytes(bearer()), token):
+                needs = "this needs 'Authorization: Bearer <the server's ADMIN_TOKEN>'"
+                raise Refusal(401, headers=CHALLENGE, detail=needs)
+            return
+        given = request.scope["aura.headers"].keys()  # type: ignore[typeddict-item]
+        page = LOCAL_PAGE.fullmatch(header(b"origin", b"http://localhost"))
+        proxied = given & {b"forwarded", b"x-forwarded-for", b"via"}
+        if proxied or not page or not LOCAL_PEER.fullmatch(entry().client):
+            raise Refusal(
+                403, "this is for callers on the server's own machine: neither through a proxy, "
+                "nor for pages of another site; with ADMIN_TOKEN set, the token lets anybody in")
+
+    def reads(self, origin: str) -> bool:
+        """Whether a page of this origin may read what is said here: `:*` is any port."""
+        for one in parts(self.settings.cors_origin):
+            scheme = "" if "://" in one else "https?://"
+            known = scheme + re.escape(one).replace(r":\*", r"(:\d{1,5})?")
+            if origin and (one == "*" or re.fullmatch(known, origin, re.IGNORECASE)):
+                return True
+        return False
+
+    def refuse_foreign_pages(self) -> None:
+        """Where no token is needed, keep out other sites' pages: each can make a browser send a GET
+        or a plain POST. This server's own page is at home, under whatever name."""
+        origin = header(b"origin")
+        foreign = header(b"sec-fetch-site") == "cross-site"
+        if origin:
+            own = origin.endswith(f"://{header(b'host')}")
+            foreign = not (own or self.reads(origin))
+        if foreign:
+            error = "this needs no token, so it is not for pages of another site"
+            raise Refusal(403, error, hint="start it with --cors-origin ORIGIN if it should be")
+
+    async def sign(self, response: Response) -> Response:
+        """CORS headers also on a 401: without them the browser hides that it was one."""
+        headers = (await super().sign(response)).headers
+        origin = header(b"origin")
+        headers |= traces(entry())
+        if origin:
+            headers["Vary"] = "Origin"
+        if self.reads(origin):
+            headers |= {"Access-Control-Allow-Origin": origin, **CORS}
+        return response
+
+
+# ═══ 21  Jobs ═════════════════════════════════════════════════════════════════════════════════════
+# Generation jobs: runs of their own kind, whose ids are the jobs'. They need no token, so they ask
+# whose page it is that asks, and take no scenario but by its name.
+
+JOB_STATUSES = ("queued", "streaming", "completed", "failed", "canceled")
+
+
+def job_status(run: ScriptedRun) -> str:
+    """A run's status, in the words of the generation service."""
+    running = "streaming" if run.log.last else "queued"
+    return {"running": running, "cancelled": "canceled"}.get(run.status, run.status)
+
+
+def job_of(run: ScriptedRun) -> Told:
+    """A job's state; how far it is, its own last word on that says."""
+    last = (said_last(run.log, "progress") or [{}])[0]
+    return {
+        "jobId": run.info.run_id, "status": job_status(run), "progress": last.get("value", 0),
+        "createdAt": run.started_at,
+    }
+
+
+class Jobs(Access):
+    """The double, and its generation jobs."""
+
+    def jobs(self) -> list[ScriptedRun]:
+        """All jobs that this caller may see."""
+        visible = self.hub.seen_by(entry().tenant_id)
+        return [run for run in visible if run.info.phase == "generation"]
+
+    def job(self, job_id: str) -> Any:
+        """The job; or a 404 that does not say what else has this id."""
+        run = self.hub.find(job_id, tenant=entry().tenant_id)
+        if run is None or run.info.phase != "generation":
+            hint = "POST /api/v1/generations starts a job, and says where its events are"
+            raise Refusal(404, "there is no such job", jobId=job_id, hint=hint)
+        return run
+
+    def job_stream(self, job_id: str) -> Response:
+        """Whoever watches a job that is not there starts it: the runbook does."""
+        if self.hub.find(job_id) or request.method == "HEAD":
+            return self.job_events_stream(job_id)
+        checked(RunId, job_id, "path", "jobId")
+        return self.triggered(TriggerRequest(job_id, job_id, "generation", {}))
+
+    def job_events_stream(self, job_id: str) -> Response:
+        """The events of a job that somebody has started."""
+        if self.hub.find(job_id) is None and request.method != "HEAD":
+            self.make_room()
+        return self.stream(self.job(job_id).info.run_id)
+
+    async def job_trigger(self) -> Response:
+        """Start a job. Its front end calls `new URL`, and so needs whole ones."""
+        body = await told(TRIGGER_BODY["generation"])
+        job_id = f"job_{uuid.uuid4().hex[:16]}"
+        project = str(body.get("projectId") or job_id)
+        url = f"{self.way_here()}/api/v1/generations/{job_id}"
+        return self.accepted(TriggerRequest(job_id, project, "generation", body, False), 201, {
+            "jobId": job_id, "status": "queued", "sseUrl": f"{url}/events", "cancelUrl": url,
+            "projectId": body.get("projectId"),
+            "title": body.get("title") or (body.get("description") or "Untitled")[:80],
+            "estimatedDuration": 18,  # seconds, at the ordinary pace
+        })
+
+    def way_here(self) -> str:
+        """Where its caller finds this server; a proxy on this machine may say it, if it says a name
+        of ours."""
+        scheme = "http"
+        host = request.host
+        if LOCAL_PEER.fullmatch(entry().client):
+            with contextlib.suppress(Refusal):
+                forwarded = header(b"x-forwarded-host").partition(",")[0] or host
+                self.known_host(forwarded)
+                host = forwarded
+                scheme = "https" if header(b"x-forwarded-proto").startswith("https") else scheme
+        return f"{scheme}://{host}"
+
+    def cancel_job(self, job_id: str) -> Response:
+        """Again is harmless."""
+        why = "the job was cancelled by a DELETE"
+        with contextlib.suppress(Refusal):  # what is not there is as its caller wants it
+            self.job(job_id).cancel(Failure(why, stage="cancelled", retryable=False))
+        return answer(None, 204)
+
+    def job_statistics(self) -> Told:
+        here = self.jobs()
+        counts = collections.Counter(map(job_status, here))
+        return {
+            "job_statistics": {
+                "total_jobs": len(here), **{status: counts[status] for status in JOB_STATUSES},
+                "active_connections": sum(run.viewers for run in here),
+            },
+            "service_status": "operational", "timestamp": now_iso(),
+        }
+
+    def active_jobs(self) -> Told:
+        active = [job_of(run) for run in self.jobs() if not run.ended]
+        return {"active_jobs": active, "total_active": len(active)}
+
+    doors = Access.doors | {
+        "GET /api/generation/jobs/<job_id>/events": job_stream,
+        "POST /api/v1/generations": job_trigger,
+        "GET /api/v1/generations/_stats": job_statistics,
+        "GET /api/v1/generations/active": active_jobs,
+        "GET /api/v1/generations/<job_id>": lambda self, job_id: job_of(self.job(job_id)),
+        "DELETE /api/v1/generations/<job_id>": cancel_job,
+        "GET /api/v1/generations/<job_id>/events": job_events_stream,
+    }
+
+
+# ═══ 22  Metrics and admin ════════════════════════════════════════════════════════════════════════
+# For whoever comes by, and for whoever is on call. The figures are prometheus-client's own, in a
+# registry of this application: what happens once is counted when its request is over; what grows
+# while a stream lasts, when somebody looks, or at its end.
+
+BOUNDS = (0.01, 0.1, 1, 10, 60, 600, 3600)  # seconds, from a moment to an hour
+RUN_STATUSES = ("running", "completed", "failed", "cancelled")
+STREAM_SUMS = (  # in the order in which `Metrics.look` has them
+    "sse_connections_total", "sse_reconnect_count", "sse_bytes_sent_total",
+    "sse_heartbeat_sent_total",
 )
-_TICK = _say("step", label="TICK", turn="{n}")
-_SLOW_TICK = [{"sleep": 10}, _TICK]
-_BUSY = _answer(503, {"error": "temporarily unavailable"}, {"Retry-After": "1"})
-_UNKNOWN = {"error": "runId not found or already completed", "runId": "{runId}"}
-_LOST = _answer(404, _UNKNOWN)
-_LOGIN = "<!doctype html><title>Log in</title><p>Your session has expired."
-_HTML = {"Content-Type": "text/html; charset=utf-8"}
-_OFF = {"status": "disabled", "message": "Analysis disabled (DEMO_OFF)"}
-_KOREAN = "증거를 수집하고 규칙을 적용한 뒤 위험도를 설명합니다. " * 40
-_OPAQUE = {"frame": {"id": "opaque:{n}"}}
-
-# A row: what one sees; then its scripts, as far as they are not the ordinary ones.
-RUNS: dict[str, Any] = {  # run, stream
-    "ok": ["all is well: the ordinary run, the ordinary stream"],
-    "phase3": [
-        "all is well: the ordinary Phase3 run, whoever triggers it", [{"ordinary": "phase3"}]],
-    "generation": [
-        "a generation job: ids `{jobId}_{n}`, heartbeats as events, no [DONE]",
-        [{"ordinary": "generation"}],
-        [{"frame": JOB_FRAME}, HELLO, {"heartbeat": {"every": 30, **JOB_BEAT}}, REST]],
-    "failed": [
-        "the analysis fails: `failed` says why and is the last event, then [DONE]",
-        [*_BEGIN, {"fail": {"error": "the model refused the prompt", "stage": "llm"}}]],
-    "crash": [
-        "the analysis raises: `failed` names the exception, the server lives",
-        [*_BEGIN, {"crash": "row 7 has no amount"}]],
-    "slow-first": [
-        "only heartbeats for 30 s, then an ordinary run: is the client patient?",
-        [{"sleep": 30}, "ordinary"]],
-    "silent": [
-        "a run that never speaks: heartbeats, then `failed` at the idle time-out", ["hang"]],
-    "slow-run": [
-        "an event every 10 s for 70 s: an absolute timer of 65 s gives up too early",
-        [_STARTED, {"repeat": 7, "steps": _SLOW_TICK}, _COMPLETED]],
-    "stepped": [
-        "each event waits for its gate, go-1 to go-4: the test decides when it comes",
-        [part for n in range(4) for part in ({"wait": f"go-{n + 1}"}, _FOUR[n])]],
-    "flood": [
-        "20 000 events as fast as they come: does the client keep up?",
-        [_STARTED, {"repeat": 20_000, "steps": [_TICK]}, _COMPLETED]],
-    "big-event": [
-        "one event of 5 MB on one line: does a line buffer overflow?",
-        [_STARTED, {**_say("evidence", type="COLLECTED"), "pad": 5_000_000}, _COMPLETED]],
-    "korean": [
-        "long multi-byte text: characters that straddle every buffer",
-        [_STARTED, *[_say("step", label="설명", detail=_KOREAN)] * 5, _COMPLETED]],
-    "no-terminal": ["[DONE] comes, but neither completed nor failed did", _FOUR[:3]],
-    "progress-regress": [
-        "percent goes 45, 25, 85: a progress bar runs backwards",
-        [_STARTED, *(_say("step", label="STEP", percent=n) for n in (45, 25, 85)), _COMPLETED]],
-    "missing-started": ["the first event is a step: `started` never comes", _FOUR[1:]],
-    "unknown-events": [
-        "event names that nobody documented, between the known ones",
-        [_STARTED, _say("telemetry", cpu=1), _say("x-internal", a=1), _COMPLETED]],
-}
-STREAMS: dict[str, Any] = {  # stream, run
-    # Body
-    "empty": ["200 and an empty body, properly ended: the incident", ["open"]],
-    "empty-truncated": ["200 and no body, and the connection breaks", ["open", "drop"]],
-    "no-response": ["the connection closes before any answer", ["drop"]],
-    "first-chunk-then-close": ["`: connected`, 13 bytes, and a proper end", [HELLO]],
-    "first-chunk-then-drop": [
-        "`: connected`, 13 bytes, then the connection breaks", [HELLO, "drop"]],
-    "drop": [
-        "three events, then the connection breaks, every time", [HELLO, {"relay": 3}, "drop"]],
-    "drop-mid-event": [
-        "two events and half the next one, then the connection breaks",
-        [HELLO, {"relay": 2, "cut": 0.5}, "drop"]],
-    "drop-resume": [
-        "two events and a break; a resume gets the rest, nothing lost or twice",
-        [[*_TWO, "drop"], _USUAL]],
-    "always-drop": ["`: connected` and a break, however often one tries", [HELLO, "drop"]],
-    "reset": ["two events, then a TCP reset", [*_TWO, "reset"]],
-    "no-done": ["every event and a proper end, but no [DONE]", _ALL],
-    "done-only": ["[DONE] and nothing else", [BYE]],
-    "unterminated-last-event": [
-        "the last event lacks its blank line: no client may see it",
-        [HELLO, {"relay": 3}, {"raw": "event: completed\ndata: {}\nid: 4\n"}], _FOUR],
-    "after-done": [
-        "two empty `data:` blocks after [DONE]", [*_USUAL, {"raw": "data:\n\ndata:\n\n"}]],
-    "fallback-completed": [
-        "the run hangs, and the old server invents a completed without score",
-        [*_TWO, _say("completed", **_IDS), BYE], [*_BEGIN, "hang"]],
-    # Time
-    "slow-headers": ["8 s pass before the status line", [{"sleep": 8}, *_USUAL]],
-    "slow-stream": [
-        "an event every 2 s, however fast the run was",
-        [HELLO, "heartbeat", {"relay": "all", "every": 2}, BYE]],
-    "idle-cut": [
-        "two events, a minute without a byte, then a proxy cuts the idle stream",
-        [*_TWO, {"heartbeat": "never"}, {"sleep": 60}, "drop"]],
-    "no-heartbeat": [
-        "100 s without a byte in a healthy run: no heartbeats",
-        [HELLO, {"heartbeat": "never"}, REST, BYE], [*_BEGIN, {"sleep": 100}, *_FOUR[2:]]],
-    "heartbeat-then-silence": [
-        "three heartbeats, then a connection that is open and dead",
-        [HELLO, {"heartbeat": 15}, {"sleep": 46}, "hang"]],
-    "gateway-timeout": [
-        "an event every 10 s, and a gateway cuts at 300 s although all is well",
-        [HELLO, "heartbeat", {"relay": 30}, {"sleep": 10}, "drop"],
-        [_STARTED, {"repeat": 60, "steps": _SLOW_TICK}, _COMPLETED]],
-    # Shape
-    "buffered": [
-        "a proxy holds everything back: one arrival, at the end", [{"buffer": "all"}, *_USUAL]],
-    "buffered-4k": [
-        "a proxy passes on 4096 bytes at a time: events come late, in lumps",
-        [{"buffer": 4096}, *_USUAL]],
-    "dribble": ["every byte comes in a chunk of its own", [{"chunk": 1}, *_USUAL]],
-    "split-utf8": [
-        "chunks end inside every multi-byte character", [{"chunk": "utf8"}, *_USUAL]],
-    "mid-line": ["chunks of 7 bytes end wherever they end", [{"chunk": 7}, *_USUAL]],
-    "coalesced": [
-        "`: connected` and five events come in one chunk, the rest in another",
-        [{"buffer": "all"}, HELLO, {"relay": 5}, "flush", REST, BYE]],
-    "crlf": [
-        "lines end in CR LF",
-        [{"frame": {"newline": "\r\n"}}, *_ALL, {"raw": "data: [DONE]\r\n\r\n"}]],
-    "cr-only": [
-        "lines end in CR", [{"frame": {"newline": "\r"}}, *_ALL, {"raw": "data: [DONE]\r\r"}]],
-    "bom": ["a byte order mark comes first", [{"raw": {"hex": "efbbbf"}}, *_USUAL]],
-    "double-wrapped": [
-        "a relay wraps every line again: `data:event: …`, `data:data: …`",
-        [{"frame": {"wrap": "data:"}}, *_ALL, {"raw": "data:data: [DONE]\n\n"}]],
-    "gateway-ids": [
-        "a gateway puts ids of its own on every block: `gw-1`, `gw-2`, …",
-        [{"frame": {"id": "gw-{n}"}}, *_USUAL]],
-    "duplicate-events": [
-        "the second event comes twice, with the same id", [*_TWO, _SECOND, REST, BYE], _FOUR],
-    "out-of-order": [
-        "the third event comes before the second",
-        [HELLO, _FIRST, _THIRD, _SECOND, _LAST, BYE], _FOUR],
-    "bad-json": [
-        "one event's data is JSON cut short",
-        [*_TWO, {"event": {"event": "step", "data": '{"label": "RULE_SC'}}, REST, BYE]],
-    # Status
-    "unauthorized": [
-        "the token has expired: 401",
-        _answer(401, {"detail": "Token expired"}, {"WWW-Authenticate": "Bearer"})],
-    "forbidden": ["somebody else's case: 403", _answer(403, {"detail": "Not your case"})],
-    "rate-limited": [
-        "too many requests: 429 with Retry-After",
-        _answer(429, {"error": "too many requests"}, {"Retry-After": "2"})],
-    "unavailable": ["503 with Retry-After, once; then all is well", [_BUSY, _USUAL]],
-    "refuse-3-then-ok": ["503 three times, then all is well", [_BUSY, _BUSY, _BUSY, _USUAL]],
-    "gone-204": ["204: a native EventSource stops for good", [{"open": {"status": 204}}]],
-    "html": ["200 with a login page where a stream should be", _answer(200, _LOGIN, _HTML)],
-    "json-instead": ["200 with JSON where a stream should be", _answer(200, {"ok": True})],
-    "sse-500": ["500 with an event-stream type and no body", [{"open": {"status": 500}}]],
-    "unknown-run": [
-        "the old server does not know the run: 200 with an error in JSON",
-        _answer(200, _UNKNOWN)],
-    "unknown-run-404": ["the run is not known: 404", _LOST],
-    "expired-run": ["one whole stream, then the run is forgotten: 404", [_USUAL, _LOST]],
-    "other-worker": [
-        "every second request lands on a worker that does not know the run: 404",
-        {"cycle": [_USUAL, _LOST]}],
-    # Resume
-    "resume-unknown-id": [
-        "ids that no server can resume from: a reconnect replays everything",
-        [[_OPAQUE, *_TWO, "drop"], [_OPAQUE, *_USUAL]]],
-    "resume-gap": [
-        "after a break the server has forgotten an event, and says so with `gap`",
-        [[*_TWO, "drop"], [
-            HELLO, {"event": {"id": "3", "event": "gap", "data": {"from": 3, "to": 3}}},
-            _LAST, BYE]],
-        _FOUR],
-    "retry-field": [
-        "`retry: 1500` comes first: the client's back-off changes",
-        [{"raw": "retry: 1500\n\n"}, *_USUAL]],
-    "two-subscribers": [
-        "the old queue: each event goes to one viewer only, the other misses it",
-        [HELLO, "heartbeat", {"relay": "all", "shared": True}, BYE]],
-}
-TRIGGERS: dict[str, Any] = {  # trigger, run
-    "slow-trigger": [
-        "the 202 takes 6 s: the back end gives up and asks again, the run goes on",
-        [{"sleep": 6}]],
-    "trigger-503": ["the trigger is refused with 503, nothing starts", _BUSY],
-    "trigger-lost": [
-        "the first answer is lost in a reset; the retry meets the same run", [["reset"], []]],
-    "trigger-disabled": ["200 `disabled`, nothing starts", _answer(200, _OFF)],
-    "duplicate-run": [
-        "two pipelines in one run: every event comes twice, with two ids",
-        None, [part for step in _FOUR for part in (step, step)]],
-}
-TABLES = ((RUNS, "run", "stream"), (STREAMS, "stream", "run"), (TRIGGERS, "trigger", "run"))
 
 
-def documented(value: Any) -> Scenario:
-    """A scenario of a catalogue: it has a `doc`."""
-    return parse_scenario(value, needs="doc")
+class Metrics:
+    """What Prometheus reads of this application, and of no other in the process. What can be known
+    beforehand begins at 0: a counter that appears has no rate."""
+
+    def __init__(self, hub: BoundedHub, journal: Journal) -> None:
+        from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram  # an extra
+
+        self.hub = hub
+        self.journal = journal
+        self.registry = CollectorRegistry()
+        self.due = self.written = 0  # events of streams that are over
+        spread = partial(Histogram, buckets=BOUNDS)
+        self.of: Any = {
+            name: kind(name, says, labels, registry=self.registry)
+            for kind, name, says, *labels in (
+                (Counter, "sse_connections_total", "streams opened"),
+                (Gauge, "sse_reconnect_count", "streams opened with a Last-Event-ID"),
+                (Counter, "sse_bytes_sent_total", "bytes of streams sent"),
+                (Counter, "sse_heartbeat_sent_total", "heartbeats sent"),
+                (Gauge, "sse_connections_open", "streams open now"),
+                (Gauge, "sse_message_delivery_success_rate", "events written of events due"),
+                (Counter, "sse_message_sent_total", "events sent", "event"),
+                (Counter, "sse_stream_ended_total", "who ended streams, and how", "by", "how"),
+                (Counter, "http_requests_total", "requests answered",
+                 "method", "endpoint", "status"),
+                (Gauge, "aura_runs", "runs that are here", "status"),
+                (spread, "sse_time_to_first_event_seconds", "it took so long"),
+                (spread, "sse_connection_duration_seconds", "streams were open so long"),
+                (spread, "aura_run_duration_seconds", "runs took so long"),
+            )
+        }
+        for name in (*KNOWN_EVENTS, "other"):
+            self.of["sse_message_sent_total"].labels(name)
+        for end in ACTS:
+            self.of["sse_stream_ended_total"].labels(*end)
+        hub.time_taken = self.of["aura_run_duration_seconds"].observe
+        journal.count = self.over
+
+    def look(self, entry: Entry) -> None:
+        """Count what has come of a stream since the last look."""
+        first = entry.first_event
+        again = entry.last_event_id is not None
+        now = (1, again, entry.bytes, entry.heartbeats, first is not None)
+        for name, after, before in zip(STREAM_SUMS, now, entry.counted, strict=False):
+            self.of[name].inc(after - before)
+        if first and not entry.counted[-1]:
+            self.of["sse_time_to_first_event_seconds"].observe(first - entry.opened)
+        entry.counted = now
+
+    def over(self, entry: Entry) -> None:
+        """A request is over. Its labels are few, whatever is asked: a route's pattern, not a path;
+        a method that HTTP knows."""
+        method = entry.method if entry.method in http.HTTPMethod.__members__ else "other"
+        asked = (method, shown_path(entry.pattern), entry.status)
+        self.of["http_requests_total"].labels(*asked).inc()
+        if entry.streams and entry.closed:
+            self.look(entry)
+            self.of["sse_stream_ended_total"].labels(*(entry.end or LEFT)[:2]).inc()
+            self.of["sse_connection_duration_seconds"].observe(entry.closed - entry.opened)
+            # what was written beyond what was due does not make up for what was not
+            self.due += entry.due
+            self.written += min(entry.events, entry.due)
+
+    def text(self) -> bytes:
+        """All of it, without the library's notes on when each was made."""
+        from prometheus_client import generate_latest
+
+        for entry in self.journal.under_way.values():
+            if entry.streams:
+                self.look(entry)
+        fold(tally := self.journal.tally)
+        for name in list(tally):
+            self.of["sse_message_sent_total"].labels(name).inc(tally.pop(name))
+        there = collections.Counter(run.status for run in self.hub.seen_by(None))
+        for status in RUN_STATUSES:
+            self.of["aura_runs"].labels(status).set(there[status])
+        self.of["sse_connections_open"].set(self.hub.streams)
+        rate = self.written / self.due if self.due else 1
+        self.of["sse_message_delivery_success_rate"].set(rate)
+        lines = generate_latest(self.registry).splitlines(keepends=True)
+        return b"".join(line for line in lines if b"_created" not in line)
 
 
-def catalogue() -> dict[str, Scenario]:
-    """The built-in scenarios, by name."""
-    found = {}
-    for table, *places in TABLES:
-        for name, (doc, *scripts) in table.items():
-            own = {place: script for place, script in zip(places, scripts, strict=False) if script}
-            found[name] = documented({"name": name, "doc": doc, **own})
-    return found
+@functools.cache
+def shown_path(pattern: str) -> str:
+    """A route's path as the contract writes it; a job's events as the runbook's queries do."""
+    path = re.sub(r"<(?:int:)?(\w+)>", lambda found: f"{{{camel(found[1])}}}", pattern)
+    return re.sub(r".*}/events", "*/events", path)
 
 
-# ═══ 20  The page ═════════════════════════════════════════════════════════════════════════════════
+def policy(page: str) -> str:
+    """What a browser may do with this page: run the script and the style that are in it, known by
+    their hashes, and ask this server. Nothing from elsewhere, and in nobody's frame."""
+    own = "default-src 'none'; base-uri 'none'; form-action 'none'; "
+    own += "frame-ancestors 'none'; connect-src 'self'; img-src data:"
+    for tag, text in re.findall(r"<(script|style)>(.*?)</\1>", page, re.DOTALL):
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        own += f"; {tag}-src 'sha256-{digest}'"
+    return own
+
+
+class Admin(Jobs):
+    """The double, for whoever is on call."""
+
+    metrics: Metrics | None = None
+    page = ""  # for browsers; a door: part 4 has one
+
+    def application(self, hub: Any, *more: Any) -> QuartTrio:
+        """As ever, and counted, if the library is there."""
+        with contextlib.suppress(ImportError):
+            self.metrics = Metrics(hub, self.journal)
+        return super().application(hub, *more)
+
+    def front(self) -> Response:
+        """The page, to who can show one."""
+        if self.page and "text/html" in header(b"accept").lower():
+            page = self.page.replace("{tries}", str(self.settings.max_retries))
+            guard = {"Vary": "Accept", "Content-Security-Policy": policy(page)}
+            return Response(page, headers=guard, content_type="text/html; charset=utf-8")
+        return answer({
+            "message": "Aura analysis stream", "version": __version__, "status": "operational",
+        })
+
+    def health(self) -> Told:
+        return {
+            "status": "healthy", "version": __version__, "instance": self.instance,
+            "runs": self.hub.live, "sse_connections": self.hub.streams,
+            "uptime": round(time.perf_counter() - self.journal.began, 3),
+        }
+
+    def close_streams(self, latest: int = 0) -> int:
+        """Close every stream that plays a script, with a `retry:` of each viewer's own, 1 s to so
+        many ms, if any; the runs go on. They drop: some clients take a proper end for the end."""
+        streams = (one for one in self.hub.deliveries if one.entry.streams)
+
+        def farewell() -> bytes:
+            return b"retry: %d\n\n" % random.randint(1000, latest) if latest else b""
+
+        return close_all(streams, query(HOW).how or "drop", farewell)
+
+    def show_metrics(self) -> Response:
+        """What Prometheus scrapes."""
+        if self.metrics is None:
+            raise Refusal(501, "metrics need an extra: pip install 'aura-stream[metrics]'")
+        plain = "text/plain; version=0.0.4; charset=utf-8"
+        return Response(self.metrics.text(), content_type=plain)
+
+    doors = Jobs.doors | {
+        "GET /": front,
+        "GET /health": health,
+        "GET /api/generation/health": health,
+        "POST /api/admin/sse/restart": lambda self: {"closed": self.close_streams(1000)},
+        "POST /api/admin/sse/broadcast-reconnect":
+            lambda self: {"notified": self.close_streams(5000)},
+        "POST /api/admin/connections/reset": lambda self: {"dropped": self.close_streams()},
+        "GET /metrics": show_metrics,
+    }
+
+
+# ═══ 23  The whole double ═════════════════════════════════════════════════════════════════════════
+# All of it, on connections that nothing kills: each keeps its own trouble, and at the stop each is
+# told until when it may speak.
+
+SEGMENT = 16 * 2**10  # bytes: two are acknowledged at once; one that fills the buffer, after 40 ms
+
+
+def warn(settings: DoubleSettings) -> None:
+    """What somebody who starts it like this should know."""
+    if settings.redis_url:
+        logger.warning("REDIS_URL is set, but this version keeps runs in memory only")
+    if settings.host not in LOCAL and not settings.admin_token:
+        logger.warning(
+            "control (/__aura, /api/admin) is for callers on this machine: no ADMIN_TOKEN")
+
+
+class InOperation(Admin):
+    """The whole double."""
+
+    async def listen(self) -> list[trio.SocketListener]:
+        """The listening sockets; the sockets they accept inherit the options."""
+        self.connections: set[Connection] = set()
+        limits = self.settings
+        warn(limits)
+        listeners = await trio.open_tcp_listeners(limits.port, host=limits.host, backlog=4096)
+        for raw in (listener.socket for listener in listeners):
+            size = min(limits.send_buffer // 2, 2**30)  # the kernel doubles it
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
+            if hasattr(socket, "TCP_USER_TIMEOUT"):  # the kernel's own eviction, a second line
+                patience = int(min(2000 * limits.send_timeout, 2**31 - 1))
+                raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, patience)
+                raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, SEGMENT)
+        return listeners
+
+    async def attend(self, app: ASGIWrapper, context: WorkerContext, stream: Any) -> None:
+        trio.lowlevel.current_task().name = "connection"
+        connection = Connection(app.app, self.settings, stream)
+        self.connections.add(connection)
+        try:
+            await connection.run()
+        finally:
+            self.connections.discard(connection)
+
+    def leave(self, *, by: float) -> None:
+        for connection in list(self.connections):
+            connection.leave(by=by)
+
+
+# The door of part 2: from here on this is what serves.
+Settings.make_service = InOperation
+
+
+# ═══ Part 4  For people ═══════════════════════════════════════════════════════════════════════════
+# A page to look at, a doctor for anybody's stream, a command line.
+
+
+# ═══ 24  The page ═════════════════════════════════════════════════════════════════════════════════
 # The live page: what a careful client does, where it can be seen. No build, no request to anybody
 # else; what comes from outside is only ever text.
 
@@ -5412,243 +5746,10 @@ scenarios();
 </script>
 """
 
-
-# ═══ 21  The double ═══════════════════════════════════════════════════════════════════════════════
-# The nurseries, and the order in which they end: first nobody new, then the runs, so that their
-# streams end by themselves, then the connections, within the grace.
+InOperation.page = PAGE
 
 
-@dataclass(frozen=True)
-class Aura:
-    """A running server, from outside. Its methods ask over HTTP and block: they are for threads,
-    not for the server's own tasks."""
-
-    url: str
-    port: int
-    stop: Callable[[], None] = field(repr=False)
-    token: trio.lowlevel.TrioToken | None = field(default=None, repr=False)
-    bearer: str = field(default="aura", repr=False)  # the admin token, if there is one
-
-    def trigger(
-        self, case: str | int, *, run_id: str | None = None, scenario: Any = None, **body: Any
-    ) -> str:
-        """Start a run of this case; its id."""
-        wanted = {"runId": run_id, "scenario": scenario, **body}
-        path = f"/aura/cases/{encoded(str(case))}/analysis-runs"
-        if not hasattr(reply := self._ask("POST", path, wanted), "run_id"):
-            raise RuntimeError(f"POST {path} was answered without a runId: {reply}")
-        return str(reply.run_id)
-
-    def journal(
-        self, run_id: str | None = None, *, kind: str | None = "stream", count: int | None = None,
-        within: float = 5, test_id: str | None = None,
-    ) -> list[Any]:
-        """The journal's entries, oldest first; with `count` it waits for so many that are
-        finished. Attributes are the JSON names in snake_case."""
-        wanted: dict[str, Any] = {"runId": run_id, "kind": kind, "count": count}
-        wanted |= {"testId": test_id, "within": within}
-        query = urlencode({name: value for name, value in wanted.items() if value is not None})
-        return list(self._ask("GET", "/__aura/journal?" + query, patience=within).entries)
-
-    def next(self, scenario: Any, *, times: int | None = 1, case: str | None = None) -> None:
-        """The next triggers get this scenario: so many of them, or with None all until a reset."""
-        self._ask("POST", "/__aura/next", {"scenario": scenario, "times": times, "caseId": case})
-
-    def signal(self, gate: str, run_id: str | None = None) -> None:
-        """Open a gate, for one run or for all."""
-        self._ask("POST", "/__aura/signal", {"gate": gate, "runId": run_id})
-
-    def emit(self, run_id: str, event: str, data: Any) -> None:
-        """Let a live run say this."""
-        self._ask("POST", "/__aura/emit", {"runId": run_id, "event": event, "data": data})
-
-    def advance(self, seconds: float) -> None:
-        """Move script time ahead."""
-        self._ask("POST", "/__aura/clock", {"advance": seconds})
-
-    def reset(self) -> None:
-        """Forget runs, journal, bindings and gates."""
-        self._ask("POST", "/__aura/reset")
-
-    def scenarios(self) -> dict[str, str]:
-        """The catalogue: each name with what a client sees."""
-        return {one.name: one.doc for one in self._ask("GET", "/__aura/scenarios").scenarios}
-
-    def _ask(self, method: str, path: str, body: Any = None, *, patience: float = 0) -> Any:
-        if trio.lowlevel.in_trio_run() and self.token is trio.lowlevel.current_trio_token():
-            raise RuntimeError("this would hold up the server: await trio.to_thread.run_sync(…)")
-        token = os.fsencode(f"Bearer {self.bearer}")
-        headers: dict[str, Any] = {"Authorization": token, "Content-Type": "application/json"}
-        content = None if body is None else to_json(body).encode()
-        wire = http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=10 + patience)
-        with contextlib.closing(wire):
-            wire.request(method, path, content, headers)
-            reply = wire.getresponse()
-            said = reply.read().decode()
-        found = json.loads(said, object_hook=attributes) if said.startswith("{") else said
-        if reply.status not in (200, 202):
-            raise RuntimeError(f"{method} {path} was answered {reply.status}: {in_short(found)}")
-        return found
-
-
-def in_short(found: Any) -> str:
-    """What an answer in the negative says, without the rest of it."""
-    parts = [str(getattr(found, "error", found))]
-    for name in ("scenario", "hint", "did_you_mean"):
-        parts += [f"{name}: {getattr(found, name)}"] if hasattr(found, name) else []
-    return "; ".join([*parts, *(one.said for one in getattr(found, "entries", []))])[:1000]
-
-
-def attributes(said: Mapping[str, Any]) -> types.SimpleNamespace:
-    """An object of JSON, its names in snake_case."""
-    return types.SimpleNamespace(
-        **{re.sub("([A-Z])", r"_\1", name).lower(): value for name, value in said.items()})
-
-
-def known_scenarios(settings: DoubleSettings) -> dict[str, Scenario]:
-    """The catalogue and, over it, the scenarios of the user's own file; a ValueError says what is
-    wrong with the file, or with a name in the settings."""
-    known, where = catalogue(), f"--scenarios {settings.scenarios}"
-    try:
-        text = Path(settings.scenarios).read_text("utf-8") if settings.scenarios else "[]"
-        own = json.loads(text, parse_constant=int)
-        for index, value in enumerate(own if isinstance(own, list) else [own]):
-            where = f"--scenarios {settings.scenarios}, [{index}]"
-            one = documented(value)
-            known[one.name] = one
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: {error}") from None
-    Desk(settings, known)  # says no to a name in --scenario or --case that is not there
-    return known
-
-
-class Double(Service):
-    """The whole double, on connections that nothing kills."""
-
-    def __init__(self, settings: DoubleSettings, analysis: Analysis | None = None) -> None:
-        super().__init__(settings, analysis)
-        warn(settings)
-        self._known = known_scenarios(settings)
-        self._open_ones = set[Connection]()
-
-    async def listen(self) -> list[trio.SocketListener]:
-        return await listen(self.settings)
-
-    def open(
-        self, runs: trio.Nursery, clocks: trio.Nursery, url: str, stop: Callable[[], None]
-    ) -> Any:
-        self.hub = BoundedHub(self.settings, runs)
-        if self.hub.clock.rate == math.inf:
-            clocks.start_soon(self.hub.clock.jump, name="clock")
-        return create_app(
-            self.settings, self.hub, self._known, analysis=self.analysis, url=url, stop=stop,
-            page=PAGE)
-
-    async def attend(self, app: ASGIWrapper, context: WorkerContext, stream: Any) -> None:
-        connection = Connection(app.app, self.settings, stream)
-        trio.lowlevel.current_task().name = "connection"
-        self._open_ones.add(connection)
-        try:
-            await connection.run()
-        finally:
-            self._open_ones.discard(connection)
-
-    def handle(self, url: str, port: int, stop: Callable[[], None]) -> Aura:
-        token = trio.lowlevel.current_trio_token()
-
-        def stop_from_any_thread() -> None:
-            """Also when it has stopped."""
-            with contextlib.suppress(trio.RunFinishedError):
-                token.run_sync_soon(stop)
-
-        bearer = self.settings.admin_token or Aura.bearer
-        return Aura(url, port, stop_from_any_thread, token, bearer)
-
-    def leave(self, *, by: float) -> None:
-        for connection in list(self._open_ones):
-            connection.leave(by=by)
-
-
-def warn(settings: DoubleSettings) -> None:
-    """What somebody who starts it like this should know."""
-    if settings.redis_url:
-        logger.warning("REDIS_URL is set, but this version keeps runs in memory only")
-    if settings.allow_host and not hosts_of(settings):
-        logger.warning("--allow-host has no effect: on %s any name will do", settings.host)
-    if settings.host not in LOCAL and not settings.admin_token:
-        text = "control (/__aura, /api/admin) is for callers on this machine: no ADMIN_TOKEN"
-        logger.warning(text)
-
-
-SEGMENT = 16 * 2**10  # bytes: two are acknowledged at once; one that fills the buffer, after 40 ms
-
-
-class Settings(DoubleSettings):
-    """All that can be set, of a whole double."""
-
-    make_service = Double
-
-
-async def listen(settings: DoubleSettings) -> list[trio.SocketListener]:
-    """The listening sockets; the sockets they accept inherit the options."""
-    listeners = await trio.open_tcp_listeners(settings.port, host=settings.host, backlog=4096)
-    for raw in (listener.socket for listener in listeners):
-        # the kernel doubles it
-        raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, min(settings.send_buffer // 2, 2**30))
-        if hasattr(socket, "TCP_USER_TIMEOUT"):  # the kernel's own eviction, a second line
-            patience = int(min(2000 * settings.send_timeout, 2**31 - 1))
-            raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, patience)
-            raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, SEGMENT)
-    return listeners
-
-
-@contextlib.contextmanager
-def running(
-    settings: Settings | None = None, *, scenario: str | None = None,
-    speed: float | str | None = None, analysis: Analysis | None = None, **fields: Any,
-) -> Iterator[Aura]:
-    """A server in a thread, for tests in any framework: ready when this yields, on a free port.
-
-    A failed start raises here, as the OSError it was; a crash of the server raises at the end.
-    """
-    if scenario is not None:
-        fields["scenario"] = scenario
-    if speed is not None:
-        fields["speed"] = str(speed).replace("inf", "max")
-    settings = settings or Settings()
-    port = 0 if settings.port == Settings.port else settings.port  # the usual one may be taken
-    settings = dataclasses.replace(settings, **{"port": port, **fields})
-    started, crashes = Future[Aura](), list[BaseException]()
-    status: Any = types.SimpleNamespace(started=started.set_result)
-
-    def thread() -> None:
-        try:
-            trio.run(partial(serve, settings, analysis=analysis, task_status=status))
-        except BaseException as error:  # noqa: BLE001  # handed over to the thread that waits
-            (crashes.append if started.done() else started.set_exception)(innermost(error))
-
-    failing: BaseException | None = None
-    worker = threading.Thread(target=thread, name="aura-stream", daemon=True)
-    worker.start()
-    try:
-        yield started.result()
-    except BaseException as error:
-        failing = error
-        raise
-    finally:
-        if worker.is_alive() and not started.exception():  # in a forked process it is not
-            started.result().stop()
-        worker.join(settings.grace + 5)
-        if worker.is_alive():
-            late = f"no stop within {settings.grace + 5:g} s"
-            raise RuntimeError(f"{late}: an analysis does not heed its cancellation")
-        for crash in crashes:
-            if failing is None:
-                raise crash
-            failing.add_note(f"and the server had crashed: {crash!r}")
-
-
-# ═══ 22  The careful client ═══════════════════════════════════════════════════════════════════════
+# ═══ 25  The careful client ═══════════════════════════════════════════════════════════════════════
 # The one reader of other servers' streams. It knows HTTP and the wire format, and nothing of runs.
 # Who answers may mean to harm: what is kept of it is small, counted and bounded, and so is the
 # time that it gets.
@@ -5856,7 +5957,7 @@ class Visit(trio.abc.ReceiveChannel[Heard]):
             self.left -= 600 + 4 * len(id + name)
 
 
-# ═══ 23  Diagnosis ════════════════════════════════════════════════════════════════════════════════
+# ═══ 26  Diagnosis ════════════════════════════════════════════════════════════════════════════════
 # The debugging guide as a program. A careful client asks, and comes back once; then questions are
 # put to what it heard, and each yields its line and its ills. Nothing here knows the server but by
 # its contract: the stream may be anybody's, behind whatever proxy.
@@ -6253,7 +6354,7 @@ async def diagnose(
     return compared(report(seen[url]), report(seen[via])) if via else report(seen[url])
 
 
-# ═══ 24  Command line ═════════════════════════════════════════════════════════════════════════════
+# ═══ 27  Command line ═════════════════════════════════════════════════════════════════════════════
 # A flag for each setting, a sentence for each mistake, exit status 2 for what could not begin. The
 # docstring of a command is what its --help says.
 
