@@ -4662,10 +4662,13 @@ class Connection:
     # What we answer
 
     async def _answer(self, scope: Any) -> None:
+        asked_by = self._wire
         try:
             await self.app(scope, trio.sleep_forever, self.send)
         except Exception as error:  # noqa: BLE001  # no application ends its connection's others
             logger.error("the application failed: %s%s", explained(error).error, traced(error))
+        if self._wire is not asked_by:
+            return  # the client has read the answer, and asked for something else
         if not self._answer_is:
             await self._refuse(500)
         elif self._answer_is == "head":
