@@ -5335,7 +5335,8 @@ def warn(settings: DoubleSettings) -> None:
 STREAM_PATH = re.compile(r"/aura/(?:analysis-runs/([^/]+)|cases/([^/]+)/analysis)/stream")
 BY_RUN = ("analysis_run_stream", "/aura/analysis-runs/<run_id>/stream")
 BY_CASE = ("case_analysis_stream", "/aura/cases/<case_id>/analysis/stream")
-AT_HAND: Any = getattr(quart.globals, "_cv_request", quart.globals._cv_app)  # of Quart 0.22, and of 0.23
+# of Quart 0.22, and of 0.23
+AT_HAND: Any = getattr(quart.globals, "_cv_request", quart.globals._cv_app)
 
 
 class ShortRequest(GatewayRequest):
