@@ -111,7 +111,9 @@ A slow viewer holds up nobody: it waits in its own write (7) and gets bigger pie
 
 from __future__ import annotations
 
+import bisect
 import contextlib
+import itertools
 import json
 import logging
 import math
@@ -246,6 +248,7 @@ class Event:
 # An analysis sends events into its run's channel; the run takes them out and writes its log.
 
 CHANNEL = 256  # events that wait: more make bigger batches, not a faster run
+MOST_EVENTS = 1000  # looked at for one write
 WRITE = 64 * 2**10  # bytes of one write, or one event: a late viewer must not make a giant piece
 TERMINAL = ("completed", "failed")
 
@@ -292,14 +295,10 @@ class Log:
         if after >= self.last:
             return b"", after
         start = after + 1 - self.first
-        stop = start + 1
-        size = len(self._blocks[start])
-        while stop < min(len(self._blocks), start + most):
-            size += len(self._blocks[stop])
-            if size > WRITE:
-                break
-            stop += 1
-        return b"".join(self._blocks[start:stop]), self.first + stop - 1
+        blocks = self._blocks[start : start + int(min(most, MOST_EVENTS))]
+        sizes = list(itertools.accumulate(map(len, blocks)))
+        count = max(1, bisect.bisect_right(sizes, WRITE))
+        return b"".join(blocks[:count]), after + count
 
 
 class Failure(Exception):
@@ -1153,7 +1152,6 @@ import hmac
 import http.client
 import inspect
 import io
-import itertools
 import operator
 import queue
 import random
