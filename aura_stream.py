@@ -79,8 +79,9 @@ Who is inside whom ends with whom. These are the scopes that end things:
           └─ accept                  takes new connections; ends first
 
 The runs' nursery stands inside the connections': at the stop it ends first, so that each stream
-can still say its last words. A viewer that leaves is noticed by Hypercorn's reader; it tells
-Quart-Trio, which cancels the nursery of that one request.
+can still say its last words. A viewer that leaves is noticed by its connection's reader, which
+cancels what is inside. (Hypercorn's, in parts 1 and 2, tells Quart-Trio, which cancels the nursery
+of that one request.)
 
 The journey of one event:
 
@@ -4537,8 +4538,8 @@ class Connection:
 
     async def run(self) -> None:
         raw = self.stream.socket
-        self._names = raw.getpeername(), raw.getsockname()
         try:
+            self._names = raw.getpeername(), raw.getsockname()  # if it is still there
             async with trio.open_nursery() as requests:
                 self._requests = requests
                 await self._read()
