@@ -3782,8 +3782,6 @@ class Reception(Service):
         """Before every request: which route it takes, and whose run it is about. A door: part 3
         lets in whom it may."""
         this = entry()
-        if request.method == "GET":  # nobody reads its body, which would stay as long as a stream
-            request.body.append = lambda data: None  # type: ignore[method-assign]
         named = request.view_args or {}
         this.case_id = named.get("case_id")
         this.run_id = named.get("run_id", named.get("job_id"))
@@ -4512,7 +4510,8 @@ class Connection:
     _leave_by = math.inf  # when the stopping server's grace is over
     _ending: Ending | None = None  # why it ended, where that was not the request's doing
     _method = b""
-    _body: Any = None  # where the request's body goes, once somebody wants it
+    _reader: Any = None  # who wants the request's body
+    _heard = False  # all of it is there
     _held = False  # an answer whose length is known goes out whole
     _chunked = False
     _bare = False  # an answer without a body, whatever the application says
@@ -4529,7 +4528,6 @@ class Connection:
         self._sending = trio.CancelScope()
         self._lock = trio.Lock()
         self._waiting: list[bytes] = []  # what goes out with what comes next
-        self._early: list[bytes] = []  # of the body
 
     def _parser(self) -> h11.Connection:
         """One for each request. It only reads: what we write needs no state machine."""
@@ -4601,9 +4599,9 @@ class Connection:
                     case h11.Request() as request:
                         await self._begin(request)
                     case h11.Data(data=data):
-                        self._feed(bytes(data))
+                        self._hear_body(bytes(data))
                     case h11.EndOfMessage():
-                        self._feed(b"")
+                        self._hear_body(b"")
                         self._last = self._last or bool(wire.trailing_data[0])
                         return
                     case _:
@@ -4632,8 +4630,9 @@ class Connection:
         if whole:
             headers = [pair for pair in headers if pair[0] != b"host"] + [(b"host", whole[1])]
         path, _, query = target.removeprefix(b"/").partition(b"?")
-        self._body = None
-        self._early = []
+        self._body = bytearray()
+        self._heard = False
+        self._reader = None
         self._method = request.method
         self._answer_is = ""
         client, server = self._names
@@ -4645,20 +4644,25 @@ class Connection:
             "state": {"connection": self}, "extensions": {},
         })
 
-    def _feed(self, data: bytes) -> None:
-        """A part of the body, or with no bytes its end."""
-        if self._body is None:
-            self._early.append(data)
-        elif data:
-            self._body.append(data)
-        else:
-            self._body.set_complete()
+    def _hear_body(self, data: bytes) -> None:
+        """A part of the body, or with no bytes its end. What is too big ends at its first byte too
+        many: who wants it will see that."""
+        if not self._heard:
+            self._body += data
+            self._heard = not data or len(self._body) > self.settings.max_body
+            self.feed(self._reader)
 
-    def feed(self, body: Any) -> None:
-        """From now on, the request's body goes there; what came before goes at once."""
-        self._body = body
-        for data in self._early:
-            self._feed(data)
+    def feed(self, reader: Any) -> None:
+        """The whole body goes to this reader of Quart's, as soon as it is there."""
+        self._reader = reader
+        if self._heard and reader:
+            reader.set_result(bytes(self._body))
+            self._body.clear()
+
+    def feed_nobody(self) -> None:
+        """Nobody wants it, and it may last as long as a stream."""
+        self._heard = True
+        self._body.clear()
 
     # What we answer
 
@@ -5353,12 +5357,11 @@ class ShortRequest(GatewayRequest):
         run_id, case_id = found.groups()
         endpoint, rule = BY_RUN if run_id else BY_CASE
         query = dict(reversed(parse_qsl(as_text(scope["query_string"]), keep_blank_values=True)))
-        unread = types.SimpleNamespace(append=len, set_complete=bool)  # nobody wants a GET's body
         asked = types.SimpleNamespace(
-            scope=scope, method="GET", path=scope["path"], args=query, body=unread,
+            scope=scope, method="GET", path=scope["path"], args=query,
             view_args={"run_id": run_id} if run_id else {"case_id": case_id},
             endpoint=endpoint, url_rule=types.SimpleNamespace(rule=rule))
-        connection.feed(unread)
+        connection.feed_nobody()
         hand = AT_HAND.set(types.SimpleNamespace(request=asked))
         response = await connection.service.shortly(run_id or query.get("runId"))
         AT_HAND.reset(hand)
