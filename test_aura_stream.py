@@ -1937,11 +1937,11 @@ BAD_BODIES = [
     ("[]", ["body"]), ("5", ["body"]), ('"x"', ["body"]), ("null", ["body"]), ("{", ["body"]), ('{"a": NaN}', ["body"]),
     ("\xff", ["body"]), ("[" * 2000 + "]" * 2000, ["body"]), ('{"a":' * 70 + "1" + "}" * 70, ["body"]),
     ('{"runId": {}}', ["body", "runId"]), ('{"runId": true}', ["body", "runId"]),
-     ('{"runId": "a/b"}', ["body", "runId"]),
+    ('{"runId": "a/b"}', ["body", "runId"]),
     ('{"runId": ".."}', ["body", "runId"]), ('{"a": 1e999}', ["body"]), ("\xff\xfe{\x00}\x00", ["body"]),
     ('{"runId": "a\\nb"}', ["body", "runId"]), (json.dumps({"runId": "x" * 201}), ["body", "runId"]),
     ('{"evidence": []}', ["body", "evidence"]), ('{"mode": 5}', ["body", "mode"]),
-     ('{"options": "x"}', ["body", "options"]),
+    ('{"options": "x"}', ["body", "options"]),
     ('{"requestedBy": {}}', ["body", "requestedBy"]), ('{"evidence": {"items": [' + "[]," * 100_000 + "1]}}", ["body"]),
 ]
 
@@ -2667,7 +2667,7 @@ async def test_finished_and_fully_seen_is_a_204(client, autojump_clock):
 @pytest.mark.parametrize(("scenario", "statuses"), [
     ("ok", [200, 204, 204, 204]), ("korean", [200, 204, 204, 204]), ("expired-run", [200, 404, 404, 404]),
     ("other-worker", [200, 404, 200, 404]), ("unavailable", [503, 200, 204, 204]),
-     ("refuse-3-then-ok", [503, 503, 503, 200, 204]),
+    ("refuse-3-then-ok", [503, 503, 503, 200, 204]),
     ("gone-204", [204, 204]), ("no-done", [200, 200, 200]), ("generation", [200, 204, 204]),
     ({"name": "third", "stream": [["open", "end"], [{"open": {"status": 500}}], [{"comment": "third"}]]},
      [200, 500, 200, 200]),
