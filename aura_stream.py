@@ -1148,7 +1148,6 @@ import dataclasses
 import difflib
 import functools
 import gc
-import hashlib
 import hmac
 import http.client
 import inspect
@@ -1175,7 +1174,6 @@ from urllib.parse import unquote, urlencode, urljoin, urlsplit
 import h11
 import msgspec
 from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable
-from quart import current_app
 from werkzeug.exceptions import HTTPException
 
 # ═══ 7  All settings ══════════════════════════════════════════════════════════════════════════════
@@ -2209,12 +2207,11 @@ class Entry(Record):
     heartbeats: int = 0
     wall: str = field(default_factory=now_iso)
     notes: list[str] = field(default_factory=list)  # what else a reader should know
-    route: str = ""
     pattern: str = "other"  # of the route's path
     trace_id: str | None = None  # of a request to the gateway's face
     tally: collections.Counter[str] = field(default_factory=collections.Counter)  # of all sent
     due: int = 0  # events of the log that this stream should have brought, once it has ended
-    counted: tuple[int, ...] = (0,) * 5  # what of it is in the metrics already
+    counted: collections.Counter[str] = field(default_factory=collections.Counter)  # by metrics
     first_event: float | None = None
     step: int | None = None  # of the script, where it is now
     first_byte: float | None = None
@@ -2719,11 +2716,20 @@ FULL = f"the buffer was full at {MOST_HELD} bytes and let go"
 
 
 class NoSocket:
-    """Below a delivery in memory there is no connection."""
+    """Below a request in memory there is no connection. Those of a server say more: whom to blame,
+    and whether the last bytes have gone out."""
 
     lost = False
     unsent = False
     cut = None
+    feed: Any = None  # what takes a request's body, past Quart-Trio's own tasks
+
+    def stream_begins(self) -> None:
+        """What was asked for is a stream."""
+
+    def blame(self) -> Ending:
+        """Who ended the request that has not ended itself."""
+        return LEFT
 
     def write_now(self, chunk: bytes) -> bool:
         """Only a connection of part 3 can."""
@@ -3451,9 +3457,9 @@ def relays(script: Script) -> bool:
     return any(step.verb == "relay" or relays(step.steps) for step in script)
 
 
-def refuses(script: Script) -> bool:
+def refuses(script: Script | None) -> bool:
     """Whether a trigger script says no: then no run is started."""
-    heads = [step.argument for step in script if step.verb == "open"]
+    heads = [step.argument for step in script or () if step.verb == "open"]
     return any(head.get("status", 200) != 202 for head in heads)
 
 
@@ -3492,20 +3498,18 @@ class Desk:
     def __init__(self, settings: Any, catalogue: Mapping[str, Scenario]) -> None:
         self.settings = settings
         self.catalogue = catalogue
-        self.default = self.from_start("scenario", settings.scenario) if settings.scenario else None
         self.usual = {name: self.ordinary(phase.scenario) for name, phase in PHASES.items()}
-        self.reset()
+        self.default = self.from_start("scenario", settings.scenario) if settings.scenario else None
+        pairs = [pair.partition("=") for pair in parts(settings.case)]
+        self.of_case = {case: self.from_start("case", name) for case, _, name in pairs}
+        self.bindings: list[Binding] = []
+        self.counts: dict[tuple[str | None, int], int] = {}
 
     def reset(self, test_id: str | None = None) -> None:
-        """Forget what was bound and counted for one test; or all, but what was said at the
-        start."""
+        """Forget what was bound and counted, or what of it is of one test."""
         if test_id is None:
-            pairs = [pair.partition("=") for pair in parts(self.settings.case)]
-            self.bindings = [
-                Binding(self.from_start("case", name), math.inf, case) for case, _, name in pairs
-            ]
-            self.counts: dict[tuple[str | None, int], int] = {}
-            return
+            self.bindings = []
+            self.counts = {}
         self.bindings = [one for one in self.bindings if one.test_id != test_id]
         self.counts = {what: count for what, count in self.counts.items() if what[0] != test_id}
 
@@ -3559,7 +3563,7 @@ class Desk:
             and able(one.scenario)
         ]
         if not fits:
-            return self.default
+            return self.of_case.get(case_id or "", self.default)
         # the one that leaves least open fits best, and of these the oldest
         best = min(fits, key=lambda one: [one.case_id, one.test_id].count(None))
         best.left -= 1
@@ -3576,23 +3580,9 @@ class Desk:
         return counted(self.counts, (entry().test_id, hash(what)), 10_000, more)
 
 
-class Below(NoSocket):
-    """What is below a request, as far as that matters here: in memory, nothing. The connections of
-    a server say more: whom to blame, and whether the last bytes have gone out."""
-
-    feed: Any = None  # what takes a request's body, past Quart-Trio's own tasks
-
-    def stream_begins(self) -> None:
-        """What was asked for is a stream."""
-
-    def blame(self) -> Ending:
-        """Who ended the request that has not ended itself."""
-        return LEFT
-
-
 def below(scope: Any) -> Any:
-    """The connection below a request: a `Below`, or part 3's own."""
-    return scope.get("state", {}).get("connection") or Below()
+    """The connection below a request; in memory there is none."""
+    return scope.get("state", {}).get("connection") or NoSocket()
 
 
 class JournaledRequest(Exchange):
@@ -3703,9 +3693,6 @@ def refusal_of(error: Any) -> Refusal:
             return Refusal(422, str(error), **vars(error))
         case HTTPException():
             says = f"{error.name}: {error.description}"
-            if error.code == 404:
-                rules = [rule.rule for rule in current_app.url_map.iter_rules()]
-                says = "there is no such path" + did_you_mean(request.path, rules)
             allowed = {name: value for name, value in error.get_headers() if name == "Allow"}
             return Refusal(error.code or 500, says, allowed)
     return error  # type: ignore[no-any-return]
@@ -3715,9 +3702,7 @@ def cause_of(refusal: Refusal) -> str:
     """Its cause, for log and journal."""
     body = refusal.body or {}
     said = body.get("error") or body.get("detail") or body.get("message")
-    if isinstance(said, list):
-        said = f"{'.'.join(said[0]['loc'])}: {said[0]['msg']}"
-    said = said or {204: "finished and fully seen"}.get(refusal.status, "no tenant")
+    said = str(said or {204: "finished and fully seen"}.get(refusal.status, "no tenant"))
     return said + (f", the limit is {body['limit']}" if "limit" in body else "")
 
 
@@ -3789,10 +3774,10 @@ class Reception(Service):
         this.run_id = named.get("run_id", named.get("job_id"))
         if request.url_rule:
             this.pattern = request.url_rule.rule
-        this.route = (request.endpoint or "").partition(" ")[0]
-        if this.route in ("case_analysis_stream", "trigger_stream"):
+        if this.case_id:
             this.stream_name = "case_analysis_stream"
-        kind = this.route.rpartition("_")[2]  # routes are called by what they are
+        # routes are called by what they are
+        kind = (request.endpoint or "").partition(" ")[0].rpartition("_")[2]
         if kind in ("stream", "trigger") and request.method in ("GET", "POST"):
             this.kind = kind
         return None
@@ -3849,7 +3834,7 @@ class Reception(Service):
         attempt = desk.count("trigger", scenario.name, *whose, this.tenant_id or "")
         this.plays(scenario, attempt)
         script = scenario.trigger.of(attempt) if scenario.trigger else None
-        if run is None and not (script and refuses(script)):
+        if run is None and not refuses(script):
             return self.start(order, scenario), "started", script
         return run, "known", script
 
@@ -4032,8 +4017,8 @@ class Reception(Service):
     def triggered(self, order: TriggerRequest) -> Response:
         """The stream of the run that this starts, or the trigger script's own answer."""
         run, _, script = self.trigger(order)
-        if run is None or (script and refuses(script)):
-            return self.played(script or ())
+        if refuses(script):
+            return self.played(script)
         return self.stream(run.info.run_id)
 
     def last_result(self, case_id: str) -> Told:
@@ -4370,7 +4355,7 @@ def attributes(said: Mapping[str, Any]) -> types.SimpleNamespace:
 
 
 @dataclass
-class StockConnection(Below):
+class StockConnection(NoSocket):
     """Hypercorn's connection, as it comes, and a way to cut it. (Part 3 has one that a client
     cannot harm.)"""
 
@@ -4838,13 +4823,7 @@ class Connection:
 
     def cut(self, *, reset: bool = False) -> None:
         """Close the socket at once, no last chunk, no goodbye; and end the connection's tasks."""
-        raw = self.stream.socket
-        with contextlib.suppress(OSError):
-            if reset:
-                raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            else:
-                raw.shutdown(socket.SHUT_WR)
-        raw.close()
+        cut_off(self.stream.socket, reset=reset)
         self.give_up()
 
     def leave(self, *, by: float) -> None:
@@ -5149,9 +5128,11 @@ class Jobs(Access):
 
 BOUNDS = (0.01, 0.1, 1, 10, 60, 600, 3600)  # seconds, from a moment to an hour
 RUN_STATUSES = ("running", "completed", "failed", "cancelled")
-STREAM_SUMS = (  # in the order in which `Metrics.look` has them
-    "sse_connections_total", "sse_reconnect_count", "sse_bytes_sent_total",
-    "sse_heartbeat_sent_total",
+# What a browser may do with the page: run its own script and style, and ask this server. Nothing
+# from elsewhere, and in nobody's frame.
+POLICY = (
+    "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "connect-src 'self'; img-src data:; script-src 'nonce-{0}'; style-src 'nonce-{0}'"
 )
 
 
@@ -5195,14 +5176,15 @@ class Metrics:
 
     def look(self, entry: Entry) -> None:
         """Count what has come of a stream since the last look."""
-        first = entry.first_event
-        again = entry.last_event_id is not None
-        now = (1, again, entry.bytes, entry.heartbeats, first is not None)
-        for name, after, before in zip(STREAM_SUMS, now, entry.counted, strict=False):
-            self.of[name].inc(after - before)
-        if first and not entry.counted[-1]:
-            self.of["sse_time_to_first_event_seconds"].observe(first - entry.opened)
+        now = collections.Counter(
+            sse_connections_total=1, sse_reconnect_count=entry.last_event_id is not None,
+            sse_bytes_sent_total=entry.bytes, sse_heartbeat_sent_total=entry.heartbeats)
+        for name, more in (now - entry.counted).items():
+            self.of[name].inc(more)
         entry.counted = now
+        if entry.first_event:
+            self.of["sse_time_to_first_event_seconds"].observe(entry.first_event - entry.opened)
+            entry.first_event = 0.0  # counted
 
     def over(self, entry: Entry) -> None:
         """A request is over. Its labels are few, whatever is asked: a route's pattern, not a path;
@@ -5245,17 +5227,6 @@ def shown_path(pattern: str) -> str:
     return re.sub(r".*}/events", "*/events", path)
 
 
-def policy(page: str) -> str:
-    """What a browser may do with this page: run the script and the style that are in it, known by
-    their hashes, and ask this server. Nothing from elsewhere, and in nobody's frame."""
-    own = "default-src 'none'; base-uri 'none'; form-action 'none'; "
-    own += "frame-ancestors 'none'; connect-src 'self'; img-src data:"
-    for tag, text in re.findall(r"<(script|style)>(.*?)</\1>", page, re.DOTALL):
-        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        own += f"; {tag}-src 'sha256-{digest}'"
-    return own
-
-
 class Admin(Jobs):
     """The double, for whoever is on call."""
 
@@ -5271,8 +5242,10 @@ class Admin(Jobs):
     def front(self) -> Response:
         """The page, to who can show one."""
         if self.page and "text/html" in header(b"accept").lower():
+            nonce = uuid.uuid4().hex
             page = self.page.replace("{tries}", str(self.settings.max_retries))
-            guard = {"Vary": "Accept", "Content-Security-Policy": policy(page)}
+            page = page.replace("{nonce}", nonce)
+            guard = {"Vary": "Accept", "Content-Security-Policy": POLICY.format(nonce)}
             return Response(page, headers=guard, content_type="text/html; charset=utf-8")
         return answer({
             "message": "Aura analysis stream", "version": __version__, "status": "operational",
@@ -5380,7 +5353,7 @@ PAGE = r"""<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <link rel="icon" href="data:,">
 <title>Aura stream</title>
-<style>
+<style nonce="{nonce}">
   :root { color-scheme: light dark; font: 1rem/1.5 system-ui, sans-serif; word-break: keep-all; }
   body { margin: auto; max-width: 78rem; padding: 1rem; overflow-wrap: anywhere; }
   h1, h2 { font-size: 1.25rem; margin: 0; }
@@ -5438,7 +5411,7 @@ then choose a scenario and see it go wrong.</p>
   </section>
 </main>
 
-<script>
+<script nonce="{nonce}">
 const $ = (id) => document.getElementById(id);
 const TRIES = Number(document.documentElement.dataset.tries);  // SSE_MAX_RETRIES
 const BACK_OFF = [1, 2, 5, 15];
