@@ -2773,6 +2773,7 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
     said_at = -math.inf  # real time, of the last bytes written
     last_said: int | None = None
     pending = 0  # bytes that are not written yet
+    assured: Callable[..., Mapping[str, str]] = dict[str, str]  # headers it has in any case; a door
     _frame: Mapping[str, Any] | None = None  # where it is not the log's own
     _beat: Mapping[str, Any] | None = None
 
@@ -2841,6 +2842,7 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
         pairs = {**({} if status == 204 else usual), **self.named}
         own = head.get("headers", {})
         pairs |= {name.lower(): value for name, value in (*self.beside, *own.items())}
+        pairs |= self.assured(pairs)
         lines = [(name.encode(), one_line(value)) for name, value in pairs.items() if value]
         self.entry.status = status
         self.unsent_head = True
@@ -3150,13 +3152,13 @@ class JobDelivery(ScriptedDelivery):
     _frame = usual_frame
 
 
-def close_all(
-    deliveries: Iterable[ScriptedDelivery], how: str, farewell: Callable[[], bytes] = bytes
-) -> int:
-    """What an operator can do to open deliveries; how many they were."""
+def close_all(deliveries: Iterable[ScriptedDelivery], how: str, latest: int = 0) -> int:
+    """What an operator can do to open deliveries, with a `retry:` of each viewer's own, 1 s to so
+    many ms, if any; how many they were."""
     chosen = list(deliveries)
     for delivery in chosen:
-        delivery.close(how, farewell())
+        farewell = b"retry: %d\n\n" % random.randint(1000, latest) if latest else b""
+        delivery.close(how, farewell)
     return len(chosen)
 
 
@@ -3826,10 +3828,8 @@ class Reception(Service):
         this.run_id = order.run_id
         asked = self.chosen(order.body.get("scenario"))
         run = self.known(order, asked)
-        scenario = run.scenario if run else asked
-        if scenario is None:
-            meant = desk.meant(order.run_id, order.case_id)
-            scenario = meant or desk.usual[order.phase]
+        scenario = run.scenario if run else asked or desk.meant(order.run_id, order.case_id)
+        scenario = scenario or desk.usual[order.phase]
         whose = ("run", order.run_id) if order.given else ("case", order.case_id)
         attempt = desk.count("trigger", scenario.name, *whose, this.tenant_id or "")
         this.plays(scenario, attempt)
@@ -4044,10 +4044,10 @@ def said_last(log: BoundedLog, name: str, count: int = 1) -> list[Any]:
     places = [at for at, one in enumerate(log.names_of(first - 1, log.last), first) if one == name]
     found = []
     for place in places[-count:]:
-        block = log.read(place - 1, most=1)[0].decode()
-        with contextlib.suppress(ValueError):
-            found += [json.loads(text) for _, _, text in read_events(LINE_END.split(block))]
-    return [data for data in found if isinstance(data, dict)]
+        text = re.search(rb"^data: (\{.*)", log.read(place - 1, most=1)[0], re.MULTILINE)
+        with contextlib.suppress(ValueError, TypeError):
+            found.append(json.loads(text[1]))  # type: ignore[index]
+    return found
 
 
 def result_of(run: ScriptedRun) -> Told:
@@ -4898,29 +4898,11 @@ class GatewayRequest(JournaledRequest):
             entry.trace_id = known_as(entry.headers, b"x-trace-id")
             entry.headers = {**GATEWAY_SAYS, **entry.headers, b"x-trace-id": entry.trace_id}
 
-    async def _send_response(self, send: ASGISendCallable, response: Any) -> None:
-        if isinstance(response, Streamed) and self.entry.trace_id:
-            send = partial(assured, self.entry, send)
-        await super()._send_response(send, response)
 
-
-async def assured(entry: Entry, send: Send, message: Any) -> None:
+def assured(traces: Mapping[str, str], head: Mapping[str, str]) -> dict[str, str]:
     """The gateway's own headers on every stream, whatever the script has left of them."""
-    if message["type"] == "http.response.start":
-        named = dict(message["headers"])
-        streams = named.get(b"content-type", b"").lower().startswith(b"text/event-stream")
-        sure = (STREAM_HEAD if streams else {}) | traces(entry)
-        named |= {name.encode(): value.encode() for name, value in sure.items()}
-        message["headers"] = list(named.items())
-    await send(message)
-
-
-def traces(entry: Entry) -> dict[str, str]:
-    """What the gateway sends along, so that a request can be found again; nothing to who did not
-    come to its face."""
-    if not entry.trace_id:
-        return {}
-    return {"x-trace-id": entry.trace_id, "x-gateway-request-id": entry.request_id}
+    streams = (head.get("content-type") or "").lower().startswith("text/event-stream")
+    return {**(STREAM_HEAD if streams else {}), **traces}
 
 
 class Access(Double):
@@ -5002,8 +4984,13 @@ class Access(Double):
     async def sign(self, response: Response) -> Response:
         """CORS headers also on a 401: without them the browser hides that it was one."""
         headers = (await super().sign(response)).headers
+        this = entry()
+        if this.trace_id:  # it came to the gateway's face: so it can be found again
+            traces = {"x-trace-id": this.trace_id, "x-gateway-request-id": this.request_id}
+            headers |= traces
+            if isinstance(response, Streamed):
+                response.delivery.assured = partial(assured, traces)
         origin = header(b"origin")
-        headers |= traces(entry())
         if origin:
             headers["Vary"] = "Origin"
         if self.reads(origin):
@@ -5259,14 +5246,10 @@ class Admin(Jobs):
         }
 
     def close_streams(self, latest: int = 0) -> int:
-        """Close every stream that plays a script, with a `retry:` of each viewer's own, 1 s to so
-        many ms, if any; the runs go on. They drop: some clients take a proper end for the end."""
+        """Close every stream that plays a script; the runs go on. They drop: some clients take a
+        proper end for the end."""
         streams = (one for one in self.hub.deliveries if one.entry.streams)
-
-        def farewell() -> bytes:
-            return b"retry: %d\n\n" % random.randint(1000, latest) if latest else b""
-
-        return close_all(streams, query(HOW).how or "drop", farewell)
+        return close_all(streams, query(HOW).how or "drop", latest)
 
     def show_metrics(self) -> Response:
         """What Prometheus scrapes."""
