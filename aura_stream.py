@@ -3486,6 +3486,8 @@ class Binding:
     test_id: str | None = None
 
 
+UNSEEN = "[^!-~]|%"  # what is percent-encoded in a header, so that it can be read back
+
 # The ordinary streams, as a catalogue writes them: who has seen everything need not see one again.
 PLAIN = [phase.stream(DoubleSettings()) for phase in PHASES.values()]
 
@@ -3678,11 +3680,6 @@ def entry() -> Entry:
 def header(name: bytes, default: bytes = b"") -> str:
     """A header of the request at hand. (Werkzeug makes an exception of each that is not there.)"""
     return as_text(request.scope["aura.headers"].get(name, default))  # type: ignore[typeddict-item]
-
-
-def header_value(value: str) -> str:
-    """Anything beyond visible ASCII, and `%` itself, percent-encoded."""
-    return quote(value, safe="!\"#$&'()*+,-./:;<=>?@[\\]^_`{|}~")
 
 
 def refusal_of(error: Any) -> Refusal:
@@ -3982,8 +3979,8 @@ class Reception(Service):
         """What an answer says of the choice that was made."""
         this = entry()
         return {
-            "x-aura-run-id": header_value(this.run_id or ""),
-            "x-aura-instance": header_value(self.instance),
+            "x-aura-run-id": in_one_line(this.run_id or "", UNSEEN),
+            "x-aura-instance": in_one_line(self.instance, UNSEEN),
             "x-aura-scenario": this.scenario or "",
             "x-aura-attempt": str(this.attempt),
         }
@@ -4024,10 +4021,9 @@ class Reception(Service):
     def last_result(self, case_id: str) -> Told:
         """The last result of a case: of its newest run that has completed."""
         visible = self.hub.seen_by(entry().tenant_id)
-        runs = [run for run in visible if run.info.case_id == case_id]
-        done = [run for run in runs if run.status == "completed"]
+        done = [run for run in visible if (run.info.case_id, run.status) == (case_id, "completed")]
         if not done:
-            hint = f"{len(runs)} of its runs are here, none completed; trigger one and wait for it"
+            hint = "trigger a run of it, and wait until that has completed"
             raise Refusal(404, "no completed analysis of this case", caseId=case_id, hint=hint)
         return result_of(done[-1])
 
@@ -4042,11 +4038,11 @@ def said_last(log: BoundedLog, name: str, count: int = 1) -> list[Any]:
     objects: text is not a result."""
     first = max(log.first, log.last - 10_000)  # further back is too far to look
     places = [at for at, one in enumerate(log.names_of(first - 1, log.last), first) if one == name]
-    found = []
+    found: list[Any] = []
     for place in places[-count:]:
-        text = re.search(rb"^data: (\{.*)", log.read(place - 1, most=1)[0], re.MULTILINE)
-        with contextlib.suppress(ValueError, TypeError):
-            found.append(json.loads(text[1]))  # type: ignore[index]
+        block, _ = log.read(place - 1, most=1)
+        with contextlib.suppress(ValueError):
+            found += map(json.loads, re.findall(rb"^data: (\{.*)", block, re.MULTILINE))
     return found
 
 
@@ -4165,7 +4161,9 @@ class Control(Reception):
         return {"closed": count, "how": how}
 
     def show_tasks(self) -> Response:
-        return Response(task_tree(), content_type="text/plain; charset=utf-8")
+        """Trio's own tree, as far as it is ours: nurseries, in them tasks, and where each waits."""
+        lines = drawn(trio.lowlevel.current_root_task())
+        return Response("\n".join([*lines, ""]), content_type="text/plain; charset=utf-8")
 
     async def read_journal(self) -> Told:
         """What is there; or with `count`, the first so many that are finished, within the time."""
@@ -4229,11 +4227,6 @@ class Control(Reception):
         "POST /__aura/reset": reset,
         "POST /__aura/shutdown": shut_down,
     }
-
-
-def task_tree() -> str:
-    """Trio's own tree, as far as it is ours: nurseries, in them tasks, and where each waits."""
-    return "\n".join([*drawn(trio.lowlevel.current_root_task()), ""])
 
 
 def drawn(task: Any, depth: int = 0) -> Iterator[str]:
