@@ -79,8 +79,9 @@ Who is inside whom ends with whom. These are the scopes that end things:
           └─ accept                  takes new connections; ends first
 
 The runs' nursery stands inside the connections': at the stop it ends first, so that each stream
-can still say its last words. A viewer that leaves is noticed by Hypercorn's reader; it tells
-Quart-Trio, which cancels the nursery of that one request.
+can still say its last words. A viewer that leaves is noticed by its connection's reader, which
+cancels what is inside. (Hypercorn's, in parts 1 and 2, tells Quart-Trio, which cancels the nursery
+of that one request.)
 
 The journey of one event:
 
@@ -111,7 +112,9 @@ A slow viewer holds up nobody: it waits in its own write (7) and gets bigger pie
 
 from __future__ import annotations
 
+import bisect
 import contextlib
+import itertools
 import json
 import logging
 import math
@@ -246,6 +249,7 @@ class Event:
 # An analysis sends events into its run's channel; the run takes them out and writes its log.
 
 CHANNEL = 256  # events that wait: more make bigger batches, not a faster run
+MOST_EVENTS = 1000  # looked at for one write
 WRITE = 64 * 2**10  # bytes of one write, or one event: a late viewer must not make a giant piece
 TERMINAL = ("completed", "failed")
 
@@ -292,14 +296,10 @@ class Log:
         if after >= self.last:
             return b"", after
         start = after + 1 - self.first
-        stop = start + 1
-        size = len(self._blocks[start])
-        while stop < min(len(self._blocks), start + most):
-            size += len(self._blocks[stop])
-            if size > WRITE:
-                break
-            stop += 1
-        return b"".join(self._blocks[start:stop]), self.first + stop - 1
+        blocks = self._blocks[start : start + int(min(most, MOST_EVENTS))]
+        sizes = list(itertools.accumulate(map(len, blocks)))
+        count = max(1, bisect.bisect_right(sizes, WRITE))
+        return b"".join(blocks[:count]), after + count
 
 
 class Failure(Exception):
@@ -1152,7 +1152,6 @@ import hmac
 import http.client
 import inspect
 import io
-import itertools
 import operator
 import queue
 import random
@@ -1169,10 +1168,11 @@ from concurrent.futures import Future
 from email.utils import formatdate
 from pathlib import Path
 from typing import Annotated, NoReturn, get_args
-from urllib.parse import unquote, urlencode, urljoin, urlsplit
+from urllib.parse import parse_qsl, unquote, urlencode, urljoin, urlsplit
 
 import h11
 import msgspec
+import quart.globals
 from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable
 from werkzeug.exceptions import HTTPException
 
@@ -3766,8 +3766,6 @@ class Reception(Service):
         """Before every request: which route it takes, and whose run it is about. A door: part 3
         lets in whom it may."""
         this = entry()
-        if request.method == "GET":  # nobody reads its body, which would stay as long as a stream
-            request.body.append = lambda data: None  # type: ignore[method-assign]
         named = request.view_args or {}
         this.case_id = named.get("case_id")
         this.run_id = named.get("run_id", named.get("job_id"))
@@ -4490,15 +4488,17 @@ class Connection:
     _leave_by = math.inf  # when the stopping server's grace is over
     _ending: Ending | None = None  # why it ended, where that was not the request's doing
     _method = b""
-    _body: Any = None  # where the request's body goes, once somebody wants it
+    _reader: Any = None  # who wants the request's body
+    _heard = False  # all of it is there
     _held = False  # an answer whose length is known goes out whole
     _chunked = False
     _bare = False  # an answer without a body, whatever the application says
     _answer_is = ""  # then its head is out, then the whole
 
-    def __init__(self, app: Any, settings: DoubleSettings, stream: trio.SocketStream) -> None:
+    def __init__(self, app: Any, service: Service, stream: trio.SocketStream) -> None:
         self.app = app
-        self.settings = settings
+        self.service = service
+        settings = self.settings = service.settings
         self.stream = stream
         self._wire = self._parser()
         # patience with a client that sends nothing, and with one that reads nothing
@@ -4506,7 +4506,6 @@ class Connection:
         self._sending = trio.CancelScope()
         self._lock = trio.Lock()
         self._waiting: list[bytes] = []  # what goes out with what comes next
-        self._early: list[bytes] = []  # of the body
 
     def _parser(self) -> h11.Connection:
         """One for each request. It only reads: what we write needs no state machine."""
@@ -4515,8 +4514,8 @@ class Connection:
 
     async def run(self) -> None:
         raw = self.stream.socket
-        self._names = raw.getpeername(), raw.getsockname()
         try:
+            self._names = raw.getpeername(), raw.getsockname()  # if it is still there
             async with trio.open_nursery() as requests:
                 self._requests = requests
                 await self._read()
@@ -4578,9 +4577,9 @@ class Connection:
                     case h11.Request() as request:
                         await self._begin(request)
                     case h11.Data(data=data):
-                        self._feed(bytes(data))
+                        self._hear_body(bytes(data))
                     case h11.EndOfMessage():
-                        self._feed(b"")
+                        self._hear_body(b"")
                         self._last = self._last or bool(wire.trailing_data[0])
                         return
                     case _:
@@ -4609,8 +4608,9 @@ class Connection:
         if whole:
             headers = [pair for pair in headers if pair[0] != b"host"] + [(b"host", whole[1])]
         path, _, query = target.removeprefix(b"/").partition(b"?")
-        self._body = None
-        self._early = []
+        self._body = bytearray()
+        self._heard = False
+        self._reader = None
         self._method = request.method
         self._answer_is = ""
         client, server = self._names
@@ -4622,20 +4622,25 @@ class Connection:
             "state": {"connection": self}, "extensions": {},
         })
 
-    def _feed(self, data: bytes) -> None:
-        """A part of the body, or with no bytes its end."""
-        if self._body is None:
-            self._early.append(data)
-        elif data:
-            self._body.append(data)
-        else:
-            self._body.set_complete()
+    def _hear_body(self, data: bytes) -> None:
+        """A part of the body, or with no bytes its end. What is too big ends at its first byte too
+        many: who wants it will see that."""
+        if not self._heard:
+            self._body += data
+            self._heard = not data or len(self._body) > self.settings.max_body
+            self.feed(self._reader)
 
-    def feed(self, body: Any) -> None:
-        """From now on, the request's body goes there; what came before goes at once."""
-        self._body = body
-        for data in self._early:
-            self._feed(data)
+    def feed(self, reader: Any) -> None:
+        """The whole body goes to this reader of Quart's, as soon as it is there."""
+        self._reader = reader
+        if self._heard and reader:
+            reader.set_result(bytes(self._body))
+            self._body.clear()
+
+    def feed_nobody(self) -> None:
+        """Nobody wants it, and it may last as long as a stream."""
+        self._heard = True
+        self._body.clear()
 
     # What we answer
 
@@ -5279,8 +5284,52 @@ def warn(settings: DoubleSettings) -> None:
             "control (/__aura, /api/admin) is for callers on this machine: no ADMIN_TOKEN")
 
 
+STREAM_PATH = re.compile(r"/aura/(?:analysis-runs/([^/]+)|cases/([^/]+)/analysis)/stream")
+BY_RUN = ("analysis_run_stream", "/aura/analysis-runs/<run_id>/stream")
+BY_CASE = ("case_analysis_stream", "/aura/cases/<case_id>/analysis/stream")
+# of Quart 0.22, and of 0.23
+AT_HAND: Any = getattr(quart.globals, "_cv_request", quart.globals._cv_app)
+
+
+class ShortRequest(GatewayRequest):
+    """A request; and where it opens a stream, by a shorter way. It meets the same methods, but not
+    Quart's context, matching, signals and hooks: these cost as much as all the rest. (It leans on
+    Quart's own variable for the request at hand.)"""
+
+    async def answered(self, connection: Any, send: ASGISendCallable) -> None:
+        scope = self.scope
+        found = STREAM_PATH.fullmatch(scope["path"])
+        if found is None or scope["method"] != "GET":
+            await super().answered(connection, send)
+            return
+
+        run_id, case_id = found.groups()
+        endpoint, rule = BY_RUN if run_id else BY_CASE
+        query = dict(reversed(parse_qsl(as_text(scope["query_string"]), keep_blank_values=True)))
+        asked = types.SimpleNamespace(
+            scope=scope, method="GET", path=scope["path"], args=query,
+            view_args={"run_id": run_id} if run_id else {"case_id": case_id},
+            endpoint=endpoint, url_rule=types.SimpleNamespace(rule=rule))
+        connection.feed_nobody()
+        hand = AT_HAND.set(types.SimpleNamespace(request=asked))
+        response = await connection.service.shortly(run_id or query.get("runId"))
+        AT_HAND.reset(hand)
+        del asked
+        await self._send_response(send, response)
+
+
 class InOperation(Admin):
     """The whole double."""
+
+    make_request = ShortRequest
+
+    async def shortly(self, run_id: str | None) -> Response:
+        """The stream of this run, or why not: what Quart does with a route, in three lines."""
+        try:
+            response = await self.admit() or self.stream(run_id)
+        except (Refusal, Wrong, Mistake) as error:
+            response = await self.refuse(error)
+        return await self.sign(response)
 
     async def listen(self) -> list[trio.SocketListener]:
         """The listening sockets; the sockets they accept inherit the options."""
@@ -5299,7 +5348,7 @@ class InOperation(Admin):
 
     async def attend(self, app: ASGIWrapper, context: WorkerContext, stream: Any) -> None:
         trio.lowlevel.current_task().name = "connection"
-        connection = Connection(app.app, self.settings, stream)
+        connection = Connection(app.app, self, stream)
         self.connections.add(connection)
         try:
             await connection.run()
