@@ -3511,11 +3511,10 @@ class Desk:
 
     def reset(self, test_id: str | None = None) -> None:
         """Forget what was bound and counted, or what of it is of one test."""
-        if test_id is None:
-            self.bindings = []
-            self.counts = {}
-        self.bindings = [one for one in self.bindings if one.test_id != test_id]
-        self.counts = {what: count for what, count in self.counts.items() if what[0] != test_id}
+        self.bindings = [one for one in self.bindings if test_id not in (None, one.test_id)]
+        self.counts = {
+            what: count for what, count in self.counts.items() if test_id not in (None, what[0])
+        }
 
     def from_start(self, flag: str, name: str) -> Scenario:
         """A scenario that was named at the start; a ValueError is a sentence about the flag."""
@@ -3874,11 +3873,11 @@ class Reception(Service):
         wants something."""
         run, how, script = self.trigger(order)
         told = told or ACCEPTED[order.phase](order, run.info.case_id if run else order.case_id)
-        headers = self.echo() | ({"x-aura-run": how} if run else {})
+        more = {"x-aura-run": how} if run else {}
         if script is None:
-            return answer(told, status, headers)
+            return answer(told, status, self.echo() | more)
         usual = Step("open", literal({"status": status, "body": told}))
-        return self.played(script, headers=headers, usual=usual)
+        return self.played(script, usual=usual, **more)
 
     def stream(self, run_id: str | None) -> Response:
         """One viewer's stream of this run: which script, from where."""
@@ -3966,14 +3965,17 @@ class Reception(Service):
         this.say("runId not found or already completed")
         raise self.unknown(run_id)
 
-    def played(self, script: Script | None, run: Any = None, **more: Any) -> Response:
+    def played(
+        self, script: Script | None, run: Any = None, usual: Step | None = None, **more: str
+    ) -> Response:
         """The answer that this script is. A job's ids have its name in front."""
         job = run and run.info.phase == "generation" and self.settings.event_ids
         play = JobDelivery if job else ScriptedDelivery
-        known = {"headers": self.echo(), "connection": below(request.scope), **more}
-        return Streamed(play(script, entry(), self.hub, run, **known))
+        connection = below(request.scope)
+        return Streamed(
+            play(script, entry(), self.hub, run, self.echo() | more, connection, usual))
 
-    def echo(self) -> Told:
+    def echo(self) -> dict[str, str]:
         """What an answer says of the choice that was made."""
         this = entry()
         return {
@@ -5240,7 +5242,7 @@ class Admin(Jobs):
         return {
             "status": "healthy", "version": __version__, "instance": self.instance,
             "runs": self.hub.live, "sse_connections": self.hub.streams,
-            "uptime": round(time.perf_counter() - self.journal.began, 3),
+            "uptime": round(trio.current_time() - self.journal.began, 3),
         }
 
     def close_streams(self, latest: int = 0) -> int:

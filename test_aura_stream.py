@@ -3560,6 +3560,7 @@ async def test_health_and_front_answer_json():
         health = await (await client.get("/health")).get_json()
         assert set(health) == {"status", "instance", "version", "runs", "sse_connections", "uptime"}
         assert (health["status"], health["instance"], health["runs"]) == ("healthy", "i1", 0)
+        assert 0 <= health["uptime"] < WAIT
         front = await (await client.get("/")).get_json()
         assert set(front) == {"message", "version", "status"}
 
