@@ -2313,7 +2313,6 @@ class Journal:
     def __init__(self, most: int = 1000) -> None:
         self.most = most
         self.began = trio.current_time()
-        self.under_way: dict[int, Entry] = {}
         self.tally = collections.Counter[str]()  # all requests count their events' names here
         self.count: Callable[[Entry], object] = id  # what counts requests that are over, if any
         self._entries: dict[int, Entry] = {}
@@ -2322,7 +2321,6 @@ class Journal:
 
     def open(self, entry: Entry, *, kept: bool = True) -> None:
         """A request has begun; its entry fills while it lasts, and is kept, or only counted."""
-        self.under_way[id(entry)] = entry
         entry.tally = self.tally
         if not kept:
             return
@@ -2337,7 +2335,6 @@ class Journal:
     def close(self, entry: Entry) -> None:
         """The last word on a request: its log lines, its part of the sums, news for who waits."""
         entry.closed = trio.current_time()
-        self.under_way.pop(id(entry), None)
         self.count(entry)
         if entry.kind == "stream":
             entry.say_who_closed()
@@ -5047,7 +5044,8 @@ class Jobs(Access):
         """The events of a job that somebody has started."""
         if self.hub.find(job_id) is None and request.method != "HEAD":
             self.make_room()
-        return self.stream(self.job(job_id).info.run_id)
+        self.job(job_id)
+        return self.stream(job_id)
 
     async def job_trigger(self) -> Response:
         """Start a job. Its front end calls `new URL`, and so needs whole ones."""
@@ -5191,9 +5189,9 @@ class Metrics:
         """All of it, without the library's notes on when each was made."""
         from prometheus_client import generate_latest
 
-        for entry in self.journal.under_way.values():
-            if entry.streams:
-                self.look(entry)
+        for delivery in self.hub.deliveries:
+            if delivery.entry.streams:
+                self.look(delivery.entry)
         fold(tally := self.journal.tally)
         for name in list(tally):
             self.of["sse_message_sent_total"].labels(name).inc(tally.pop(name))
