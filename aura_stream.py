@@ -3499,7 +3499,6 @@ class Desk:
     def __init__(self, settings: Any, catalogue: Mapping[str, Scenario]) -> None:
         self.settings = settings
         self.catalogue = catalogue
-        self.usual = {name: self.ordinary(phase.scenario) for name, phase in PHASES.items()}
         self.default = self.from_start("scenario", settings.scenario) if settings.scenario else None
         pairs = [pair.partition("=") for pair in parts(settings.case)]
         self.of_case = {case: self.from_start("case", name) for case, _, name in pairs}
@@ -3820,7 +3819,7 @@ class Reception(Service):
         asked = self.chosen(order.body.get("scenario"))
         run = self.known(order, asked)
         scenario = run.scenario if run else asked or desk.meant(order.run_id, order.case_id)
-        scenario = scenario or desk.usual[order.phase]
+        scenario = scenario or desk.ordinary(PHASES[order.phase].scenario)
         whose = ("run", order.run_id) if order.given else ("case", order.case_id)
         attempt = desk.count("trigger", scenario.name, *whose, this.tenant_id or "")
         this.plays(scenario, attempt)
