@@ -1775,12 +1775,6 @@ MAKERS: dict[str, Callable[..., Event | bytes]] = {
 }
 
 
-def literal(value: Any) -> Any:
-    """A value from outside, made safe to stand in a script: its braces mean nothing. (In JSON, a
-    brace that is not of a text is never before another one or a word.)"""
-    return json.loads(re.sub(r"\{(?=[{\w])", "{{", to_json(value)))
-
-
 class Gates:
     """What scripts wait at: opened by a signal, for one run or for all, and for good; at most so
     many, then somebody has forgotten to reset."""
@@ -2777,7 +2771,7 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
     def __init__(
         self, script: Script | None, entry: Entry, hub: BoundedHub, run: ScriptedRun | None = None,
         headers: Mapping[str, str] | None = None, connection: Any = None,
-        usual: Step | None = None,
+        usual: Mapping[str, Any] | None = None,
     ) -> None:
         names = run.info.names if run else entry.ids
         Player.__init__(self, hub.clock, hub.gates, names, entry.seed)
@@ -2787,7 +2781,7 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
         self.connection: Any = connection or NoSocket()
         if hasattr(connection, "put"):
             self.put = connection.put  # type: ignore[method-assign]  # the short way
-        self.usual = usual or Step("open", {})  # the head, where its script ends without one
+        self.usual = usual  # the head and the body, where its script ends without one
         self.named = headers or {}
         self.names: list[str] = []  # of the events in what is not written yet
         if script is not None:
@@ -2820,7 +2814,7 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
             self.departing = False
         self.closed = False  # what is usual goes out, an operator's end or not
         if not self.entry.status:
-            await self.open(self.usual)
+            await self.open(usual=self.usual)
         if self.farewell and self.entry.streams and self.entry.status == 200 and not self.half:
             self.said.append(self.farewell)
         while self.how != "end" and self.connection.cut:
@@ -2830,9 +2824,11 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
         await self.finish("end")
         await self.write(more=False)
 
-    async def open(self, step: Step | None = None) -> None:
+    async def open(
+        self, step: Step | None = None, usual: Mapping[str, Any] | None = None
+    ) -> None:
         """The head. What it does not say is as usual for a stream, or for a plain body."""
-        head = self.fill(step.argument) if step else {}
+        head = self.fill(step.argument) if step else usual or {}
         status, body = head.get("status", 200), head.get("body")
         plain = TEXT_HEAD if isinstance(body, str) else JSON_HEAD
         usual = STREAM_HEAD if self.entry.kind == "stream" and body is None else plain
@@ -3872,7 +3868,7 @@ class Reception(Service):
         more = {"x-aura-run": how} if run else {}
         if script is None:
             return answer(told, status, self.echo() | more)
-        usual = Step("open", literal({"status": status, "body": told}))
+        usual = {"status": status, "body": told}
         return self.played(script, usual=usual, **more)
 
     def stream(self, run_id: str | None) -> Response:
@@ -3962,7 +3958,7 @@ class Reception(Service):
         raise self.unknown(run_id)
 
     def played(
-        self, script: Script | None, run: Any = None, usual: Step | None = None, **more: str
+        self, script: Script | None, run: Any = None, usual: Told | None = None, **more: str
     ) -> Response:
         """The answer that this script is. A job's ids have its name in front."""
         job = run and run.info.phase == "generation" and self.settings.event_ids
