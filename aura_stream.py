@@ -2764,6 +2764,7 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
     said_at = -math.inf  # real time, of the last bytes written
     last_said: int | None = None
     pending = 0  # bytes that are not written yet
+    usual: Mapping[str, Any] = {}  # the head and the body, where its script ends without one
     assured: Callable[..., Mapping[str, str]] = dict[str, str]  # headers it has in any case; a door
     _frame: Mapping[str, Any] | None = None  # where it is not the log's own
     _beat: Mapping[str, Any] | None = None
@@ -2771,7 +2772,6 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
     def __init__(
         self, script: Script | None, entry: Entry, hub: BoundedHub, run: ScriptedRun | None = None,
         headers: Mapping[str, str] | None = None, connection: Any = None,
-        usual: Mapping[str, Any] | None = None,
     ) -> None:
         names = run.info.names if run else entry.ids
         Player.__init__(self, hub.clock, hub.gates, names, entry.seed)
@@ -2781,7 +2781,6 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
         self.connection: Any = connection or NoSocket()
         if hasattr(connection, "put"):
             self.put = connection.put  # type: ignore[method-assign]  # the short way
-        self.usual = usual  # the head and the body, where its script ends without one
         self.named = headers or {}
         self.names: list[str] = []  # of the events in what is not written yet
         if script is not None:
@@ -3865,11 +3864,15 @@ class Reception(Service):
         wants something."""
         run, how, script = self.trigger(order)
         told = told or ACCEPTED[order.phase](order, run.info.case_id if run else order.case_id)
-        more = {"x-aura-run": how} if run else {}
         if script is None:
-            return answer(told, status, self.echo() | more)
-        usual = {"status": status, "body": told}
-        return self.played(script, usual=usual, **more)
+            response = answer(told, status, self.echo())
+        else:
+            played = self.played(script)
+            played.delivery.usual = {"status": status, "body": told}
+            response = played
+        if run:
+            response.headers["x-aura-run"] = how
+        return response
 
     def stream(self, run_id: str | None) -> Response:
         """One viewer's stream of this run: which script, from where."""
@@ -3957,15 +3960,12 @@ class Reception(Service):
         this.say("runId not found or already completed")
         raise self.unknown(run_id)
 
-    def played(
-        self, script: Script | None, run: Any = None, usual: Told | None = None, **more: str
-    ) -> Response:
+    def played(self, script: Script | None, run: Any = None) -> Streamed:
         """The answer that this script is. A job's ids have its name in front."""
         job = run and run.info.phase == "generation" and self.settings.event_ids
         play = JobDelivery if job else ScriptedDelivery
-        connection = below(request.scope)
         return Streamed(
-            play(script, entry(), self.hub, run, self.echo() | more, connection, usual))
+            play(script, entry(), self.hub, run, self.echo(), below(request.scope)))
 
     def echo(self) -> dict[str, str]:
         """What an answer says of the choice that was made."""
