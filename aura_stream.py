@@ -2771,17 +2771,16 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
 
     def __init__(
         self, script: Script | None, entry: Entry, hub: BoundedHub, run: ScriptedRun | None = None,
-        headers: Mapping[str, str] | None = None, connection: Any = None,
+        connection: Any = None,
     ) -> None:
         names = run.info.names if run else entry.ids
         Player.__init__(self, hub.clock, hub.gates, names, entry.seed)
-        Delivery.__init__(self, run, entry, hub, headers or {})  # type: ignore[arg-type]
+        Delivery.__init__(self, run, entry, hub, {})  # type: ignore[arg-type]
         self.script = script
         self.entry = entry
         self.connection: Any = connection or NoSocket()
         if hasattr(connection, "put"):
             self.put = connection.put  # type: ignore[method-assign]  # the short way
-        self.named = headers or {}
         self.names: list[str] = []  # of the events in what is not written yet
         if script is not None:
             self.beat_every = math.inf
@@ -2813,7 +2812,7 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
             self.departing = False
         self.closed = False  # what is usual goes out, an operator's end or not
         if not self.entry.status:
-            await self.open(usual=self.usual)
+            await self.open(head=self.usual)
         if self.farewell and self.entry.streams and self.entry.status == 200 and not self.half:
             self.said.append(self.farewell)
         while self.how != "end" and self.connection.cut:
@@ -2823,15 +2822,13 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
         await self.finish("end")
         await self.write(more=False)
 
-    async def open(
-        self, step: Step | None = None, usual: Mapping[str, Any] | None = None
-    ) -> None:
+    async def open(self, step: Step | None = None, head: Any = None) -> None:
         """The head. What it does not say is as usual for a stream, or for a plain body."""
-        head = self.fill(step.argument) if step else usual or {}
+        head = self.fill(step.argument) if step else head or {}
         status, body = head.get("status", 200), head.get("body")
         plain = TEXT_HEAD if isinstance(body, str) else JSON_HEAD
-        usual = STREAM_HEAD if self.entry.kind == "stream" and body is None else plain
-        pairs = {**({} if status == 204 else usual), **self.named}
+        streams = self.entry.kind == "stream" and body is None
+        pairs = {} if status == 204 else dict(STREAM_HEAD if streams else plain)
         own = head.get("headers", {})
         pairs |= {name.lower(): value for name, value in (*self.beside, *own.items())}
         pairs |= self.assured(pairs)
@@ -3964,8 +3961,9 @@ class Reception(Service):
         """The answer that this script is. A job's ids have its name in front."""
         job = run and run.info.phase == "generation" and self.settings.event_ids
         play = JobDelivery if job else ScriptedDelivery
-        return Streamed(
-            play(script, entry(), self.hub, run, self.echo(), below(request.scope)))
+        response = Streamed(play(script, entry(), self.hub, run, below(request.scope)))
+        response.headers |= self.echo()
+        return response
 
     def echo(self) -> dict[str, str]:
         """What an answer says of the choice that was made."""
