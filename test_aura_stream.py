@@ -3642,7 +3642,7 @@ async def test_control_tells_what_there_is(autojump_clock):
         assert [run["runId"] for run in (await control(client, "GET", "runs"))["runs"]] == ["r"]
         assert (await control(client, "GET", "runs/r"))["status"] == "running"
         await control(client, "GET", "runs/nobody", 404)
-        assert (await control(client, "GET", "run", 404))["error"] .startswith("Not Found: ")
+        assert (await control(client, "GET", "run", 404))["error"].startswith("Not Found: ")
 
 
 async def test_emit_speaks_into_a_live_run_and_only_there(autojump_clock):
