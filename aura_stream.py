@@ -893,27 +893,28 @@ def encoded(segment: str) -> str:
     return quote(segment, safe="")
 
 
-@dataclass(frozen=True)
-class Server:
-    """A handle on a running server."""
-
-    url: str
-    port: int
-    stop: Callable[[], None]
-
-
 class Service:
     """What a trigger starts, how a viewer is served, and on which kind of connection. Its methods
     are the doors of the later parts."""
+
+    url = ""  # where it is, once it serves
+    port = 0
 
     def __init__(self, settings: Any, analysis: Analysis | None = None) -> None:
         self.settings = settings
         self.analysis = analysis  # one that takes the place of the ordinary ones
         self.instance = settings.instance or f"{settings.host}:{os.getpid()}"
+        self.stopping = trio.Event()
 
-    def open(
-        self, runs: trio.Nursery, clocks: trio.Nursery, url: str, stop: Callable[[], None]
-    ) -> Any:
+    def stop(self) -> None:
+        """End, in order: as SIGTERM does."""
+        self.stopping.set()
+
+    def handle(self) -> Any:
+        """What whoever starts the server gets: its url, its port and its stop."""
+        return self
+
+    def open(self, runs: trio.Nursery, clocks: trio.Nursery) -> Any:
         """The application; its runs are in this nursery, and in that one what moves its clock."""
         self.hub: Any = Hub(self.settings, runs)
         return make_app(self)
@@ -925,9 +926,6 @@ class Service:
         """One connection, from its accepting to its end: Hypercorn's, as it comes."""
         trio.lowlevel.current_task().name = "connection"
         await TCPServer(app, Config(), context, {}, stream).run()
-
-    def handle(self, url: str, port: int, stop: Callable[[], None]) -> Any:
-        return Server(url, port, stop)
 
     def leave(self, *, by: float) -> None:
         """The server stops: streams have until then."""
@@ -1078,23 +1076,22 @@ async def serve(
     """
     service = (settings.make_service or Service)(settings, analysis)
     listeners = await service.listen()
-    port = listeners[0].socket.getsockname()[1]
-    url = url_of(settings.host, port)
-    stopping = trio.Event()
+    service.port = listeners[0].socket.getsockname()[1]
+    service.url = url_of(settings.host, service.port)
     context = WorkerContext(None)
 
     async with (
         trio.open_nursery() as clocks, cancelled_at_end(clocks),
         trio.open_nursery() as connections, trio.open_nursery() as runs,
     ):
-        app = ASGIWrapper(service.open(runs, clocks, url, stopping.set))
+        app = ASGIWrapper(service.open(runs, clocks))
         attend = partial(service.attend, app, context)
 
         async with trio.open_nursery() as accept:
             take = partial(trio.serve_listeners, attend, listeners, handler_nursery=connections)
             accept.start_soon(take, name="accept")
-            task_status.started(service.handle(url, port, stopping.set))
-            await stopping.wait()
+            task_status.started(service.handle())
+            await service.stopping.wait()
             logger.info("stopping: first nobody new, then the runs, then their streams")
             accept.cancel_scope.cancel(reason="the server is stopping")
 
@@ -3717,13 +3714,9 @@ class Reception(Service):
             name: Attempts((phase.stream(settings),)) for name, phase in PHASES.items()
         }
 
-    def application(
-        self, hub: BoundedHub, url: str = "", stop: Any = None
-    ) -> QuartTrio:
-        """All its doors, over the runs of this hub; in memory there is no URL, and no stop."""
+    def application(self, hub: BoundedHub) -> QuartTrio:
+        """All its doors, over the runs of this hub."""
         self.hub = hub
-        self.url = url
-        self.stop = stop
         self.began = hub.clock.now()
         hub.also = self.desk.weight
         app = make_app(self)
@@ -4192,7 +4185,7 @@ class Control(Reception):
 
     def shut_down(self) -> Response:
         """Stop, as SIGTERM does."""
-        if self.stop is None:
+        if not self.url:
             raise Refusal(409, "this application runs in memory: end its nursery")
         self.stop()
         return answer({"status": "stopping"}, 202)
@@ -4367,27 +4360,28 @@ def cut_off(raw: Any, *, reset: bool) -> None:
 class Double(Control):
     """The double, on connections as Hypercorn makes them; its clock may jump."""
 
-    def open(self, runs: trio.Nursery, clocks: trio.Nursery, url: str, stop: Any) -> Any:
+    def open(self, runs: trio.Nursery, clocks: trio.Nursery) -> Any:
         hub: Any = BoundedHub(self.settings, runs)
         if hub.clock.rate == math.inf:
             clocks.start_soon(hub.clock.jump, name="clock")
-        return self.application(hub, url, stop)
+        return self.application(hub)
 
     async def attend(self, app: ASGIWrapper, context: WorkerContext, stream: Any) -> None:
         trio.lowlevel.current_task().name = "connection"
         state: Any = {"connection": StockConnection(self, stream)}
         await TCPServer(app, Config(), context, state, stream).run()
 
-    def handle(self, url: str, port: int, stop: Callable[[], None]) -> Aura:
+    def handle(self) -> Aura:
         """For threads: they may stop it as often as they like, from wherever they are."""
         token = trio.lowlevel.current_trio_token()
 
         def stop_from_any_thread() -> None:
             """Also when it has stopped."""
             with contextlib.suppress(trio.RunFinishedError):
-                token.run_sync_soon(stop)
+                token.run_sync_soon(self.stop)
 
-        return Aura(url, port, stop_from_any_thread, self.settings.admin_token or "aura")
+        bearer = self.settings.admin_token or "aura"
+        return Aura(self.url, self.port, stop_from_any_thread, bearer)
 
 
 class Settings(DoubleSettings):
@@ -5206,11 +5200,11 @@ class Admin(Jobs):
     metrics: Metrics | None = None
     page = ""  # for browsers; a door: part 4 has one
 
-    def application(self, hub: Any, *more: Any) -> QuartTrio:
+    def application(self, hub: Any) -> QuartTrio:
         """As ever, and counted, if the library is there."""
         with contextlib.suppress(ImportError):
             self.metrics = Metrics(hub, self.journal)
-        return super().application(hub, *more)
+        return super().application(hub)
 
     def front(self) -> Response:
         """The page, to who can show one."""
