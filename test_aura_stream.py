@@ -10,13 +10,11 @@ under CI=true. What a client sees is asserted from outside; insides only where n
 
 import ast
 import asyncio
-import base64
 import bisect
 import contextlib
 import dataclasses
 import errno
 import gzip
-import hashlib
 import io
 import itertools
 import json
@@ -1681,8 +1679,12 @@ cuts = st.lists(st.integers(0, 400), max_size=4)
     st.lists(st.tuples(st.sampled_from([0, 0.3, 7]), cuts), min_size=1, max_size=3),
 )
 def test_any_viewer_of_any_run_cut_anywhere_sees_the_whole_log(events, viewers):
+    def literal(data):
+        """The same, with nothing in it that a script would fill in."""
+        return json.loads(re.sub(r"\{(?=[{\w])", "{{", json.dumps(data)))
+
     steps = [part for name, data, pause in events
-             for part in ({"event": {"event": name, "data": aura_stream.literal(data)}}, {"sleep": pause})]
+             for part in ({"event": {"event": name, "data": literal(data)}}, {"sleep": pause})]
     results = []
 
     async def view(client, delay, cut_points):
@@ -2541,13 +2543,14 @@ STREAM_OF_R = "/aura/analysis-runs/r/stream"
      "this needs no token, so it is not for pages of another site"),
     ("/api/generation/jobs/j/events?scenario=%7B%7D", {}, 400,
      "where no token is needed, a scenario is a name of the catalogue"),
-    ("/aura/cases/1/analysis/stream", BEARER, 422, "query.runId: the query needs runId="),
+    ("/aura/cases/1/analysis/stream", BEARER, 422, "[{'loc': ['query', 'runId'], 'msg': 'the query needs runId="),
     ("/aura/analysis-runs/none/stream", BEARER, 404, "runId not found or already completed"),
     (STREAM_OF_R, TWO, 404, "runId not found or already completed"),
     (STREAM_OF_R, {**BEARER, "Last-Event-ID": "11"}, 204, "finished and fully seen"),
     (STREAM_OF_R, {**BEARER, "X-Aura-Scenario": "nonsense"}, 400, "unknown scenario"),
-    (STREAM_OF_R, {**BEARER, "X-Aura-Scenario": "{"}, 422, "scenario: this is not JSON"),
-    ("/nowhere", {}, 404, "there is no such path"),
+    (STREAM_OF_R, {**BEARER, "X-Aura-Scenario": "{"}, 422,
+     "[{'loc': ['scenario'], 'msg': 'this is not JSON"),
+    ("/nowhere", {}, 404, "Not Found: "),
 ])
 async def test_why_a_request_was_refused_is_in_log_and_journal(
         client, path, headers, status, why, autojump_clock, heard):
@@ -2756,6 +2759,7 @@ async def test_health_and_front_answer_json():
         health = (await client.get("/health")).json()
         assert set(health) == {"status", "instance", "version", "runs", "sse_connections", "uptime"}
         assert (health["status"], health["instance"], health["runs"]) == ("healthy", "i1", 0)
+        assert 0 <= health["uptime"] < WAIT
         assert (await client.get("/api/generation/health")).json()["sse_connections"] == 0
         front = (await client.get("/", headers={"Accept": "*/*"})).json()
         assert set(front) == {"message", "version", "status"} and front["status"] == "operational"
@@ -2811,8 +2815,7 @@ async def test_control_tells_what_there_is(autojump_clock):
         assert [run["runId"] for run in (await control(client, "GET", "runs"))["runs"]] == ["r"]
         assert (await control(client, "GET", "runs/r"))["status"] == "running"
         await control(client, "GET", "runs/nobody", 404)
-        lost = await control(client, "GET", "run", 404)
-        assert lost["error"] == "there is no such path; did you mean '/__aura/runs'?"
+        assert (await control(client, "GET", "run", 404))["error"].startswith("Not Found: ")
 
 async def test_emit_and_signal_reach_a_run_that_is_there_and_only_that(autojump_clock):
     async with in_memory(max_gates=2) as client:
@@ -3492,7 +3495,7 @@ def test_nobody_is_told_a_500_that_nobody_meant(heard):
     (request_of(b"GET / HTTP/9.9"), 505, "this is no request of HTTP/1.1"),
     (request_of(POST, b"Content-Length: 10", body=b"{"), 408, "Request Timeout"),
     (request_of(POST, b"Content-Length: 10000000", body=b"x" * 10_000_000), 413, "Request Entity Too Large"),
-    (request_of(b"POST /nope HTTP/1.1", b"Content-Length: 9", body=b"{"), 404, "there is no such path"),
+    (request_of(b"POST /nope HTTP/1.1", b"Content-Length: 9", body=b"{"), 404, "Not Found: "),
     # RFC 9112, 6.1: somebody on the way may have counted differently, and what follows is perhaps no request
     (request_of(POST, b"Content-Length: 6", b"Transfer-Encoding: chunked", body=b"2\r\n{}\r\n0\r\n\r\n"), 202, ""),
 ])
@@ -3503,7 +3506,7 @@ def test_what_is_no_good_request_is_answered_closed_and_in_the_log(data, status,
         known_as = re.search("(?i)x-request-id: ([0-9a-f]{32})\r\n", answer)[1]
         if why:
             told = heard.wait_for(f"[{known_as}] {status} refused: {why}")
-            assert why.startswith(("R", "there")) or told.endswith(f", from ('127.0.0.1', {wire.getsockname()[1]})")
+            assert why.startswith(("R", "N")) or told.endswith(f", from ('127.0.0.1', {wire.getsockname()[1]})")
 
 @pytest.mark.parametrize(("settings", "pause"), [
     ({"max_linger": 300_000, "linger": 60}, 0), ({"linger": 0.2, "max_linger": 10**9}, 0.02)])
@@ -4026,9 +4029,8 @@ def test_the_page_is_for_browsers_and_runs_nothing_but_itself():
     rules = dict(rule.split(" ", 1) for rule in shown.headers["content-security-policy"].split("; "))
     assert rules.pop("connect-src") == "'self'" and rules.pop("img-src") == "data:"
     for kind in ("script", "style"):
-        (text,) = re.findall(f"<{kind}>(.*?)</{kind}>", shown.text, re.S)
-        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        assert rules.pop(f"{kind}-src") == f"'sha256-{digest}'"
+        (nonce,) = re.findall(f'<{kind} nonce="(.*?)">', shown.text)
+        assert rules.pop(f"{kind}-src") == f"'nonce-{nonce}'" and len(nonce) == 32
     assert rules == dict.fromkeys(("default-src", "base-uri", "form-action", "frame-ancestors"), "'none'")
     assert not re.search(r"https?:|innerHTML|insertAdjacent|document\.write|eval\(|\bstyle=|\bon\w+=", aura_stream.PAGE)
 
