@@ -301,7 +301,7 @@ def test_functions_are_short_flat_and_simple():
 def test_the_module_stays_small_enough_to_be_read():
     sizes, most = tokens(), [6750, 24_900, 7000, 7000]
     assert [size for size, bound in zip(sizes, most, strict=True) if size > bound] == []
-    assert sum(sizes) <= 43_800 and len(SOURCE.splitlines()) <= 6650
+    assert sum(sizes) <= 43_450 and len(SOURCE.splitlines()) <= 6600
 
 def test_it_is_told_in_prose_too_and_says_one_thing_a_line():
     """How much of the lines is prose, the page and the catalogue left out; and values that are set in pairs."""
@@ -310,7 +310,7 @@ def test_it_is_told_in_prose_too_and_says_one_thing_a_line():
     data = {number for title, start in starts.items() if title in ("The page", "Catalogue") for number in
             range(start, min([one for one in starts.values() if one > start]))}
     told = {number for number, line in enumerate(lines, 1) if line.lstrip().startswith("#")} | docstrings()
-    assert len(told - data) / (len(lines) - len(data)) >= 0.133, "twenty are wanted"
+    assert len(told - data) / (len(lines) - len(data)) >= 0.134, "twenty are wanted"
     pairs = [node for node in ast.walk(TREE) if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple)
              and isinstance(node.targets[0], ast.Tuple)]
     assert 1000 * len(pairs) / len(lines) <= 1.7
@@ -4871,45 +4871,23 @@ def test_any_script_is_refused_with_a_pointer_or_played_to_an_end_the_journal_na
 
 # ═══ Diagnosis ══════════════════════════════════════════════════════════════════════════════════
 
-DIAGNOSES = {name: verdict for verdict, names in {
+NAMED_ALIKE = (
+    "no-terminal empty after-done slow-headers slow-stream idle-cut no-heartbeat bom double-wrapped bad-json "
+    "slow-trigger duplicate-run")
+DIAGNOSES = {name: name for name in NAMED_ALIKE.split()} | {name: verdict for verdict, names in {
     "healthy": "ok phase3 generation slow-first slow-run stepped flood big-event korean retry-field",
-    "failed": "failed crash silent",
-    "no-terminal": "no-terminal",
-    "off-contract": "progress-regress missing-started unknown-events",
-    "empty": "empty",
+    "failed": "failed crash silent", "off-contract": "progress-regress missing-started unknown-events",
     "cut": "empty-truncated first-chunk-then-drop drop drop-mid-event drop-resume always-drop reset",
-    "no-answer": "no-response trigger-lost",
-    "no-events": "first-chunk-then-close done-only",
-    "no-done": "no-done unterminated-last-event",
-    "after-done": "after-done",
-    "invented": "fallback-completed",
-    "slow-headers": "slow-headers",
-    "slow-stream": "slow-stream",
-    "idle-cut": "idle-cut",
-    "no-heartbeat": "no-heartbeat",
-    "dead": "heartbeat-then-silence",
-    "time-limit": "gateway-timeout",
-    "buffered": "buffered buffered-4k coalesced",
-    "shredded": "dribble split-utf8 mid-line",
-    "line-ends": "crlf cr-only",
-    "bom": "bom",
-    "double-wrapped": "double-wrapped",
-    "doubled": "gateway-ids resume-unknown-id",
-    "out-of-order": "duplicate-events out-of-order",
-    "bad-json": "bad-json",
-    "unauthorized": "unauthorized forbidden",
-    "refused": "rate-limited",
-    "unavailable": "unavailable refuse-3-then-ok trigger-503",
-    "gone": "gone-204",
-    "not-a-stream": "html json-instead",
-    "server-error": "sse-500",
-    "not-found": "unknown-run unknown-run-404",
-    "resume-refused": "expired-run other-worker",
-    "gap": "resume-gap",
-    "lost": "two-subscribers",
-    "slow-trigger": "slow-trigger",
-    "trigger-refused": "trigger-disabled",
-    "duplicate-run": "duplicate-run",
+    "no-answer": "no-response trigger-lost", "no-events": "first-chunk-then-close done-only",
+    "no-done": "no-done unterminated-last-event", "invented": "fallback-completed",
+    "dead": "heartbeat-then-silence", "time-limit": "gateway-timeout",
+    "buffered": "buffered buffered-4k coalesced", "shredded": "dribble split-utf8 mid-line",
+    "line-ends": "crlf cr-only", "doubled": "gateway-ids resume-unknown-id",
+    "out-of-order": "duplicate-events out-of-order", "unauthorized": "unauthorized forbidden",
+    "refused": "rate-limited", "unavailable": "unavailable refuse-3-then-ok trigger-503", "gone": "gone-204",
+    "not-a-stream": "html json-instead", "server-error": "sse-500",
+    "not-found": "unknown-run unknown-run-404", "resume-refused": "expired-run other-worker",
+    "gap": "resume-gap", "lost": "two-subscribers", "trigger-refused": "trigger-disabled",
 }.items() for name in names.split()}
 TAKE_LONG = ("generation slow-first slow-run silent fallback-completed slow-stream slow-headers idle-cut no-heartbeat"
              " heartbeat-then-silence gateway-timeout")
