@@ -5159,7 +5159,7 @@ class Metrics:
         method = entry.method if entry.method in http.HTTPMethod.__members__ else "other"
         asked = (method, shown_path(entry.pattern), entry.status)
         self.of["http_requests_total"].labels(*asked).inc()
-        if entry.streams and entry.closed:
+        if entry.streams and entry.closed is not None:
             self.look(entry)
             self.of["sse_stream_ended_total"].labels(*(entry.end or LEFT)[:2]).inc()
             self.of["sse_connection_duration_seconds"].observe(entry.closed - entry.opened)
