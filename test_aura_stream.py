@@ -3240,6 +3240,14 @@ async def test_without_the_extra_metrics_say_how_to_get_them(monkeypatch):
 
 # ═══ What ASGI cannot say ═══════════════════════════════════════════════════════════════════════
 
+@pytest.mark.parametrize(("second", "status"), [
+    (b"GET /health HT", 408), (b"nonsense\r\n\r\n", 400), (b"GET / HTTP/2.0\r\n\r\n", 505)])
+def test_also_a_later_request_of_a_connection_is_refused_with_its_status(second, status):
+    with running(head_timeout=0.2) as aura, connect(aura, get("/health")) as wire:
+        read_until(wire, b"uptime")
+        wire.sendall(second)
+        assert read_until(wire, None).split(b"HTTP/1.1 ")[1].startswith(b"%d " % status)
+
 def request_of(line, *headers, body=b""):
     return b"\r\n".join([line, b"Host: localhost", b"Authorization: Bearer t", *headers, b"", body])
 
