@@ -623,7 +623,7 @@ class Delivery:
         self.run = run
         self.record = record
         self.hub = hub
-        self.headers = {**STREAM_HEAD, **headers}
+        self.headers = headers  # beside the usual ones
         self.place = record.resumed_after  # the id of the last event this viewer has had
         self.said: list[bytes] = []  # what has not been written yet
         self.beat_every = hub.settings.heartbeat or math.inf
@@ -654,7 +654,8 @@ class Delivery:
         self.emit(DONE)
 
     async def open(self) -> None:
-        lines = [(name.encode(), value.encode()) for name, value in self.headers.items()]
+        head = {**STREAM_HEAD, **self.headers}
+        lines = [(name.encode(), value.encode()) for name, value in head.items()]
         await self.send({"type": "http.response.start", "status": 200, "headers": lines})
 
     def emit(self, data: bytes, last: int | None = None) -> None:
@@ -2643,53 +2644,54 @@ class Outlet:
     """Where output is held back, and cut anew. What may go stays here until it has gone: whoever
     is cancelled meanwhile loses nothing."""
 
-    def __init__(self) -> None:
-        self.chunk: Any = None
-        self.every: Any = None
-        self.hold: float = 0
-        self.due = 0.0  # script time before which the next piece may not go
-        self.overflowed = False
-        self._held = bytearray()
-        self._free: collections.deque[int] = collections.deque()  # sizes of what may go
-        self._gone = 0
-        self._marks: collections.deque[tuple[int, Iterable[str], int | None]] = collections.deque()
+    chunk: Any = None  # how it is cut, and how long after the piece before it the next one goes
+    every: Any = None
+    hold: float = 0  # bytes that go together; 0 holds nothing back
+    due = 0.0  # script time before which the next piece may not go
+    overflowed = False
 
-    @property
-    def free(self) -> bool:
-        """Something may go."""
-        return bool(self._free)
+    def __init__(self) -> None:
+        self.free: collections.deque[bytearray] = collections.deque()  # what may go
+        self._back = bytearray()
+        self._taken = 0
+        self._gone = 0
+        # where events end, in all that was taken: their names, and the id of the last of them
+        self._marks: collections.deque[tuple[int, Iterable[str], int | None]] = collections.deque()
 
     def take(self, data: bytes, names: Iterable[str], last: int | None) -> None:
         """Hold this back, or some of it."""
-        self._held += data
+        self._back += data
+        self._taken += len(data)
         if names or last:
-            self._marks.append((self._gone + len(self._held), names, last))
-        back = len(self._held) - sum(self._free)
-        if self.hold and back > MOST_HELD:
+            self._marks.append((self._taken, names, last))
+
+        size = len(self._back)
+        if self.hold and size > MOST_HELD:
             self.overflowed = True
         elif self.hold:
-            back -= back if self.hold == math.inf else back % int(self.hold)
-        self.let_go(back)
+            size -= int(size % self.hold)
+        self.let_go(size)
 
     def let_go(self, size: int | None = None) -> None:
         """So much of it may go now, or all."""
-        size = len(self._held) - sum(self._free) if size is None else size
-        if size:
-            self._free.append(size)
+        freed = self._back[:size]
+        del self._back[:size]
+        if freed:
+            self.free.append(freed)
 
     def next(self, *, whole: bool = False) -> tuple[bytes, list[str], int | None]:
         """The next piece, or all that may go; and what has gone with it: the names of the events
         that end in it, and the id of the last one."""
-        size = sum(self._free) if whole else self._cut(self._free[0])
-        piece = bytes(self._held[:size])
-        del self._held[:size]
+        if whole:
+            self.free = collections.deque([bytearray().join(self.free)])
+        first = self.free[0]
+        size = len(first) if whole else self._cut(first)
+        piece = bytes(first[:size])
+        del first[:size]
+        if not first:
+            self.free.popleft()
+
         self._gone += size
-        while size:
-            part = min(size, self._free[0])
-            size -= part
-            self._free[0] -= part
-            if not self._free[0]:
-                self._free.popleft()
         names: list[str] = []
         last = None
         while self._marks and self._marks[0][0] <= self._gone:
@@ -2698,12 +2700,12 @@ class Outlet:
             last = place or last
         return piece, names, last
 
-    def _cut(self, size: int) -> int:
-        """The bytes of the next piece, of so many that go together."""
+    def _cut(self, lump: bytearray) -> int:
+        """The bytes of the next piece, of those that go together."""
         if self.chunk in CUTS:
-            found = CUTS[self.chunk].match(self._held, 0, size)
-            return found.end() if found else size
-        return min(size, self.chunk or (int(self.hold) if 0 < self.hold < math.inf else size))
+            found = CUTS[self.chunk].match(lump)
+            return found.end() if found else len(lump)
+        return int(min(len(lump), self.chunk or self.hold or math.inf))
 
 
 # ═══ 14  Scripted deliveries ══════════════════════════════════════════════════════════════════════
@@ -2730,21 +2732,6 @@ class NoSocket:
         return False
 
 
-@dataclass(slots=True)
-class RelayProgress:
-    """What a relay step still has to deliver; it outlives the heartbeats in between."""
-
-    cursor: Any  # what has the place: this viewer, or the run, where all share one
-    left: float
-    until: str | None
-    every: Any
-    within: float
-    most: float  # events in one piece
-    cut: float | None  # bytes of the event that comes behind them, or a fraction of it
-    due: float = 0.0  # script time before which the next event may not go
-    quiet: float = math.inf  # script time at which the silence has lasted `within`
-
-
 class Over(Exception):
     """The delivery ends before its script does."""
 
@@ -2756,7 +2743,6 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
     usual_frame: Mapping[str, Any] = {"newline": "\n", "wrap": ""}  # where no step says another
     outlet: Outlet | None = None  # where output is held back, and cut anew
     closed = False  # an operator has ended it
-    departing = False  # the last piece waits for the end, to go out with it
     by = "server"
     how = "end"
     reason = "the script ended"
@@ -2784,7 +2770,6 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
         if hasattr(connection, "put"):
             self.put = connection.put  # type: ignore[method-assign]  # the short way
         self.usual = usual or Step("open", {})  # the head, where its script ends without one
-        self.named = headers or {}
         self.names: list[str] = []  # of the events in what is not written yet
         if script is not None:
             self.beat_every = math.inf
@@ -2809,11 +2794,7 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
         whoever hangs up on reading these has read the end, too."""
         if self.outlet:
             self.outlet.let_go()
-            self.departing = True
-            with contextlib.suppress(Over):
-                await self.beating(self.write)
-            await self.write()
-            self.departing = False
+        await self.drain(ending=True)
         self.closed = False  # what is usual goes out, an operator's end or not
         if not self.entry.status:
             await self.open(self.usual)
@@ -2832,7 +2813,7 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
         status, body = head.get("status", 200), head.get("body")
         plain = TEXT_HEAD if isinstance(body, str) else JSON_HEAD
         usual = STREAM_HEAD if self.entry.kind == "stream" and body is None else plain
-        pairs = {**({} if status == 204 else usual), **self.named}
+        pairs = {**({} if status == 204 else usual), **self.headers}
         own = head.get("headers", {})
         pairs |= {name.lower(): value for name, value in (*self.beside, *own.items())}
         lines = [(name.encode(), one_line(value)) for name, value in pairs.items() if value]
@@ -2843,14 +2824,12 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
         if body is not None:
             self.emit(to_bytes(body if isinstance(body, str) else to_json(body)))
 
-    def emit(
-        self, data: bytes, last: int | None = None, names: Iterable[str] | None = None
-    ) -> None:
+    def emit(self, data: bytes, last: int | None = None, names: Iterable[str] = ()) -> None:
         """Bytes for this viewer, the id of the last event in them, and the names of all these."""
         if self.closed:
             raise Over
-        if names is None:
-            names = self.run.log.names_of(self.place, last) if last else ()
+        if last and not names:  # part 1 knows no names
+            names = self.run.log.names_of(self.place, last)
         if not data or self.entry.status in BODILESS:  # whatever the script says
             return
         self.begun = True
@@ -2866,9 +2845,7 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
         if self.outlet.overflowed and FULL not in self.entry.notes:
             self.entry.notes.append(FULL)
 
-    async def say(
-        self, data: bytes, last: int | None = None, names: Iterable[str] | None = ()
-    ) -> None:
+    async def say(self, data: bytes, last: int | None = None, names: Iterable[str] = ()) -> None:
         """As `emit`; and write, when there is enough."""
         self.emit(data, last, names)
         if self.pending >= WRITE:
@@ -2877,31 +2854,30 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
     async def write(self, *, more: bool = True) -> None:
         """Write what was said and may go."""
         self.pending = 0
-        if self.begun and not self.entry.status:
-            await self.open()
-        if self.outlet is not None:
-            await self.drain(self.outlet)
-        if not more or (not self.departing and (self.said or self.unsent_head)):
+        await self.drain()
+        if self.said or self.unsent_head or not more:
             await super().write(more=more)
 
-    async def drain(self, outlet: Outlet) -> None:
-        """Piece by piece, and no heartbeat in between; what an operator ends goes at once."""
-        if outlet.free and self.till_beat:
-            self.till_beat.move(math.inf)
-        while outlet.free:
+    async def drain(self, *, ending: bool = False) -> None:
+        """The head, where bytes wait for it; then what the outlet lets go, piece by piece, and no
+        heartbeat in between. The last words wait, to go out with the end; and what an operator
+        ends goes at once."""
+        if self.begun and not self.entry.status:
+            await self.open()
+        outlet = self.outlet
+        while outlet and outlet.free:
             if outlet.every is not None and not self.closed:
-                await self.clock.sleep(outlet.due - self.clock.now())
+                with self.clock.limit(outlet.due - self.clock.now()) as self.resting:
+                    await trio.sleep_forever()
                 outlet.due = self.clock.now() + self.draw(outlet.every)
             piece, names, last = outlet.next(whole=self.closed)
             self.said.append(piece)
             self.names += names
             self.last_said = last or self.last_said
-            enough = len(self.said) * len(piece) >= WRITE
-            if not self.departing or (outlet.free and (outlet.every is not None or enough)):
+            enough = outlet.every is not None or len(self.said) * len(piece) >= WRITE
+            if not ending or (outlet.free and enough):
                 await super().write()
                 await trio.lowlevel.checkpoint()
-        if self.till_beat:
-            self.till_beat.move(self.quiet_since + self.beat_every)
 
     async def pass_on(self, log: Any) -> None:
         """The short way: the same bytes for all viewers at this place, right into the socket."""
@@ -2936,99 +2912,77 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
 
     async def rest(self, wait: Callable[[], Awaitable[None]]) -> None:
         """Await this, with heartbeats; but first, what was said goes out."""
-
-        async def after_words() -> None:
-            await self.write()
-            await wait()
-
-        await self.beating(after_words)
-
-    async def beating(self, wait: Callable[[], Awaitable[None]]) -> None:
-        """As ever, unless an operator ends it."""
+        await self.write()
         if self.closed:
             raise Over
-        await super().beating(wait)
+        await self.beating(wait)
 
     async def beat(self, since: float) -> None:
-        """As ever; but none before the head."""
+        """As ever; but none before the head, and as the script has it."""
         if self.closed:
             raise Over
         if self.quiet_since > since:
             return
         if self.entry.status:
-            self.emit(self.beat_bytes(), names=[BEAT])
+            beat = HEARTBEAT
+            if self._beat is not None:
+                said = self.fill(self._beat)
+                beat = Event(in_one_line(said["event"]), said["data"]).numbered(None)
+            self.emit(self.dressed(beat), names=[BEAT])
             await self.write()
             if self.connection.lost:
                 text = "Failed to send SSE heartbeat run_id=%s"
                 logger.warning(text, safe(self.entry.run_id))
         self.quiet_since = self.clock.now()  # also where nothing can be written
 
-    def beat_bytes(self) -> bytes:
-        if self._beat is None or not self._beat.keys() & {"event", "data"}:
-            return self.dressed(HEARTBEAT)
-        said = self.fill({"event": "", "data": {}, **self._beat})
-        return self.dressed(Event(in_one_line(said["event"]), said["data"]).numbered(None))
-
     async def relay(self, step: Step) -> None:
         """Deliver the next events of the log, waiting for them, until its end or the step's own."""
         if self.run is None or self.entry.status in BODILESS:
             return
-        wanted, modifiers = step.argument, step.modifiers
-        shared, every = modifiers.get("shared"), modifiers.get("every")
-        until = self.fill(wanted["until"]) if isinstance(wanted, dict) else None
-        alone = shared or until or every is not None
-        progress = RelayProgress(
-            cursor=self.run if shared else self,
-            left=wanted if isinstance(wanted, int) else math.inf,
-            until=until,
-            every=every,
-            within=self.draw(modifiers.get("within", math.inf)),
-            most=1 if alone else self.batch,
-            cut=modifiers.get("cut"),
-        )
-        progress.quiet = self.clock.now() + progress.within
-        await self.beating(partial(self.progress, progress))
-
-    async def progress(self, it: RelayProgress) -> None:
         log = self.run.log
-        while it.left > 0 or it.cut is not None:
-            if it.due > self.clock.now():
-                await self.write()
-                await self.clock.sleep(it.due - self.clock.now())
-            place = it.cursor.place
-            piece, last = log.read(place, most=min(it.left or 1, it.most))
-            names = log.names_of(place, last)
-            if names and it.left <= 0 and it.cut is not None:
-                block = self.dressed(piece, last)
-                size = it.cut if it.cut >= 1 else it.cut * len(block)
-                self.emit(block[: int(size)])
-                return
-            if piece:
-                await self.pass_step(piece, last, names, it)
-                if last < log.last:
-                    await trio.lowlevel.checkpoint()  # a write that fits the socket has none
-            elif log.ended:
-                return
-            elif self.said or (self.outlet and self.outlet.free):
-                await self.write()
-            else:
-                with self.clock.limit(it.quiet - self.clock.now()) as silence:
-                    await log.news()
-                if silence.cancelled_caught:
-                    return
+        wanted, modifiers = step.argument, step.modifiers
+        left = wanted if isinstance(wanted, int) else math.inf
+        until = self.fill(wanted["until"]) if isinstance(wanted, dict) else None
+        every = modifiers.get("every")
+        cut: Any = modifiers.get("cut")
+        cursor: Any = self.run if modifiers.get("shared") else self  # what has the place
+        most = self.batch if cursor is self and until is None and every is None else 1
+        within = self.draw(modifiers.get("within", math.inf))
+        quiet = self.clock.now() + within  # then it has been silent for so long
 
-    async def pass_step(
-        self, piece: bytes, last: int, names: list[str], it: RelayProgress
-    ) -> None:
-        self.emit(self.dressed(piece, last), last, names)
-        it.cursor.place = last
-        it.left = 0 if it.until in names else it.left - len(names)
-        final = self.run.log.ended and last == self.run.log.last
-        if self.outlet or not final:  # else it goes out with what follows
+        while left or cut is not None:
+            if not await self.more(cursor, quiet):
+                return
+            place = cursor.place
+            piece, last = log.read(place, most=min(left or 1, most))
+            names = log.names_of(place, last)
+            block = self.dressed(piece, last)
+            if names and not left:
+                self.emit(block[: int(cut if cut >= 1 else cut * len(block))])
+                return
+            self.emit(block, last, names)
+            cursor.place = last
+            left = 0 if until in names else left - len(names)
+            if self.outlet or not (log.ended and last == log.last):
+                await self.write()  # else it goes out with what follows
+            quiet = self.clock.now() + within
+            if every is not None and (left or cut is not None):
+                await self.sleep(Step("sleep", every))
+            await trio.lowlevel.checkpoint()  # a write that fits the socket has none
+
+    async def more(self, cursor: Any, quiet: float) -> bool:
+        """Wait until the log has more than this cursor has passed; whether it came in time."""
+        log = self.run.log
+
+        async def news() -> None:
+            while cursor.place >= log.last and not log.ended:
+                await log.news()
+
+        if cursor.place >= log.last and not log.ended:
             await self.write()
-        it.quiet = self.clock.now() + it.within
-        if it.every is not None:
-            it.due = self.clock.now() + self.draw(it.every)
+            with self.clock.limit(quiet - self.clock.now()):
+                await self.rest(news)
+        return bool(cursor.place < log.last)
 
     def dressed(self, block: bytes, number: int | None = None) -> bytes:
         """A block as this viewer gets it: mostly as it is, the one that all viewers share."""
@@ -3070,8 +3024,11 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
 
     async def heartbeat(self, step: Step) -> None:
         """From now on a beat after that much quiet."""
-        self._beat = step.argument if isinstance(step.argument, dict) else None
-        every = self._beat["every"] if self._beat else step.argument
+        self._beat = None
+        every = step.argument
+        if isinstance(every, dict):
+            self._beat = {"event": "", "data": {}, **every} if len(every) > 1 else None
+            every = every["every"]
         usual = every or self.hub.settings.heartbeat
         self.beat_every = math.inf if usual in ("never", 0) else float(usual)
 
@@ -3087,7 +3044,7 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
     async def flush(self, step: Step) -> None:
         if self.outlet is not None:
             self.outlet.let_go()
-            await self.beating(self.write)
+            await self.write()
 
     async def hang(self, step: Step) -> None:
         """Silent until the other side leaves, heartbeats included."""
