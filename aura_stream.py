@@ -2180,6 +2180,10 @@ SHOWN = (  # of a request's headers
     b"accept", b"authorization", b"upgrade", b"user-agent", b"origin", b"cache-control",
     b"x-dwp-source", b"x-dwp-caller-type", b"x-trace-id", b"x-forwarded-for",
 )
+KNOWN_EVENTS = (
+    "started", "step", "evidence", "confidence", "proposal", "completed", "failed", "agent",
+    "progress", "preview",
+)  # of the contract; what a scenario or an analysis makes up is `other`
 BEAT = ": heartbeat"  # stands among the names of events; no event has this one
 OTHERS = (b"x-request-id", b"x-tenant-id", b"x-user-id", b"x-agent-id", b"x-test-id")
 RECORDED = (*SHOWN, *OTHERS)
@@ -2245,11 +2249,9 @@ class Entry(Record):
                 self.heartbeats += count
                 continue
             self.events += count
-            self.tally[name] += count
+            self.tally[name if name in KNOWN_EVENTS else "other"] += count
             if self.first_event is None:
                 self.first_event = trio.current_time()
-        if len(self.tally) > 100:  # somebody makes up names
-            fold(self.tally)
 
     @property
     def streams(self) -> bool:
@@ -2297,18 +2299,6 @@ SHOWN_FIELDS = (  # of an entry
 def camel(name: str) -> str:
     first, *rest = name.split("_")
     return first + "".join(word.title() for word in rest)
-
-
-KNOWN_EVENTS = (
-    "started", "step", "evidence", "confidence", "proposal", "completed", "failed", "agent",
-    "progress", "preview",
-)  # of the contract; what a scenario or an analysis makes up is `other`
-
-
-def fold(tally: collections.Counter[str]) -> None:
-    """Count the names that are not of the contract as one."""
-    for name in tally.keys() - {*KNOWN_EVENTS, "other"}:
-        tally["other"] += tally.pop(name)
 
 
 class Journal:
@@ -2366,15 +2356,14 @@ class Journal:
     ) -> list[Entry]:
         """The first `count` finished ones that match; what there is if they do not come in
         time."""
-        done: list[Entry] = []
+        def finished() -> list[Entry]:
+            found = self.find(wanted, since=since)
+            return [entry for entry in found if entry.closed is not None]
+
         with trio.move_on_after(within):
-            while True:
-                found = self.find(wanted, since=since)
-                done = [entry for entry in found if entry.closed is not None]
-                if len(done) >= count:
-                    break
+            while len(finished()) < count:
                 await self._news.wait()
-        return done[:count]
+        return finished()[:count]
 
     def forget(self, test_id: str | None = None) -> None:
         """All entries, or those of one test; what is still open is not written down again."""
@@ -2467,7 +2456,6 @@ class ScriptedRun(Run):
 
     make_log = BoundedLog
     place = 0  # of all viewers together, where a scenario wants the old queue
-    trimmed = False
     counted = 0  # bytes of its log and its request in the hub's account
 
     def __init__(self, info: ScriptedInfo, scenario: Scenario, hub: BoundedHub) -> None:
@@ -2544,7 +2532,6 @@ class BoundedHub(Hub):
     ) -> ScriptedRun:
         """Start a run of this scenario."""
         run = ScriptedRun(info, scenario, self)
-        self._forgotten.pop(info.run_id, None)
         self.begin(run, analysis or scripted(scenario, self.gates))
         self._account(run)
         return run
@@ -2598,17 +2585,16 @@ class BoundedHub(Hub):
         """A run said something, or ended: keep its log, and all logs together, within the
         limits."""
         limits = self.settings
-        trimmed = run.log.trim(limits.max_run_events, limits.max_run_bytes)
         self._account(run)
-        excess = self.held - limits.max_log_bytes
-        if excess > 0:
-            trimmed |= run.log.trim(limits.max_run_events, max(0, run.log.held - excess))
+        excess = max(0, self.held - limits.max_log_bytes)
+        size = min(limits.max_run_bytes, run.log.held - excess)
+        whole = run.log.first == 1
+        if run.log.trim(limits.max_run_events, size):
             self._account(run)
-        if trimmed and not run.trimmed:
-            run.trimmed = True
-            limit = "--max-log-bytes" if excess > 0 else "max_run_…"
-            text = "run_store: log full (%s), the oldest events go run_id=%s"
-            logger.warning(text, limit, safe(run.info.run_id))
+            if whole:
+                limit = "--max-log-bytes" if excess else "max_run_…"
+                text = "run_store: log full (%s), the oldest events go run_id=%s"
+                logger.warning(text, limit, safe(run.info.run_id))
 
     def _account(self, run: ScriptedRun) -> None:
         """Count what the run holds; beyond the limits the first that ended is forgotten first."""
@@ -2743,9 +2729,7 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
     usual_frame: Mapping[str, Any] = {"newline": "\n", "wrap": ""}  # where no step says another
     outlet: Outlet | None = None  # where output is held back, and cut anew
     closed = False  # an operator has ended it
-    by = "server"
-    how = "end"
-    reason = "the script ended"
+    ending = Ending("server", "end", "the script ended")  # an operator may have another
     farewell = b""  # an operator's last word
     half = False  # the last bytes are half an event
     begun = False  # there has been output
@@ -2800,11 +2784,11 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
             await self.open(self.usual)
         if self.farewell and self.entry.streams and self.entry.status == 200 and not self.half:
             self.said.append(self.farewell)
-        while self.how != "end" and self.connection.cut:
+        while self.ending.how != "end" and self.connection.cut:
             with contextlib.suppress(Over):  # meanwhile another operator wishes something else
                 self.closed = False
-                await self.cut(self.how)
-        await self.finish("end")
+                await self.cut(self.ending)
+        await self.finish(self.ending._replace(how="end"))
         await self.write(more=False)
 
     async def open(self, step: Step | None = None) -> None:
@@ -2903,12 +2887,11 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
         self.names = []
         self.last_said = None
 
-    async def finish(self, how: str) -> None:
-        """Write down that this is the end, before the act; unless the viewer made one already."""
+    async def finish(self, ending: Ending) -> None:
+        """Write the end down, before the act; unless the viewer made one already."""
         if self.connection.lost:
             await trio.sleep_forever()
-        scripted = self.by == "server" and how != "end"
-        self.entry.finish(Ending(self.by, how, f"script: {how}" if scripted else self.reason))
+        self.entry.finish(ending)
 
     async def rest(self, wait: Callable[[], Awaitable[None]]) -> None:
         """Await this, with heartbeats; but first, what was said goes out."""
@@ -3055,26 +3038,24 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
         raise Over
 
     async def drop(self, step: Step) -> None:
-        await self.cut("drop")
+        await self.cut(Ending("server", "drop", "script: drop"))
 
     async def reset(self, step: Step) -> None:
-        await self.cut("reset")
+        await self.cut(Ending("server", "reset", "script: reset"))
 
     def close(self, how: str, farewell: bytes = b"") -> None:
         """End this delivery from outside, with a last word to its viewer; or at once, by cutting
         its connection, if there is none."""
         self.closed = True
         self.farewell = farewell
-        self.how = how
-        self.by = "admin"
-        self.reason = "closed by an operator"
+        self.ending = Ending("admin", how, "closed by an operator")
         if how != "end" and not farewell and self.connection.cut:
-            self.entry.finish(Ending(self.by, how, self.reason))
+            self.entry.finish(self.ending)
             self.connection.cut(reset=how == "reset")
         elif self.resting is not None:
             self.resting.cancel(reason="closed by an operator")
 
-    async def cut(self, how: str) -> None:
+    async def cut(self, ending: Ending) -> None:
         """Close the connection without an end, and wait to be cancelled: returning would be an
         end. An operator who has asked for an end gets one."""
         await self.write()
@@ -3082,13 +3063,14 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
             await trio.sleep_forever()
         if self.closed:
             raise Over
+        how = ending.how
         if not self.connection.cut:
             raise RuntimeError(f"{how!r} needs a socket, and this application runs without one")
         if self.entry.http_version == "1.0" and self.entry.status and how == "drop":
             self.entry.notes.append("to an HTTP/1.0 client a lost connection looks like an end")
         if how == "reset" and not sys.platform.startswith("linux"):
             self.entry.notes.append("a reset is sure on Linux only; elsewhere it may be a drop")
-        await self.finish(how)
+        await self.finish(ending)
         self.connection.cut(reset=how == "reset")
         await trio.sleep_forever()
 
@@ -5187,7 +5169,7 @@ class Metrics:
         for entry in self.journal.under_way.values():
             if entry.streams:
                 self.look(entry)
-        fold(tally := self.journal.tally)
+        tally = self.journal.tally
         for name in list(tally):
             self.of["sse_message_sent_total"].labels(name).inc(tally.pop(name))
         there = collections.Counter(run.status for run in self.hub.seen_by(None))
