@@ -2010,11 +2010,11 @@ class ScriptedInfo(RunInfo):
     weight: int = 0  # bytes, about, that its request takes here
     kept: int = 0  # and of them, when it has ended
 
-    @property
-    def names(self) -> dict[str, str]:
-        """What templates may name."""
-        tenant = self.tenant_id or ""
-        return {"{runId}": self.run_id, "{caseId}": self.case_id, "{tenantId}": tenant}
+
+def words_of(whose: Any) -> dict[str, str]:
+    """What templates may name, of a run's facts or of a request's entry."""
+    ids = {"{runId}": whose.run_id, "{caseId}": whose.case_id, "{tenantId}": whose.tenant_id}
+    return {name: value or "" for name, value in ids.items()}
 
 
 HELLO = {"comment": "connected"}
@@ -2150,7 +2150,7 @@ def scripted(scenario: Scenario, gates: Gates, own: Analysis | None = None) -> A
     script = (Step("ordinary"),) if scenario.run is None else scenario.run
 
     async def analysis(info: ScriptedInfo, sending: Sending) -> None:
-        at = (info.clock, gates, info.names, scenario.seed)
+        at = (info.clock, gates, words_of(info), scenario.seed)
         await Performance(*at, info=info, sending=sending, own=own).play(script)
 
     return analysis
@@ -2185,8 +2185,9 @@ KNOWN_EVENTS = (
     "progress", "preview",
 )  # of the contract; what a scenario or an analysis makes up is `other`
 BEAT = ": heartbeat"  # stands among the names of events; no event has this one
-OTHERS = (b"x-request-id", b"x-tenant-id", b"x-user-id", b"x-agent-id", b"x-test-id")
-RECORDED = (*SHOWN, *OTHERS)
+RECORDED = (
+    *SHOWN, b"x-request-id", b"x-tenant-id", b"x-user-id", b"x-agent-id", b"x-test-id",
+)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -2257,12 +2258,6 @@ class Entry(Record):
     def streams(self) -> bool:
         """Whether this is a stream for which a script plays; our own refusals are none."""
         return self.kind == "stream" and self.attempt is not None
-
-    @property
-    def ids(self) -> dict[str, str]:
-        """What templates may name where there is no run."""
-        ids = {"{runId}": self.run_id, "{caseId}": self.case_id, "{tenantId}": self.tenant_id}
-        return {name: one or "" for name, one in ids.items()}
 
     @property
     def said(self) -> str:
@@ -2634,7 +2629,6 @@ class Outlet:
     every: Any = None
     hold: float = 0  # bytes that go together; 0 holds nothing back
     due = 0.0  # script time before which the next piece may not go
-    overflowed = False
 
     def __init__(self) -> None:
         self.free: collections.deque[bytearray] = collections.deque()  # what may go
@@ -2644,19 +2638,19 @@ class Outlet:
         # where events end, in all that was taken: their names, and the id of the last of them
         self._marks: collections.deque[tuple[int, Iterable[str], int | None]] = collections.deque()
 
-    def take(self, data: bytes, names: Iterable[str], last: int | None) -> None:
-        """Hold this back, or some of it."""
+    def take(self, data: bytes, names: Iterable[str], last: int | None) -> bool:
+        """Hold this back, or some of it; or let all go, where that would be too much."""
         self._back += data
         self._taken += len(data)
         if names or last:
             self._marks.append((self._taken, names, last))
 
         size = len(self._back)
-        if self.hold and size > MOST_HELD:
-            self.overflowed = True
-        elif self.hold:
+        full = self.hold > 0 and size > MOST_HELD
+        if self.hold and not full:
             size -= int(size % self.hold)
         self.let_go(size)
+        return full
 
     def let_go(self, size: int | None = None) -> None:
         """So much of it may go now, or all."""
@@ -2734,7 +2728,6 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
     half = False  # the last bytes are half an event
     begun = False  # there has been output
     unsent_head = False  # the connection keeps it, to send it with the first bytes
-    said_at = -math.inf  # real time, of the last bytes written
     last_said: int | None = None
     pending = 0  # bytes that are not written yet
     _frame: Mapping[str, Any] | None = None  # where it is not the log's own
@@ -2745,8 +2738,8 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
         headers: Mapping[str, str] | None = None, connection: Any = None,
         usual: Step | None = None,
     ) -> None:
-        names = run.info.names if run else entry.ids
-        Player.__init__(self, hub.clock, hub.gates, names, entry.seed)
+        words = words_of(run.info if run else entry)
+        Player.__init__(self, hub.clock, hub.gates, words, entry.seed)
         Delivery.__init__(self, run, entry, hub, headers or {})  # type: ignore[arg-type]
         self.script = script
         self.entry = entry
@@ -2763,7 +2756,7 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
         name = f"delivery {safe(self.entry.run_id)} (id {self.entry.seq})"
         trio.lowlevel.current_task().name = name
         self.send = send
-        self.beside = headers
+        self.headers = {**self.headers, **{name.lower(): value for name, value in headers}}
         with self.hub.playing(self):  # type: ignore[attr-defined]
             with contextlib.suppress(Over):
                 if self.script is None:
@@ -2797,9 +2790,8 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
         status, body = head.get("status", 200), head.get("body")
         plain = TEXT_HEAD if isinstance(body, str) else JSON_HEAD
         usual = STREAM_HEAD if self.entry.kind == "stream" and body is None else plain
-        pairs = {**({} if status == 204 else usual), **self.headers}
-        own = head.get("headers", {})
-        pairs |= {name.lower(): value for name, value in (*self.beside, *own.items())}
+        own = {name.lower(): value for name, value in head.get("headers", {}).items()}
+        pairs = {**({} if status == 204 else usual), **self.headers, **own}
         lines = [(name.encode(), one_line(value)) for name, value in pairs.items() if value]
         self.entry.status = status
         self.unsent_head = True
@@ -2825,8 +2817,8 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
             self.last_said = last or self.last_said
             return
         self.quiet_since = self.clock.now()  # also what is held back was said
-        self.outlet.take(data, names, last)
-        if self.outlet.overflowed and FULL not in self.entry.notes:
+        full = self.outlet.take(data, names, last)
+        if full and FULL not in self.entry.notes:
             self.entry.notes.append(FULL)
 
     async def say(self, data: bytes, last: int | None = None, names: Iterable[str] = ()) -> None:
@@ -2872,14 +2864,12 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
         self.place = piece.last
         if self.connection.behind:
             await self.connection.put([])
-        self.said_at = trio.current_time()
         self.quiet_since = self.clock.now()
         if not self.connection.unsent:
             self.entry.carried(1, piece.size, piece.tally, piece.last)
 
     def wrote(self, said: list[bytes]) -> None:
         self.unsent_head = False
-        self.said_at = trio.current_time()
         self.quiet_since = self.clock.now()
         if said and not self.connection.unsent:
             size = sum(map(len, said))
@@ -3059,7 +3049,7 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
         """Close the connection without an end, and wait to be cancelled: returning would be an
         end. An operator who has asked for an end gets one."""
         await self.write()
-        with trio.move_on_at(self.said_at + CUT_AFTER) as self.resting:
+        with trio.move_on_after(CUT_AFTER) as self.resting:
             await trio.sleep_forever()
         if self.closed:
             raise Over
