@@ -2340,10 +2340,10 @@ class Journal:
 
     def find(self, wanted: Mapping[str, Any], *, since: int = 0) -> list[Entry]:
         """The entries after this one whose fields have these values, oldest first; None is any."""
-        wants = [(name, value) for name, value in wanted.items() if value is not None]
         return [
             entry for entry in self._entries.values()
-            if entry.seq > since and all(getattr(entry, name) == value for name, value in wants)
+            if entry.seq > since
+            and all(value in (None, getattr(entry, name)) for name, value in wanted.items())
         ]
 
     async def wait(
@@ -2746,7 +2746,7 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
         self.connection: Any = connection or NoSocket()
         if hasattr(connection, "put"):
             self.put = connection.put  # type: ignore[method-assign]  # the short way
-        self.usual = usual or Step("open", {})  # the head, where its script ends without one
+        self.usual = usual  # the head, where its script ends without one
         self.names: list[str] = []  # of the events in what is not written yet
         if script is not None:
             self.beat_every = math.inf
@@ -3028,10 +3028,9 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
         raise Over
 
     async def drop(self, step: Step) -> None:
-        await self.cut(Ending("server", "drop", "script: drop"))
+        await self.cut(Ending("server", step.verb, f"script: {step.verb}"))
 
-    async def reset(self, step: Step) -> None:
-        await self.cut(Ending("server", "reset", "script: reset"))
+    reset = drop  # what differs is the verb
 
     def close(self, how: str, farewell: bytes = b"") -> None:
         """End this delivery from outside, with a last word to its viewer; or at once, by cutting

@@ -2264,7 +2264,7 @@ async def test_a_scripted_drop_gives_way_to_an_operator_s_end():
     delivery = ScriptedDelivery((), Entry(method="GET", path="/", client="test:1", request_id="id", kind="stream"), hub)
     delivery.close("end")
     with pytest.raises(aura_stream.Over):
-        await delivery.drop(None)
+        await delivery.drop(aura_stream.Step("drop"))
     assert delivery.entry.end is None
 
 
