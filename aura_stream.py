@@ -2862,7 +2862,7 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
             await super().pass_on(log)
             return
         self.place = piece.last
-        if self.connection.behind:
+        if self.connection.waiting:
             await self.connection.put([])
         self.quiet_since = self.clock.now()
         if not self.connection.unsent:
@@ -4455,7 +4455,7 @@ class Connection:
         self._patience = trio.move_on_after(settings.keep_alive or settings.head_timeout)
         self._sending = trio.CancelScope()
         self._lock = trio.Lock()
-        self._waiting: list[bytes] = []  # what goes out with what comes next
+        self.waiting: list[bytes] = []  # what goes out with what comes next
 
     def _parser(self) -> h11.Connection:
         """One for each request. It only reads: what we write needs no state machine."""
@@ -4482,7 +4482,8 @@ class Connection:
 
     async def _read(self) -> None:
         """Hand on what the client sends, until it leaves, is too slow, or we have closed."""
-        wire, thrown, data = self._wire, 0, b"?"
+        thrown = 0
+        data = b"?"
         with self._patience, contextlib.suppress(*GONE):
             while data and thrown <= self.settings.max_linger:
                 data = bytes(await self.stream.receive_some(2**16))
@@ -4490,6 +4491,8 @@ class Connection:
                     thrown += len(data)
                 elif data:
                     await self._take(data)
+
+        wire = self._wire
         if self._closing:
             if thrown and data:
                 logger.info("cut a refused client that was still sending, after %d bytes", thrown)
@@ -4521,7 +4524,7 @@ class Connection:
         try:
             while True:
                 if wire.they_are_waiting_for_100_continue and not self._answer_is:
-                    self._waiting = [b"HTTP/1.1 100 \r\n\r\n"]
+                    self.waiting = [b"HTTP/1.1 100 \r\n\r\n"]
                     await self._write()
                 match wire.next_event():
                     case h11.Request() as request:
@@ -4542,12 +4545,9 @@ class Connection:
         self._patience.deadline = math.inf
         headers = list(request.headers)
         size = sum(len(name) + len(text) + 4 for name, text in headers) + len(request.target)
-        refused = {
-            431: size > self.settings.max_head,
-            505: request.http_version not in (b"1.0", b"1.1"),
-        }
-        if any(refused.values()):
-            await self._refuse(next(status for status, is_so in refused.items() if is_so))
+        too_big = size > self.settings.max_head
+        if too_big or request.http_version not in (b"1.0", b"1.1"):
+            await self._refuse(431 if too_big else 505)
             return
         if any(name == b"upgrade" for name, _ in headers):
             logger.warning("Unsupported upgrade request.")
@@ -4562,7 +4562,6 @@ class Connection:
         self._heard = False
         self._reader = None
         self._method = request.method
-        self._answer_is = ""
         client, server = self._names
         self._requests.start_soon(self._answer, {
             "type": "http", "asgi": {"version": "3.0"}, "scheme": "http", "root_path": "",
@@ -4578,19 +4577,19 @@ class Connection:
         if not self._heard:
             self._body += data
             self._heard = not data or len(self._body) > self.settings.max_body
-            self.feed(self._reader)
+            if self._reader:
+                self.feed(self._reader)
 
     def feed(self, reader: Any) -> None:
-        """The whole body goes to this reader of Quart's, as soon as it is there."""
+        """The whole body goes to this reader of Quart's, as soon as it is there; with None to
+        nobody: beside a stream it may last as long as that."""
         self._reader = reader
-        if self._heard and reader:
+        if reader is None:
+            self._heard = True
+        elif self._heard:
             reader.set_result(bytes(self._body))
+        if self._heard:
             self._body.clear()
-
-    def feed_nobody(self) -> None:
-        """Nobody wants it, and it may last as long as a stream."""
-        self._heard = True
-        self._body.clear()
 
     # What we answer
 
@@ -4623,9 +4622,9 @@ class Connection:
             self.unsent = True
             return
         for data in () if self._bare else said:
-            self._waiting += (b"%x\r\n" % len(data), data, b"\r\n") if self._chunked else (data,)
+            self.waiting += (b"%x\r\n" % len(data), data, b"\r\n") if self._chunked else (data,)
         if not more:
-            self._waiting += [b"0\r\n\r\n"] * self._chunked
+            self.waiting += [b"0\r\n\r\n"] * self._chunked
             self._answer_is = "whole"
         if not (self._held and more):
             await self._write()
@@ -4647,7 +4646,7 @@ class Connection:
             lines[b"connection"] = b"close"
         head = [b"HTTP/1.1 %d " % status, *(b"%b: %b" % pair for pair in lines.items()), b"\r\n"]
         self._answer_is = "head"
-        self._waiting = [b"\r\n".join(head)]
+        self.waiting = [b"\r\n".join(head)]
 
     async def _over(self) -> None:
         """The answer is out: on to the next request, or goodbye."""
@@ -4656,6 +4655,7 @@ class Connection:
             return
         ahead, _ = self._wire.trailing_data
         self._wire = self._parser()
+        self._answer_is = ""
         self._streams = False
         self._patience.deadline = trio.current_time() + self.settings.keep_alive
         if ahead:
@@ -4684,9 +4684,9 @@ class Connection:
     # How bytes get out, and how it ends
 
     def write_now(self, chunk: bytes) -> bool:
-        """This chunk goes out at once, as far as the socket takes it; what it does not is `behind`,
-        and the caller's concern. False if something is before it."""
-        busy = self._waiting or self._lock.locked() or self.lost or self._closing
+        """This chunk goes out at once, as far as the socket takes it; what it does not take is
+        `waiting`, and the caller's concern. False if something is before it."""
+        busy = self.waiting or self._lock.locked() or self.lost or self._closing
         if busy or not self._chunked or os.name != "posix":
             return False
         try:
@@ -4694,19 +4694,14 @@ class Connection:
         except OSError:  # the usual way says what to do
             return False
         if sent < len(chunk):
-            self._waiting = [chunk[sent:]]
+            self.waiting = [chunk[sent:]]
         return True
-
-    @property
-    def behind(self) -> bool:
-        """Something waits for the next write."""
-        return bool(self._waiting)
 
     async def _write(self) -> None:
         """Send directly while the kernel takes it, nearly always; else wait, but not for ever. No
         cancel can leave half a write: nothing in it waits, or it is shielded."""
-        parts = self._waiting
-        self._waiting = []
+        parts = self.waiting
+        self.waiting = []
         size = sum(map(len, parts))
         sent = 0
         try:
@@ -5289,7 +5284,7 @@ class ShortRequest(GatewayRequest):
             scope=scope, method="GET", path=scope["path"], args=query,
             view_args={"run_id": run_id} if run_id else {"case_id": case_id},
             endpoint=endpoint, url_rule=types.SimpleNamespace(rule=rule))
-        connection.feed_nobody()
+        connection.feed(None)
         hand = AT_HAND.set(types.SimpleNamespace(request=asked))
         response = await connection.service.shortly(run_id or query.get("runId"))
         AT_HAND.reset(hand)
