@@ -2719,7 +2719,6 @@ class Over(Exception):
 class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `play` of its own
     """Plays a stream script to one viewer, against a run's log if there is one."""
 
-    batch: float = math.inf  # events in one piece
     usual_frame: Mapping[str, Any] = {"newline": "\n", "wrap": ""}  # where no step says another
     outlet: Outlet | None = None  # where output is held back, and cut anew
     closed = False  # an operator has ended it
@@ -2919,7 +2918,8 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
         every = modifiers.get("every")
         cut: Any = modifiers.get("cut")
         cursor: Any = self.run if modifiers.get("shared") else self  # what has the place
-        most = self.batch if cursor is self and until is None and every is None else 1
+        alone = until or every is not None or self.outlet or self._frame
+        most = math.inf if cursor is self and not alone else 1  # events in one piece
         within = self.draw(modifiers.get("within", math.inf))
         quiet = self.clock.now() + within  # then it has been silent for so long
 
@@ -2993,7 +2993,6 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
         wrap = in_one_line(self.fill(step.argument.get("wrap", "")))
         wanted = {**self.usual_frame, **step.argument, "wrap": wrap}
         self._frame = None if wanted == ScriptedDelivery.usual_frame else wanted
-        self.batch = 1
 
     async def heartbeat(self, step: Step) -> None:
         """From now on a beat after that much quiet."""
@@ -3006,12 +3005,12 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
         self.beat_every = math.inf if usual in ("never", 0) else float(usual)
 
     async def chunk(self, step: Step) -> None:
-        self.outlet, self.batch = self.outlet or Outlet(), 1
+        self.outlet = self.outlet or Outlet()
         self.outlet.chunk = step.argument
         self.outlet.every = step.modifiers.get("every")
 
     async def buffer(self, step: Step) -> None:
-        self.outlet, self.batch = self.outlet or Outlet(), 1
+        self.outlet = self.outlet or Outlet()
         self.outlet.hold = math.inf if step.argument == "all" else step.argument
 
     async def flush(self, step: Step) -> None:
@@ -3067,7 +3066,6 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
 class JobDelivery(ScriptedDelivery):
     """A job's, whose ids have its name in front, in every scenario."""
 
-    batch = 1
     usual_frame = {**ScriptedDelivery.usual_frame, **JOB_FRAME}
     _frame = usual_frame
 
