@@ -2936,7 +2936,8 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
             self.emit(block, last, names)
             cursor.place = last
             left = 0 if until in names else left - len(names)
-            if self.outlet or not (log.ended and last == log.last):
+            final = log.ended and last == log.last
+            if self.outlet or every is not None or not final:
                 await self.write()  # else it goes out with what follows
             quiet = self.clock.now() + within
             if every is not None and (left or cut is not None):
