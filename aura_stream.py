@@ -894,27 +894,28 @@ def encoded(segment: str) -> str:
     return quote(segment, safe="")
 
 
-@dataclass(frozen=True)
-class Server:
-    """A handle on a running server."""
-
-    url: str
-    port: int
-    stop: Callable[[], None]
-
-
 class Service:
     """What a trigger starts, how a viewer is served, and on which kind of connection. Its methods
     are the doors of the later parts."""
+
+    url = ""  # where it is, once it serves
+    port = 0
 
     def __init__(self, settings: Any, analysis: Analysis | None = None) -> None:
         self.settings = settings
         self.analysis = analysis  # one that takes the place of the ordinary ones
         self.instance = settings.instance or f"{settings.host}:{os.getpid()}"
+        self.stopping = trio.Event()
 
-    def open(
-        self, runs: trio.Nursery, clocks: trio.Nursery, url: str, stop: Callable[[], None]
-    ) -> Any:
+    def stop(self) -> None:
+        """End, in order: as SIGTERM does."""
+        self.stopping.set()
+
+    def handle(self) -> Any:
+        """What whoever starts the server gets: its url, its port and its stop."""
+        return self
+
+    def open(self, runs: trio.Nursery, clocks: trio.Nursery) -> Any:
         """The application; its runs are in this nursery, and in that one what moves its clock."""
         self.hub: Any = Hub(self.settings, runs)
         return make_app(self)
@@ -926,9 +927,6 @@ class Service:
         """One connection, from its accepting to its end: Hypercorn's, as it comes."""
         trio.lowlevel.current_task().name = "connection"
         await TCPServer(app, Config(), context, {}, stream).run()
-
-    def handle(self, url: str, port: int, stop: Callable[[], None]) -> Any:
-        return Server(url, port, stop)
 
     def leave(self, *, by: float) -> None:
         """The server stops: streams have until then."""
@@ -1079,23 +1077,22 @@ async def serve(
     """
     service = (settings.make_service or Service)(settings, analysis)
     listeners = await service.listen()
-    port = listeners[0].socket.getsockname()[1]
-    url = url_of(settings.host, port)
-    stopping = trio.Event()
+    service.port = listeners[0].socket.getsockname()[1]
+    service.url = url_of(settings.host, service.port)
     context = WorkerContext(None)
 
     async with (
         trio.open_nursery() as clocks, cancelled_at_end(clocks),
         trio.open_nursery() as connections, trio.open_nursery() as runs,
     ):
-        app = ASGIWrapper(service.open(runs, clocks, url, stopping.set))
+        app = ASGIWrapper(service.open(runs, clocks))
         attend = partial(service.attend, app, context)
 
         async with trio.open_nursery() as accept:
             take = partial(trio.serve_listeners, attend, listeners, handler_nursery=connections)
             accept.start_soon(take, name="accept")
-            task_status.started(service.handle(url, port, stopping.set))
-            await stopping.wait()
+            task_status.started(service.handle())
+            await service.stopping.wait()
             logger.info("stopping: first nobody new, then the runs, then their streams")
             accept.cancel_scope.cancel(reason="the server is stopping")
 
@@ -1149,7 +1146,6 @@ import dataclasses
 import difflib
 import functools
 import gc
-import hashlib
 import hmac
 import http.client
 import inspect
@@ -1176,7 +1172,6 @@ import h11
 import msgspec
 import quart.globals
 from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable
-from quart import current_app
 from werkzeug.exceptions import HTTPException
 
 # ═══ 7  All settings ══════════════════════════════════════════════════════════════════════════════
@@ -1778,12 +1773,6 @@ MAKERS: dict[str, Callable[..., Event | bytes]] = {
 }
 
 
-def literal(value: Any) -> Any:
-    """A value from outside, made safe to stand in a script: its braces mean nothing. (In JSON, a
-    brace that is not of a text is never before another one or a word.)"""
-    return json.loads(re.sub(r"\{(?=[{\w])", "{{", to_json(value)))
-
-
 class Gates:
     """What scripts wait at: opened by a signal, for one run or for all, and for good; at most so
     many, then somebody has forgotten to reset."""
@@ -2215,12 +2204,11 @@ class Entry(Record):
     heartbeats: int = 0
     wall: str = field(default_factory=now_iso)
     notes: list[str] = field(default_factory=list)  # what else a reader should know
-    route: str = ""
     pattern: str = "other"  # of the route's path
     trace_id: str | None = None  # of a request to the gateway's face
     tally: collections.Counter[str] = field(default_factory=collections.Counter)  # of all sent
     due: int = 0  # events of the log that this stream should have brought, once it has ended
-    counted: tuple[int, ...] = (0,) * 5  # what of it is in the metrics already
+    counted: collections.Counter[str] = field(default_factory=collections.Counter)  # by metrics
     first_event: float | None = None
     step: int | None = None  # of the script, where it is now
     first_byte: float | None = None
@@ -2302,7 +2290,6 @@ class Journal:
     def __init__(self, most: int = 1000) -> None:
         self.most = most
         self.began = trio.current_time()
-        self.under_way: dict[int, Entry] = {}
         self.tally = collections.Counter[str]()  # all requests count their events' names here
         self.count: Callable[[Entry], object] = id  # what counts requests that are over, if any
         self._entries: dict[int, Entry] = {}
@@ -2311,7 +2298,6 @@ class Journal:
 
     def open(self, entry: Entry, *, kept: bool = True) -> None:
         """A request has begun; its entry fills while it lasts, and is kept, or only counted."""
-        self.under_way[id(entry)] = entry
         entry.tally = self.tally
         if not kept:
             return
@@ -2326,7 +2312,6 @@ class Journal:
     def close(self, entry: Entry) -> None:
         """The last word on a request: its log lines, its part of the sums, news for who waits."""
         entry.closed = trio.current_time()
-        self.under_way.pop(id(entry), None)
         self.count(entry)
         if entry.kind == "stream":
             entry.say_who_closed()
@@ -2701,11 +2686,20 @@ FULL = f"the buffer was full at {MOST_HELD} bytes and let go"
 
 
 class NoSocket:
-    """Below a delivery in memory there is no connection."""
+    """Below a request in memory there is no connection. Those of a server say more: whom to blame,
+    and whether the last bytes have gone out."""
 
     lost = False
     unsent = False
     cut = None
+    feed: Any = None  # what takes a request's body, past Quart-Trio's own tasks
+
+    def stream_begins(self) -> None:
+        """What was asked for is a stream."""
+
+    def blame(self) -> Ending:
+        """Who ended the request that has not ended itself."""
+        return LEFT
 
     def write_now(self, chunk: bytes) -> bool:
         """Only a connection of part 3 can."""
@@ -2729,23 +2723,23 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
     unsent_head = False  # the connection keeps it, to send it with the first bytes
     last_said: int | None = None
     pending = 0  # bytes that are not written yet
+    usual: Mapping[str, Any] = {}  # the head and the body, where its script ends without one
+    assured: Callable[..., Mapping[str, str]] = dict[str, str]  # headers it has in any case; a door
     _frame: Mapping[str, Any] | None = None  # where it is not the log's own
     _beat: Mapping[str, Any] | None = None
 
     def __init__(
         self, script: Script | None, entry: Entry, hub: BoundedHub, run: ScriptedRun | None = None,
-        headers: Mapping[str, str] | None = None, connection: Any = None,
-        usual: Step | None = None,
+        connection: Any = None,
     ) -> None:
         words = words_of(run.info if run else entry)
         Player.__init__(self, hub.clock, hub.gates, words, entry.seed)
-        Delivery.__init__(self, run, entry, hub, headers or {})  # type: ignore[arg-type]
+        Delivery.__init__(self, run, entry, hub, {})  # type: ignore[arg-type]
         self.script = script
         self.entry = entry
         self.connection: Any = connection or NoSocket()
         if hasattr(connection, "put"):
             self.put = connection.put  # type: ignore[method-assign]  # the short way
-        self.usual = usual  # the head, where its script ends without one
         self.names: list[str] = []  # of the events in what is not written yet
         if script is not None:
             self.beat_every = math.inf
@@ -2755,7 +2749,7 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
         name = f"delivery {safe(self.entry.run_id)} (id {self.entry.seq})"
         trio.lowlevel.current_task().name = name
         self.send = send
-        self.headers = {**self.headers, **{name.lower(): value for name, value in headers}}
+        self.headers = {name.lower(): value for name, value in headers}
         with self.hub.playing(self):  # type: ignore[attr-defined]
             with contextlib.suppress(Over):
                 if self.script is None:
@@ -2773,7 +2767,7 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
         await self.drain(ending=True)
         self.closed = False  # what is usual goes out, an operator's end or not
         if not self.entry.status:
-            await self.open(self.usual)
+            await self.open(head=self.usual)
         if self.farewell and self.entry.streams and self.entry.status == 200 and not self.half:
             self.said.append(self.farewell)
         while self.ending.how != "end" and self.connection.cut:
@@ -2783,14 +2777,16 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
         await self.finish(self.ending._replace(how="end"))
         await self.write(more=False)
 
-    async def open(self, step: Step | None = None) -> None:
+    async def open(self, step: Step | None = None, head: Any = None) -> None:
         """The head. What it does not say is as usual for a stream, or for a plain body."""
-        head = self.fill(step.argument) if step else {}
+        head = self.fill(step.argument) if step else head or {}
         status, body = head.get("status", 200), head.get("body")
         plain = TEXT_HEAD if isinstance(body, str) else JSON_HEAD
-        usual = STREAM_HEAD if self.entry.kind == "stream" and body is None else plain
+        streams = self.entry.kind == "stream" and body is None
         own = {name.lower(): value for name, value in head.get("headers", {}).items()}
-        pairs = {**({} if status == 204 else usual), **self.headers, **own}
+        usual = {} if status == 204 else STREAM_HEAD if streams else plain
+        pairs = {**usual, **self.headers, **own}
+        pairs |= self.assured(pairs)
         lines = [(name.encode(), one_line(value)) for name, value in pairs.items() if value]
         self.entry.status = status
         self.unsent_head = True
@@ -3071,13 +3067,13 @@ class JobDelivery(ScriptedDelivery):
     _frame = usual_frame
 
 
-def close_all(
-    deliveries: Iterable[ScriptedDelivery], how: str, farewell: Callable[[], bytes] = bytes
-) -> int:
-    """What an operator can do to open deliveries; how many they were."""
+def close_all(deliveries: Iterable[ScriptedDelivery], how: str, latest: int = 0) -> int:
+    """What an operator can do to open deliveries, with a `retry:` of each viewer's own, 1 s to so
+    many ms, if any; how many they were."""
     chosen = list(deliveries)
     for delivery in chosen:
-        delivery.close(how, farewell())
+        farewell = b"retry: %d\n\n" % random.randint(1000, latest) if latest else b""
+        delivery.close(how, farewell)
     return len(chosen)
 
 
@@ -3378,9 +3374,9 @@ def relays(script: Script) -> bool:
     return any(step.verb == "relay" or relays(step.steps) for step in script)
 
 
-def refuses(script: Script) -> bool:
+def refuses(script: Script | None) -> bool:
     """Whether a trigger script says no: then no run is started."""
-    heads = [step.argument for step in script if step.verb == "open"]
+    heads = [step.argument for step in script or () if step.verb == "open"]
     return any(head.get("status", 200) != 202 for head in heads)
 
 
@@ -3405,6 +3401,8 @@ class Binding:
     test_id: str | None = None
 
 
+UNSEEN = "[^!-~]|%"  # what is percent-encoded in a header, so that it can be read back
+
 # The ordinary streams, as a catalogue writes them: who has seen everything need not see one again.
 PLAIN = [phase.stream(DoubleSettings()) for phase in PHASES.values()]
 
@@ -3420,21 +3418,17 @@ class Desk:
         self.settings = settings
         self.catalogue = catalogue
         self.default = self.from_start("scenario", settings.scenario) if settings.scenario else None
-        self.usual = {name: self.ordinary(phase.scenario) for name, phase in PHASES.items()}
-        self.reset()
+        pairs = [pair.partition("=") for pair in parts(settings.case)]
+        self.of_case = {case: self.from_start("case", name) for case, _, name in pairs}
+        self.bindings: list[Binding] = []
+        self.counts: dict[tuple[str | None, int], int] = {}
 
     def reset(self, test_id: str | None = None) -> None:
-        """Forget what was bound and counted for one test; or all, but what was said at the
-        start."""
-        if test_id is None:
-            pairs = [pair.partition("=") for pair in parts(self.settings.case)]
-            self.bindings = [
-                Binding(self.from_start("case", name), math.inf, case) for case, _, name in pairs
-            ]
-            self.counts: dict[tuple[str | None, int], int] = {}
-            return
-        self.bindings = [one for one in self.bindings if one.test_id != test_id]
-        self.counts = {what: count for what, count in self.counts.items() if what[0] != test_id}
+        """Forget what was bound and counted, or what of it is of one test."""
+        self.bindings = [one for one in self.bindings if test_id not in (None, one.test_id)]
+        self.counts = {
+            what: count for what, count in self.counts.items() if test_id not in (None, what[0])
+        }
 
     def from_start(self, flag: str, name: str) -> Scenario:
         """A scenario that was named at the start; a ValueError is a sentence about the flag."""
@@ -3486,7 +3480,7 @@ class Desk:
             and able(one.scenario)
         ]
         if not fits:
-            return self.default
+            return self.of_case.get(case_id or "", self.default)
         # the one that leaves least open fits best, and of these the oldest
         best = min(fits, key=lambda one: [one.case_id, one.test_id].count(None))
         best.left -= 1
@@ -3503,23 +3497,9 @@ class Desk:
         return counted(self.counts, (entry().test_id, hash(what)), 10_000, more)
 
 
-class Below(NoSocket):
-    """What is below a request, as far as that matters here: in memory, nothing. The connections of
-    a server say more: whom to blame, and whether the last bytes have gone out."""
-
-    feed: Any = None  # what takes a request's body, past Quart-Trio's own tasks
-
-    def stream_begins(self) -> None:
-        """What was asked for is a stream."""
-
-    def blame(self) -> Ending:
-        """Who ended the request that has not ended itself."""
-        return LEFT
-
-
 def below(scope: Any) -> Any:
-    """The connection below a request: a `Below`, or part 3's own."""
-    return scope.get("state", {}).get("connection") or Below()
+    """The connection below a request; in memory there is none."""
+    return scope.get("state", {}).get("connection") or NoSocket()
 
 
 class JournaledRequest(Exchange):
@@ -3615,11 +3595,6 @@ def header(name: bytes, default: bytes = b"") -> str:
     return as_text(request.scope["aura.headers"].get(name, default))  # type: ignore[typeddict-item]
 
 
-def header_value(value: str) -> str:
-    """Anything beyond visible ASCII, and `%` itself, percent-encoded."""
-    return quote(value, safe="!\"#$&'()*+,-./:;<=>?@[\\]^_`{|}~")
-
-
 def refusal_of(error: Any) -> Refusal:
     """What may go wrong with a request, as the refusal it is."""
     match error:
@@ -3630,9 +3605,6 @@ def refusal_of(error: Any) -> Refusal:
             return Refusal(422, str(error), **vars(error))
         case HTTPException():
             says = f"{error.name}: {error.description}"
-            if error.code == 404:
-                rules = [rule.rule for rule in current_app.url_map.iter_rules()]
-                says = "there is no such path" + did_you_mean(request.path, rules)
             allowed = {name: value for name, value in error.get_headers() if name == "Allow"}
             return Refusal(error.code or 500, says, allowed)
     return error  # type: ignore[no-any-return]
@@ -3642,9 +3614,7 @@ def cause_of(refusal: Refusal) -> str:
     """Its cause, for log and journal."""
     body = refusal.body or {}
     said = body.get("error") or body.get("detail") or body.get("message")
-    if isinstance(said, list):
-        said = f"{'.'.join(said[0]['loc'])}: {said[0]['msg']}"
-    said = said or {204: "finished and fully seen"}.get(refusal.status, "no tenant")
+    said = str(said or {204: "finished and fully seen"}.get(refusal.status, "no tenant"))
     return said + (f", the limit is {body['limit']}" if "limit" in body else "")
 
 
@@ -3673,13 +3643,9 @@ class Reception(Service):
             name: Attempts((phase.stream(settings),)) for name, phase in PHASES.items()
         }
 
-    def application(
-        self, hub: BoundedHub, url: str = "", stop: Any = None
-    ) -> QuartTrio:
-        """All its doors, over the runs of this hub; in memory there is no URL, and no stop."""
+    def application(self, hub: BoundedHub) -> QuartTrio:
+        """All its doors, over the runs of this hub."""
         self.hub = hub
-        self.url = url
-        self.stop = stop
         self.began = hub.clock.now()
         hub.also = self.desk.weight
         app = make_app(self)
@@ -3714,10 +3680,10 @@ class Reception(Service):
         this.run_id = named.get("run_id", named.get("job_id"))
         if request.url_rule:
             this.pattern = request.url_rule.rule
-        this.route = (request.endpoint or "").partition(" ")[0]
-        if this.route in ("case_analysis_stream", "trigger_stream"):
+        if this.case_id:
             this.stream_name = "case_analysis_stream"
-        kind = this.route.rpartition("_")[2]  # routes are called by what they are
+        # routes are called by what they are
+        kind = (request.endpoint or "").partition(" ")[0].rpartition("_")[2]
         if kind in ("stream", "trigger") and request.method in ("GET", "POST"):
             this.kind = kind
         return None
@@ -3766,15 +3732,13 @@ class Reception(Service):
         this.run_id = order.run_id
         asked = self.chosen(order.body.get("scenario"))
         run = self.known(order, asked)
-        scenario = run.scenario if run else asked
-        if scenario is None:
-            meant = desk.meant(order.run_id, order.case_id)
-            scenario = meant or desk.usual[order.phase]
+        scenario = run.scenario if run else asked or desk.meant(order.run_id, order.case_id)
+        scenario = scenario or desk.ordinary(PHASES[order.phase].scenario)
         whose = ("run", order.run_id) if order.given else ("case", order.case_id)
         attempt = desk.count("trigger", scenario.name, *whose, this.tenant_id or "")
         this.plays(scenario, attempt)
         script = scenario.trigger.of(attempt) if scenario.trigger else None
-        if run is None and not (script and refuses(script)):
+        if run is None and not refuses(script):
             return self.start(order, scenario), "started", script
         return run, "known", script
 
@@ -3819,11 +3783,15 @@ class Reception(Service):
         wants something."""
         run, how, script = self.trigger(order)
         told = told or ACCEPTED[order.phase](order, run.info.case_id if run else order.case_id)
-        headers = self.echo() | ({"x-aura-run": how} if run else {})
         if script is None:
-            return answer(told, status, headers)
-        usual = Step("open", literal({"status": status, "body": told}))
-        return self.played(script, headers=headers, usual=usual)
+            response = answer(told, status, self.echo())
+        else:
+            played = self.played(script)
+            played.delivery.usual = {"status": status, "body": told}
+            response = played
+        if run:
+            response.headers["x-aura-run"] = how
+        return response
 
     def stream(self, run_id: str | None) -> Response:
         """One viewer's stream of this run: which script, from where."""
@@ -3911,19 +3879,20 @@ class Reception(Service):
         this.say("runId not found or already completed")
         raise self.unknown(run_id)
 
-    def played(self, script: Script | None, run: Any = None, **more: Any) -> Response:
+    def played(self, script: Script | None, run: Any = None) -> Streamed:
         """The answer that this script is. A job's ids have its name in front."""
         job = run and run.info.phase == "generation" and self.settings.event_ids
         play = JobDelivery if job else ScriptedDelivery
-        known = {"headers": self.echo(), "connection": below(request.scope), **more}
-        return Streamed(play(script, entry(), self.hub, run, **known))
+        response = Streamed(play(script, entry(), self.hub, run, below(request.scope)))
+        response.headers |= self.echo()
+        return response
 
-    def echo(self) -> Told:
+    def echo(self) -> dict[str, str]:
         """What an answer says of the choice that was made."""
         this = entry()
         return {
-            "x-aura-run-id": header_value(this.run_id or ""),
-            "x-aura-instance": header_value(self.instance),
+            "x-aura-run-id": in_one_line(this.run_id or "", UNSEEN),
+            "x-aura-instance": in_one_line(self.instance, UNSEEN),
             "x-aura-scenario": this.scenario or "",
             "x-aura-attempt": str(this.attempt),
         }
@@ -3957,17 +3926,16 @@ class Reception(Service):
     def triggered(self, order: TriggerRequest) -> Response:
         """The stream of the run that this starts, or the trigger script's own answer."""
         run, _, script = self.trigger(order)
-        if run is None or (script and refuses(script)):
-            return self.played(script or ())
+        if refuses(script):
+            return self.played(script)
         return self.stream(run.info.run_id)
 
     def last_result(self, case_id: str) -> Told:
         """The last result of a case: of its newest run that has completed."""
         visible = self.hub.seen_by(entry().tenant_id)
-        runs = [run for run in visible if run.info.case_id == case_id]
-        done = [run for run in runs if run.status == "completed"]
+        done = [run for run in visible if (run.info.case_id, run.status) == (case_id, "completed")]
         if not done:
-            hint = f"{len(runs)} of its runs are here, none completed; trigger one and wait for it"
+            hint = "trigger a run of it, and wait until that has completed"
             raise Refusal(404, "no completed analysis of this case", caseId=case_id, hint=hint)
         return result_of(done[-1])
 
@@ -3982,12 +3950,12 @@ def said_last(log: BoundedLog, name: str, count: int = 1) -> list[Any]:
     objects: text is not a result."""
     first = max(log.first, log.last - 10_000)  # further back is too far to look
     places = [at for at, one in enumerate(log.names_of(first - 1, log.last), first) if one == name]
-    found = []
+    found: list[Any] = []
     for place in places[-count:]:
-        block = log.read(place - 1, most=1)[0].decode()
+        block, _ = log.read(place - 1, most=1)
         with contextlib.suppress(ValueError):
-            found += [json.loads(text) for _, _, text in read_events(LINE_END.split(block))]
-    return [data for data in found if isinstance(data, dict)]
+            found += map(json.loads, re.findall(rb"^data: (\{.*)", block, re.MULTILINE))
+    return found
 
 
 def result_of(run: ScriptedRun) -> Told:
@@ -4105,7 +4073,9 @@ class Control(Reception):
         return {"closed": count, "how": how}
 
     def show_tasks(self) -> Response:
-        return Response(task_tree(), content_type="text/plain; charset=utf-8")
+        """Trio's own tree, as far as it is ours: nurseries, in them tasks, and where each waits."""
+        lines = drawn(trio.lowlevel.current_root_task())
+        return Response("\n".join([*lines, ""]), content_type="text/plain; charset=utf-8")
 
     async def read_journal(self) -> Told:
         """What is there; or with `count`, the first so many that are finished, within the time."""
@@ -4144,7 +4114,7 @@ class Control(Reception):
 
     def shut_down(self) -> Response:
         """Stop, as SIGTERM does."""
-        if self.stop is None:
+        if not self.url:
             raise Refusal(409, "this application runs in memory: end its nursery")
         self.stop()
         return answer({"status": "stopping"}, 202)
@@ -4169,11 +4139,6 @@ class Control(Reception):
         "POST /__aura/reset": reset,
         "POST /__aura/shutdown": shut_down,
     }
-
-
-def task_tree() -> str:
-    """Trio's own tree, as far as it is ours: nurseries, in them tasks, and where each waits."""
-    return "\n".join([*drawn(trio.lowlevel.current_root_task()), ""])
 
 
 def drawn(task: Any, depth: int = 0) -> Iterator[str]:
@@ -4295,7 +4260,7 @@ def attributes(said: Mapping[str, Any]) -> types.SimpleNamespace:
 
 
 @dataclass
-class StockConnection(Below):
+class StockConnection(NoSocket):
     """Hypercorn's connection, as it comes, and a way to cut it. (Part 3 has one that a client
     cannot harm.)"""
 
@@ -4324,27 +4289,28 @@ def cut_off(raw: Any, *, reset: bool) -> None:
 class Double(Control):
     """The double, on connections as Hypercorn makes them; its clock may jump."""
 
-    def open(self, runs: trio.Nursery, clocks: trio.Nursery, url: str, stop: Any) -> Any:
+    def open(self, runs: trio.Nursery, clocks: trio.Nursery) -> Any:
         hub: Any = BoundedHub(self.settings, runs)
         if hub.clock.rate == math.inf:
             clocks.start_soon(hub.clock.jump, name="clock")
-        return self.application(hub, url, stop)
+        return self.application(hub)
 
     async def attend(self, app: ASGIWrapper, context: WorkerContext, stream: Any) -> None:
         trio.lowlevel.current_task().name = "connection"
         state: Any = {"connection": StockConnection(self, stream)}
         await TCPServer(app, Config(), context, state, stream).run()
 
-    def handle(self, url: str, port: int, stop: Callable[[], None]) -> Aura:
+    def handle(self) -> Aura:
         """For threads: they may stop it as often as they like, from wherever they are."""
         token = trio.lowlevel.current_trio_token()
 
         def stop_from_any_thread() -> None:
             """Also when it has stopped."""
             with contextlib.suppress(trio.RunFinishedError):
-                token.run_sync_soon(stop)
+                token.run_sync_soon(self.stop)
 
-        return Aura(url, port, stop_from_any_thread, self.settings.admin_token or "aura")
+        bearer = self.settings.admin_token or "aura"
+        return Aura(self.url, self.port, stop_from_any_thread, bearer)
 
 
 class Settings(DoubleSettings):
@@ -4765,13 +4731,7 @@ class Connection:
 
     def cut(self, *, reset: bool = False) -> None:
         """Close the socket at once, no last chunk, no goodbye; and end the connection's tasks."""
-        raw = self.stream.socket
-        with contextlib.suppress(OSError):
-            if reset:
-                raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            else:
-                raw.shutdown(socket.SHUT_WR)
-        raw.close()
+        cut_off(self.stream.socket, reset=reset)
         self.give_up()
 
     def leave(self, *, by: float) -> None:
@@ -4846,29 +4806,11 @@ class GatewayRequest(JournaledRequest):
             entry.trace_id = known_as(entry.headers, b"x-trace-id")
             entry.headers = {**GATEWAY_SAYS, **entry.headers, b"x-trace-id": entry.trace_id}
 
-    async def _send_response(self, send: ASGISendCallable, response: Any) -> None:
-        if isinstance(response, Streamed) and self.entry.trace_id:
-            send = partial(assured, self.entry, send)
-        await super()._send_response(send, response)
 
-
-async def assured(entry: Entry, send: Send, message: Any) -> None:
+def assured(traces: Mapping[str, str], head: Mapping[str, str]) -> dict[str, str]:
     """The gateway's own headers on every stream, whatever the script has left of them."""
-    if message["type"] == "http.response.start":
-        named = dict(message["headers"])
-        streams = named.get(b"content-type", b"").lower().startswith(b"text/event-stream")
-        sure = (STREAM_HEAD if streams else {}) | traces(entry)
-        named |= {name.encode(): value.encode() for name, value in sure.items()}
-        message["headers"] = list(named.items())
-    await send(message)
-
-
-def traces(entry: Entry) -> dict[str, str]:
-    """What the gateway sends along, so that a request can be found again; nothing to who did not
-    come to its face."""
-    if not entry.trace_id:
-        return {}
-    return {"x-trace-id": entry.trace_id, "x-gateway-request-id": entry.request_id}
+    streams = (head.get("content-type") or "").lower().startswith("text/event-stream")
+    return {**(STREAM_HEAD if streams else {}), **traces}
 
 
 class Access(Double):
@@ -4950,8 +4892,13 @@ class Access(Double):
     async def sign(self, response: Response) -> Response:
         """CORS headers also on a 401: without them the browser hides that it was one."""
         headers = (await super().sign(response)).headers
+        this = entry()
+        if this.trace_id:  # it came to the gateway's face: so it can be found again
+            traces = {"x-trace-id": this.trace_id, "x-gateway-request-id": this.request_id}
+            headers |= traces
+            if isinstance(response, Streamed):
+                response.delivery.assured = partial(assured, traces)
         origin = header(b"origin")
-        headers |= traces(entry())
         if origin:
             headers["Vary"] = "Origin"
         if self.reads(origin):
@@ -5008,7 +4955,8 @@ class Jobs(Access):
         """The events of a job that somebody has started."""
         if self.hub.find(job_id) is None and request.method != "HEAD":
             self.make_room()
-        return self.stream(self.job(job_id).info.run_id)
+        self.job(job_id)
+        return self.stream(job_id)
 
     async def job_trigger(self) -> Response:
         """Start a job. Its front end calls `new URL`, and so needs whole ones."""
@@ -5076,9 +5024,11 @@ class Jobs(Access):
 
 BOUNDS = (0.01, 0.1, 1, 10, 60, 600, 3600)  # seconds, from a moment to an hour
 RUN_STATUSES = ("running", "completed", "failed", "cancelled")
-STREAM_SUMS = (  # in the order in which `Metrics.look` has them
-    "sse_connections_total", "sse_reconnect_count", "sse_bytes_sent_total",
-    "sse_heartbeat_sent_total",
+# What a browser may do with the page: run its own script and style, and ask this server. Nothing
+# from elsewhere, and in nobody's frame.
+POLICY = (
+    "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "connect-src 'self'; img-src data:; script-src 'nonce-{0}'; style-src 'nonce-{0}'"
 )
 
 
@@ -5122,14 +5072,15 @@ class Metrics:
 
     def look(self, entry: Entry) -> None:
         """Count what has come of a stream since the last look."""
-        first = entry.first_event
-        again = entry.last_event_id is not None
-        now = (1, again, entry.bytes, entry.heartbeats, first is not None)
-        for name, after, before in zip(STREAM_SUMS, now, entry.counted, strict=False):
-            self.of[name].inc(after - before)
-        if first and not entry.counted[-1]:
-            self.of["sse_time_to_first_event_seconds"].observe(first - entry.opened)
+        now = collections.Counter(
+            sse_connections_total=1, sse_reconnect_count=entry.last_event_id is not None,
+            sse_bytes_sent_total=entry.bytes, sse_heartbeat_sent_total=entry.heartbeats)
+        for name, more in (now - entry.counted).items():
+            self.of[name].inc(more)
         entry.counted = now
+        if entry.first_event:
+            self.of["sse_time_to_first_event_seconds"].observe(entry.first_event - entry.opened)
+            entry.first_event = 0.0  # counted
 
     def over(self, entry: Entry) -> None:
         """A request is over. Its labels are few, whatever is asked: a route's pattern, not a path;
@@ -5149,9 +5100,9 @@ class Metrics:
         """All of it, without the library's notes on when each was made."""
         from prometheus_client import generate_latest
 
-        for entry in self.journal.under_way.values():
-            if entry.streams:
-                self.look(entry)
+        for delivery in self.hub.deliveries:
+            if delivery.entry.streams:
+                self.look(delivery.entry)
         tally = self.journal.tally
         for name in list(tally):
             self.of["sse_message_sent_total"].labels(name).inc(tally.pop(name))
@@ -5172,34 +5123,25 @@ def shown_path(pattern: str) -> str:
     return re.sub(r".*}/events", "*/events", path)
 
 
-def policy(page: str) -> str:
-    """What a browser may do with this page: run the script and the style that are in it, known by
-    their hashes, and ask this server. Nothing from elsewhere, and in nobody's frame."""
-    own = "default-src 'none'; base-uri 'none'; form-action 'none'; "
-    own += "frame-ancestors 'none'; connect-src 'self'; img-src data:"
-    for tag, text in re.findall(r"<(script|style)>(.*?)</\1>", page, re.DOTALL):
-        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        own += f"; {tag}-src 'sha256-{digest}'"
-    return own
-
-
 class Admin(Jobs):
     """The double, for whoever is on call."""
 
     metrics: Metrics | None = None
     page = ""  # for browsers; a door: part 4 has one
 
-    def application(self, hub: Any, *more: Any) -> QuartTrio:
+    def application(self, hub: Any) -> QuartTrio:
         """As ever, and counted, if the library is there."""
         with contextlib.suppress(ImportError):
             self.metrics = Metrics(hub, self.journal)
-        return super().application(hub, *more)
+        return super().application(hub)
 
     def front(self) -> Response:
         """The page, to who can show one."""
         if self.page and "text/html" in header(b"accept").lower():
+            nonce = uuid.uuid4().hex
             page = self.page.replace("{tries}", str(self.settings.max_retries))
-            guard = {"Vary": "Accept", "Content-Security-Policy": policy(page)}
+            page = page.replace("{nonce}", nonce)
+            guard = {"Vary": "Accept", "Content-Security-Policy": POLICY.format(nonce)}
             return Response(page, headers=guard, content_type="text/html; charset=utf-8")
         return answer({
             "message": "Aura analysis stream", "version": __version__, "status": "operational",
@@ -5209,18 +5151,14 @@ class Admin(Jobs):
         return {
             "status": "healthy", "version": __version__, "instance": self.instance,
             "runs": self.hub.live, "sse_connections": self.hub.streams,
-            "uptime": round(time.perf_counter() - self.journal.began, 3),
+            "uptime": round(trio.current_time() - self.journal.began, 3),
         }
 
     def close_streams(self, latest: int = 0) -> int:
-        """Close every stream that plays a script, with a `retry:` of each viewer's own, 1 s to so
-        many ms, if any; the runs go on. They drop: some clients take a proper end for the end."""
+        """Close every stream that plays a script; the runs go on. They drop: some clients take a
+        proper end for the end."""
         streams = (one for one in self.hub.deliveries if one.entry.streams)
-
-        def farewell() -> bytes:
-            return b"retry: %d\n\n" % random.randint(1000, latest) if latest else b""
-
-        return close_all(streams, query(HOW).how or "drop", farewell)
+        return close_all(streams, query(HOW).how or "drop", latest)
 
     def show_metrics(self) -> Response:
         """What Prometheus scrapes."""
@@ -5351,7 +5289,7 @@ PAGE = r"""<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <link rel="icon" href="data:,">
 <title>Aura stream</title>
-<style>
+<style nonce="{nonce}">
   :root { color-scheme: light dark; font: 1rem/1.5 system-ui, sans-serif; word-break: keep-all; }
   body { margin: auto; max-width: 78rem; padding: 1rem; overflow-wrap: anywhere; }
   h1, h2 { font-size: 1.25rem; margin: 0; }
@@ -5409,7 +5347,7 @@ then choose a scenario and see it go wrong.</p>
   </section>
 </main>
 
-<script>
+<script nonce="{nonce}">
 const $ = (id) => document.getElementById(id);
 const TRIES = Number(document.documentElement.dataset.tries);  // SSE_MAX_RETRIES
 const BACK_OFF = [1, 2, 5, 15];

@@ -9,12 +9,10 @@ that needs a program (Java, Node, curl, nginx, Chromium) skips where it is missi
 
 import ast
 import asyncio
-import base64
 import contextlib
 import dataclasses
 import errno
 import gzip
-import hashlib
 import http.client
 import http.server
 import io
@@ -2082,7 +2080,7 @@ cuts = st.lists(st.integers(0, 400), max_size=4)
 )
 def test_any_viewer_of_any_run_cut_anywhere_sees_the_whole_log(events, viewers):
     steps = [part for name, data, pause in events
-             for part in ({"event": {"event": name, "data": aura_stream.literal(data)}}, {"sleep": pause})]  # fmt: skip
+             for part in ({"event": {"event": name, "data": json.loads(re.sub(r"\{(?=[{\w])", "{{", json.dumps(data)))}}, {"sleep": pause})]  # fmt: skip
     results = []
 
     async def view(run, delay, cut_points):
@@ -3212,13 +3210,13 @@ async def test_a_hint_costs_little_whatever_lives_here():
     ("/__aura/runs", {"Via": "x"}, 403, "this is for callers on the server's own machine"),
     ("/api/generation/jobs/j/events", {"Origin": "http://evil.test"}, 403, "this needs no token, so it is not for pages of another site"),
     ("/api/generation/jobs/j/events?scenario=%7B%7D", {}, 400, "where no token is needed, a scenario is a name of the catalogue"),
-    ("/aura/cases/1/analysis/stream", BEARER, 422, "query.runId: the query needs runId="),
+    ("/aura/cases/1/analysis/stream", BEARER, 422, "[{'loc': ['query', 'runId'], 'msg': 'the query needs runId="),
     ("/aura/analysis-runs/none/stream", BEARER, 404, "runId not found or already completed"),
     ("/aura/analysis-runs/r/stream", {**BEARER, "X-Tenant-ID": "2"}, 404, "runId not found or already completed"),
     ("/aura/analysis-runs/r/stream", {**BEARER, "Last-Event-ID": "11"}, 204, "finished and fully seen"),
     ("/aura/analysis-runs/r/stream", {**BEARER, "X-Aura-Scenario": "nonsense"}, 400, "unknown scenario"),
-    ("/aura/analysis-runs/r/stream", {**BEARER, "X-Aura-Scenario": "{"}, 422, "scenario: this is not JSON"),
-    ("/nowhere", {}, 404, "there is no such path"),
+    ("/aura/analysis-runs/r/stream", {**BEARER, "X-Aura-Scenario": "{"}, 422, "[{'loc': ['scenario'], 'msg': 'this is not JSON"),
+    ("/nowhere", {}, 404, "Not Found: "),
 ])  # fmt: skip
 async def test_why_a_request_was_refused_is_in_log_and_journal(path, headers, status, why, autojump_clock, heard):
     async with in_memory() as (client, _, _, _):
@@ -3562,6 +3560,7 @@ async def test_health_and_front_answer_json():
         health = await (await client.get("/health")).get_json()
         assert set(health) == {"status", "instance", "version", "runs", "sse_connections", "uptime"}
         assert (health["status"], health["instance"], health["runs"]) == ("healthy", "i1", 0)
+        assert 0 <= health["uptime"] < WAIT
         front = await (await client.get("/")).get_json()
         assert set(front) == {"message", "version", "status"}
 
@@ -3643,7 +3642,7 @@ async def test_control_tells_what_there_is(autojump_clock):
         assert [run["runId"] for run in (await control(client, "GET", "runs"))["runs"]] == ["r"]
         assert (await control(client, "GET", "runs/r"))["status"] == "running"
         await control(client, "GET", "runs/nobody", 404)
-        assert (await control(client, "GET", "run", 404))["error"] == "there is no such path; did you mean '/__aura/runs'?"
+        assert (await control(client, "GET", "run", 404))["error"].startswith("Not Found: ")
 
 
 async def test_emit_speaks_into_a_live_run_and_only_there(autojump_clock):
@@ -5361,9 +5360,8 @@ def test_the_page_is_for_browsers_and_runs_nothing_but_itself():
     rules = dict(rule.split(" ", 1) for rule in shown.headers["content-security-policy"].split("; "))
     assert rules.pop("connect-src") == "'self'" and rules.pop("img-src") == "data:"
     for kind in ("script", "style"):
-        (text,) = re.findall(f"<{kind}>(.*?)</{kind}>", shown.text, re.S)
-        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        assert rules.pop(f"{kind}-src") == f"'sha256-{digest}'"
+        (nonce,) = re.findall(f'<{kind} nonce="(.*?)">', shown.text)
+        assert rules.pop(f"{kind}-src") == f"'nonce-{nonce}'" and len(nonce) == 32
     assert rules == dict.fromkeys(("default-src", "base-uri", "form-action", "frame-ancestors"), "'none'")
     assert not re.search(r"https?:|innerHTML|insertAdjacent|document\.write|eval\(|\bstyle=|\bon\w+=", aura_stream.PAGE)
 
