@@ -2721,6 +2721,7 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
     half = False  # the last bytes are half an event
     begun = False  # there has been output
     unsent_head = False  # the connection keeps it, to send it with the first bytes
+    said_at = -math.inf  # real time, of the last bytes written
     last_said: int | None = None
     pending = 0  # bytes that are not written yet
     usual: Mapping[str, Any] = {}  # the head and the body, where its script ends without one
@@ -2859,12 +2860,14 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
         self.place = piece.last
         if self.connection.waiting:
             await self.connection.put([])
+        self.said_at = trio.current_time()
         self.quiet_since = self.clock.now()
         if not self.connection.unsent:
             self.entry.carried(1, piece.size, piece.tally, piece.last)
 
     def wrote(self, said: list[bytes]) -> None:
         self.unsent_head = False
+        self.said_at = trio.current_time()
         self.quiet_since = self.clock.now()
         if said and not self.connection.unsent:
             size = sum(map(len, said))
@@ -3044,7 +3047,7 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
         """Close the connection without an end, and wait to be cancelled: returning would be an
         end. An operator who has asked for an end gets one."""
         await self.write()
-        with trio.move_on_after(CUT_AFTER) as self.resting:
+        with trio.move_on_at(self.said_at + CUT_AFTER) as self.resting:
             await trio.sleep_forever()
         if self.closed:
             raise Over
