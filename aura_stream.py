@@ -623,7 +623,7 @@ class Delivery:
         self.run = run
         self.record = record
         self.hub = hub
-        self.headers = {**STREAM_HEAD, **headers}
+        self.headers = headers  # beside the usual ones
         self.place = record.resumed_after  # the id of the last event this viewer has had
         self.said: list[bytes] = []  # what has not been written yet
         self.beat_every = hub.settings.heartbeat or math.inf
@@ -654,7 +654,8 @@ class Delivery:
         self.emit(DONE)
 
     async def open(self) -> None:
-        lines = [(name.encode(), value.encode()) for name, value in self.headers.items()]
+        head = {**STREAM_HEAD, **self.headers}
+        lines = [(name.encode(), value.encode()) for name, value in head.items()]
         await self.send({"type": "http.response.start", "status": 200, "headers": lines})
 
     def emit(self, data: bytes, last: int | None = None) -> None:
@@ -1998,11 +1999,11 @@ class ScriptedInfo(RunInfo):
     weight: int = 0  # bytes, about, that its request takes here
     kept: int = 0  # and of them, when it has ended
 
-    @property
-    def names(self) -> dict[str, str]:
-        """What templates may name."""
-        tenant = self.tenant_id or ""
-        return {"{runId}": self.run_id, "{caseId}": self.case_id, "{tenantId}": tenant}
+
+def words_of(whose: Any) -> dict[str, str]:
+    """What templates may name, of a run's facts or of a request's entry."""
+    ids = {"{runId}": whose.run_id, "{caseId}": whose.case_id, "{tenantId}": whose.tenant_id}
+    return {name: value or "" for name, value in ids.items()}
 
 
 HELLO = {"comment": "connected"}
@@ -2138,7 +2139,7 @@ def scripted(scenario: Scenario, gates: Gates, own: Analysis | None = None) -> A
     script = (Step("ordinary"),) if scenario.run is None else scenario.run
 
     async def analysis(info: ScriptedInfo, sending: Sending) -> None:
-        at = (info.clock, gates, info.names, scenario.seed)
+        at = (info.clock, gates, words_of(info), scenario.seed)
         await Performance(*at, info=info, sending=sending, own=own).play(script)
 
     return analysis
@@ -2168,9 +2169,14 @@ SHOWN = (  # of a request's headers
     b"accept", b"authorization", b"upgrade", b"user-agent", b"origin", b"cache-control",
     b"x-dwp-source", b"x-dwp-caller-type", b"x-trace-id", b"x-forwarded-for",
 )
+KNOWN_EVENTS = (
+    "started", "step", "evidence", "confidence", "proposal", "completed", "failed", "agent",
+    "progress", "preview",
+)  # of the contract; what a scenario or an analysis makes up is `other`
 BEAT = ": heartbeat"  # stands among the names of events; no event has this one
-OTHERS = (b"x-request-id", b"x-tenant-id", b"x-user-id", b"x-agent-id", b"x-test-id")
-RECORDED = (*SHOWN, *OTHERS)
+RECORDED = (
+    *SHOWN, b"x-request-id", b"x-tenant-id", b"x-user-id", b"x-agent-id", b"x-test-id",
+)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -2232,22 +2238,14 @@ class Entry(Record):
                 self.heartbeats += count
                 continue
             self.events += count
-            self.tally[name] += count
+            self.tally[name if name in KNOWN_EVENTS else "other"] += count
             if self.first_event is None:
                 self.first_event = trio.current_time()
-        if len(self.tally) > 100:  # somebody makes up names
-            fold(self.tally)
 
     @property
     def streams(self) -> bool:
         """Whether this is a stream for which a script plays; our own refusals are none."""
         return self.kind == "stream" and self.attempt is not None
-
-    @property
-    def ids(self) -> dict[str, str]:
-        """What templates may name where there is no run."""
-        ids = {"{runId}": self.run_id, "{caseId}": self.case_id, "{tenantId}": self.tenant_id}
-        return {name: one or "" for name, one in ids.items()}
 
     @property
     def said(self) -> str:
@@ -2284,18 +2282,6 @@ SHOWN_FIELDS = (  # of an entry
 def camel(name: str) -> str:
     first, *rest = name.split("_")
     return first + "".join(word.title() for word in rest)
-
-
-KNOWN_EVENTS = (
-    "started", "step", "evidence", "confidence", "proposal", "completed", "failed", "agent",
-    "progress", "preview",
-)  # of the contract; what a scenario or an analysis makes up is `other`
-
-
-def fold(tally: collections.Counter[str]) -> None:
-    """Count the names that are not of the contract as one."""
-    for name in tally.keys() - {*KNOWN_EVENTS, "other"}:
-        tally["other"] += tally.pop(name)
 
 
 class Journal:
@@ -2339,10 +2325,10 @@ class Journal:
 
     def find(self, wanted: Mapping[str, Any], *, since: int = 0) -> list[Entry]:
         """The entries after this one whose fields have these values, oldest first; None is any."""
-        wants = [(name, value) for name, value in wanted.items() if value is not None]
         return [
             entry for entry in self._entries.values()
-            if entry.seq > since and all(getattr(entry, name) == value for name, value in wants)
+            if entry.seq > since
+            and all(value in (None, getattr(entry, name)) for name, value in wanted.items())
         ]
 
     async def wait(
@@ -2350,15 +2336,14 @@ class Journal:
     ) -> list[Entry]:
         """The first `count` finished ones that match; what there is if they do not come in
         time."""
-        done: list[Entry] = []
+        def finished() -> list[Entry]:
+            found = self.find(wanted, since=since)
+            return [entry for entry in found if entry.closed is not None]
+
         with trio.move_on_after(within):
-            while True:
-                found = self.find(wanted, since=since)
-                done = [entry for entry in found if entry.closed is not None]
-                if len(done) >= count:
-                    break
+            while len(finished()) < count:
                 await self._news.wait()
-        return done[:count]
+        return finished()[:count]
 
     def forget(self, test_id: str | None = None) -> None:
         """All entries, or those of one test; what is still open is not written down again."""
@@ -2451,7 +2436,6 @@ class ScriptedRun(Run):
 
     make_log = BoundedLog
     place = 0  # of all viewers together, where a scenario wants the old queue
-    trimmed = False
     counted = 0  # bytes of its log and its request in the hub's account
 
     def __init__(self, info: ScriptedInfo, scenario: Scenario, hub: BoundedHub) -> None:
@@ -2528,7 +2512,6 @@ class BoundedHub(Hub):
     ) -> ScriptedRun:
         """Start a run of this scenario."""
         run = ScriptedRun(info, scenario, self)
-        self._forgotten.pop(info.run_id, None)
         self.begin(run, analysis or scripted(scenario, self.gates))
         self._account(run)
         return run
@@ -2582,17 +2565,16 @@ class BoundedHub(Hub):
         """A run said something, or ended: keep its log, and all logs together, within the
         limits."""
         limits = self.settings
-        trimmed = run.log.trim(limits.max_run_events, limits.max_run_bytes)
         self._account(run)
-        excess = self.held - limits.max_log_bytes
-        if excess > 0:
-            trimmed |= run.log.trim(limits.max_run_events, max(0, run.log.held - excess))
+        excess = max(0, self.held - limits.max_log_bytes)
+        size = min(limits.max_run_bytes, run.log.held - excess)
+        whole = run.log.first == 1
+        if run.log.trim(limits.max_run_events, size):
             self._account(run)
-        if trimmed and not run.trimmed:
-            run.trimmed = True
-            limit = "--max-log-bytes" if excess > 0 else "max_run_…"
-            text = "run_store: log full (%s), the oldest events go run_id=%s"
-            logger.warning(text, limit, safe(run.info.run_id))
+            if whole:
+                limit = "--max-log-bytes" if excess else "max_run_…"
+                text = "run_store: log full (%s), the oldest events go run_id=%s"
+                logger.warning(text, limit, safe(run.info.run_id))
 
     def _account(self, run: ScriptedRun) -> None:
         """Count what the run holds; beyond the limits the first that ended is forgotten first."""
@@ -2628,53 +2610,53 @@ class Outlet:
     """Where output is held back, and cut anew. What may go stays here until it has gone: whoever
     is cancelled meanwhile loses nothing."""
 
+    chunk: Any = None  # how it is cut, and how long after the piece before it the next one goes
+    every: Any = None
+    hold: float = 0  # bytes that go together; 0 holds nothing back
+    due = 0.0  # script time before which the next piece may not go
+
     def __init__(self) -> None:
-        self.chunk: Any = None
-        self.every: Any = None
-        self.hold: float = 0
-        self.due = 0.0  # script time before which the next piece may not go
-        self.overflowed = False
-        self._held = bytearray()
-        self._free: collections.deque[int] = collections.deque()  # sizes of what may go
+        self.free: collections.deque[bytearray] = collections.deque()  # what may go
+        self._back = bytearray()
+        self._taken = 0
         self._gone = 0
+        # where events end, in all that was taken: their names, and the id of the last of them
         self._marks: collections.deque[tuple[int, Iterable[str], int | None]] = collections.deque()
 
-    @property
-    def free(self) -> bool:
-        """Something may go."""
-        return bool(self._free)
-
-    def take(self, data: bytes, names: Iterable[str], last: int | None) -> None:
-        """Hold this back, or some of it."""
-        self._held += data
+    def take(self, data: bytes, names: Iterable[str], last: int | None) -> bool:
+        """Hold this back, or some of it; or let all go, where that would be too much."""
+        self._back += data
+        self._taken += len(data)
         if names or last:
-            self._marks.append((self._gone + len(self._held), names, last))
-        back = len(self._held) - sum(self._free)
-        if self.hold and back > MOST_HELD:
-            self.overflowed = True
-        elif self.hold:
-            back -= back if self.hold == math.inf else back % int(self.hold)
-        self.let_go(back)
+            self._marks.append((self._taken, names, last))
+
+        size = len(self._back)
+        full = self.hold > 0 and size > MOST_HELD
+        if self.hold and not full:
+            size -= int(size % self.hold)
+        self.let_go(size)
+        return full
 
     def let_go(self, size: int | None = None) -> None:
         """So much of it may go now, or all."""
-        size = len(self._held) - sum(self._free) if size is None else size
-        if size:
-            self._free.append(size)
+        freed = self._back[:size]
+        del self._back[:size]
+        if freed:
+            self.free.append(freed)
 
     def next(self, *, whole: bool = False) -> tuple[bytes, list[str], int | None]:
         """The next piece, or all that may go; and what has gone with it: the names of the events
         that end in it, and the id of the last one."""
-        size = sum(self._free) if whole else self._cut(self._free[0])
-        piece = bytes(self._held[:size])
-        del self._held[:size]
+        if whole:
+            self.free = collections.deque([bytearray().join(self.free)])
+        first = self.free[0]
+        size = len(first) if whole else self._cut(first)
+        piece = bytes(first[:size])
+        del first[:size]
+        if not first:
+            self.free.popleft()
+
         self._gone += size
-        while size:
-            part = min(size, self._free[0])
-            size -= part
-            self._free[0] -= part
-            if not self._free[0]:
-                self._free.popleft()
         names: list[str] = []
         last = None
         while self._marks and self._marks[0][0] <= self._gone:
@@ -2683,12 +2665,12 @@ class Outlet:
             last = place or last
         return piece, names, last
 
-    def _cut(self, size: int) -> int:
-        """The bytes of the next piece, of so many that go together."""
+    def _cut(self, lump: bytearray) -> int:
+        """The bytes of the next piece, of those that go together."""
         if self.chunk in CUTS:
-            found = CUTS[self.chunk].match(self._held, 0, size)
-            return found.end() if found else size
-        return min(size, self.chunk or (int(self.hold) if 0 < self.hold < math.inf else size))
+            found = CUTS[self.chunk].match(lump)
+            return found.end() if found else len(lump)
+        return int(min(len(lump), self.chunk or self.hold or math.inf))
 
 
 # ═══ 14  Scripted deliveries ══════════════════════════════════════════════════════════════════════
@@ -2724,21 +2706,6 @@ class NoSocket:
         return False
 
 
-@dataclass(slots=True)
-class RelayProgress:
-    """What a relay step still has to deliver; it outlives the heartbeats in between."""
-
-    cursor: Any  # what has the place: this viewer, or the run, where all share one
-    left: float
-    until: str | None
-    every: Any
-    within: float
-    most: float  # events in one piece
-    cut: float | None  # bytes of the event that comes behind them, or a fraction of it
-    due: float = 0.0  # script time before which the next event may not go
-    quiet: float = math.inf  # script time at which the silence has lasted `within`
-
-
 class Over(Exception):
     """The delivery ends before its script does."""
 
@@ -2746,14 +2713,10 @@ class Over(Exception):
 class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `play` of its own
     """Plays a stream script to one viewer, against a run's log if there is one."""
 
-    batch: float = math.inf  # events in one piece
     usual_frame: Mapping[str, Any] = {"newline": "\n", "wrap": ""}  # where no step says another
     outlet: Outlet | None = None  # where output is held back, and cut anew
     closed = False  # an operator has ended it
-    departing = False  # the last piece waits for the end, to go out with it
-    by = "server"
-    how = "end"
-    reason = "the script ended"
+    ending = Ending("server", "end", "the script ended")  # an operator may have another
     farewell = b""  # an operator's last word
     half = False  # the last bytes are half an event
     begun = False  # there has been output
@@ -2770,8 +2733,8 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
         self, script: Script | None, entry: Entry, hub: BoundedHub, run: ScriptedRun | None = None,
         connection: Any = None,
     ) -> None:
-        names = run.info.names if run else entry.ids
-        Player.__init__(self, hub.clock, hub.gates, names, entry.seed)
+        words = words_of(run.info if run else entry)
+        Player.__init__(self, hub.clock, hub.gates, words, entry.seed)
         Delivery.__init__(self, run, entry, hub, {})  # type: ignore[arg-type]
         self.script = script
         self.entry = entry
@@ -2787,7 +2750,7 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
         name = f"delivery {safe(self.entry.run_id)} (id {self.entry.seq})"
         trio.lowlevel.current_task().name = name
         self.send = send
-        self.beside = headers
+        self.headers = {name.lower(): value for name, value in headers}
         with self.hub.playing(self):  # type: ignore[attr-defined]
             with contextlib.suppress(Over):
                 if self.script is None:
@@ -2802,21 +2765,17 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
         whoever hangs up on reading these has read the end, too."""
         if self.outlet:
             self.outlet.let_go()
-            self.departing = True
-            with contextlib.suppress(Over):
-                await self.beating(self.write)
-            await self.write()
-            self.departing = False
+        await self.drain(ending=True)
         self.closed = False  # what is usual goes out, an operator's end or not
         if not self.entry.status:
             await self.open(head=self.usual)
         if self.farewell and self.entry.streams and self.entry.status == 200 and not self.half:
             self.said.append(self.farewell)
-        while self.how != "end" and self.connection.cut:
+        while self.ending.how != "end" and self.connection.cut:
             with contextlib.suppress(Over):  # meanwhile another operator wishes something else
                 self.closed = False
-                await self.cut(self.how)
-        await self.finish("end")
+                await self.cut(self.ending)
+        await self.finish(self.ending._replace(how="end"))
         await self.write(more=False)
 
     async def open(self, step: Step | None = None, head: Any = None) -> None:
@@ -2825,9 +2784,9 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
         status, body = head.get("status", 200), head.get("body")
         plain = TEXT_HEAD if isinstance(body, str) else JSON_HEAD
         streams = self.entry.kind == "stream" and body is None
-        pairs = {} if status == 204 else dict(STREAM_HEAD if streams else plain)
-        own = head.get("headers", {})
-        pairs |= {name.lower(): value for name, value in (*self.beside, *own.items())}
+        own = {name.lower(): value for name, value in head.get("headers", {}).items()}
+        usual = {} if status == 204 else STREAM_HEAD if streams else plain
+        pairs = {**usual, **self.headers, **own}
         pairs |= self.assured(pairs)
         lines = [(name.encode(), one_line(value)) for name, value in pairs.items() if value]
         self.entry.status = status
@@ -2837,14 +2796,12 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
         if body is not None:
             self.emit(to_bytes(body if isinstance(body, str) else to_json(body)))
 
-    def emit(
-        self, data: bytes, last: int | None = None, names: Iterable[str] | None = None
-    ) -> None:
+    def emit(self, data: bytes, last: int | None = None, names: Iterable[str] = ()) -> None:
         """Bytes for this viewer, the id of the last event in them, and the names of all these."""
         if self.closed:
             raise Over
-        if names is None:
-            names = self.run.log.names_of(self.place, last) if last else ()
+        if last and not names:  # part 1 knows no names
+            names = self.run.log.names_of(self.place, last)
         if not data or self.entry.status in BODILESS:  # whatever the script says
             return
         self.begun = True
@@ -2856,13 +2813,11 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
             self.last_said = last or self.last_said
             return
         self.quiet_since = self.clock.now()  # also what is held back was said
-        self.outlet.take(data, names, last)
-        if self.outlet.overflowed and FULL not in self.entry.notes:
+        full = self.outlet.take(data, names, last)
+        if full and FULL not in self.entry.notes:
             self.entry.notes.append(FULL)
 
-    async def say(
-        self, data: bytes, last: int | None = None, names: Iterable[str] | None = ()
-    ) -> None:
+    async def say(self, data: bytes, last: int | None = None, names: Iterable[str] = ()) -> None:
         """As `emit`; and write, when there is enough."""
         self.emit(data, last, names)
         if self.pending >= WRITE:
@@ -2871,31 +2826,30 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
     async def write(self, *, more: bool = True) -> None:
         """Write what was said and may go."""
         self.pending = 0
-        if self.begun and not self.entry.status:
-            await self.open()
-        if self.outlet is not None:
-            await self.drain(self.outlet)
-        if not more or (not self.departing and (self.said or self.unsent_head)):
+        await self.drain()
+        if self.said or self.unsent_head or not more:
             await super().write(more=more)
 
-    async def drain(self, outlet: Outlet) -> None:
-        """Piece by piece, and no heartbeat in between; what an operator ends goes at once."""
-        if outlet.free and self.till_beat:
-            self.till_beat.move(math.inf)
-        while outlet.free:
+    async def drain(self, *, ending: bool = False) -> None:
+        """The head, where bytes wait for it; then what the outlet lets go, piece by piece, and no
+        heartbeat in between. The last words wait, to go out with the end; and what an operator
+        ends goes at once."""
+        if self.begun and not self.entry.status:
+            await self.open()
+        outlet = self.outlet
+        while outlet and outlet.free:
             if outlet.every is not None and not self.closed:
-                await self.clock.sleep(outlet.due - self.clock.now())
+                with self.clock.limit(outlet.due - self.clock.now()) as self.resting:
+                    await trio.sleep_forever()
                 outlet.due = self.clock.now() + self.draw(outlet.every)
             piece, names, last = outlet.next(whole=self.closed)
             self.said.append(piece)
             self.names += names
             self.last_said = last or self.last_said
-            enough = len(self.said) * len(piece) >= WRITE
-            if not self.departing or (outlet.free and (outlet.every is not None or enough)):
+            enough = outlet.every is not None or len(self.said) * len(piece) >= WRITE
+            if not ending or (outlet.free and enough):
                 await super().write()
                 await trio.lowlevel.checkpoint()
-        if self.till_beat:
-            self.till_beat.move(self.quiet_since + self.beat_every)
 
     async def pass_on(self, log: Any) -> None:
         """The short way: the same bytes for all viewers at this place, right into the socket."""
@@ -2921,108 +2875,87 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
         self.names = []
         self.last_said = None
 
-    async def finish(self, how: str) -> None:
-        """Write down that this is the end, before the act; unless the viewer made one already."""
+    async def finish(self, ending: Ending) -> None:
+        """Write the end down, before the act; unless the viewer made one already."""
         if self.connection.lost:
             await trio.sleep_forever()
-        scripted = self.by == "server" and how != "end"
-        self.entry.finish(Ending(self.by, how, f"script: {how}" if scripted else self.reason))
+        self.entry.finish(ending)
 
     async def rest(self, wait: Callable[[], Awaitable[None]]) -> None:
         """Await this, with heartbeats; but first, what was said goes out."""
-
-        async def after_words() -> None:
-            await self.write()
-            await wait()
-
-        await self.beating(after_words)
-
-    async def beating(self, wait: Callable[[], Awaitable[None]]) -> None:
-        """As ever, unless an operator ends it."""
+        await self.write()
         if self.closed:
             raise Over
-        await super().beating(wait)
+        await self.beating(wait)
 
     async def beat(self, since: float) -> None:
-        """As ever; but none before the head."""
+        """As ever; but none before the head, and as the script has it."""
         if self.closed:
             raise Over
         if self.quiet_since > since:
             return
         if self.entry.status:
-            self.emit(self.beat_bytes(), names=[BEAT])
+            beat = HEARTBEAT
+            if self._beat is not None:
+                said = self.fill(self._beat)
+                beat = Event(in_one_line(said["event"]), said["data"]).numbered(None)
+            self.emit(self.dressed(beat), names=[BEAT])
             await self.write()
             if self.connection.lost:
                 text = "Failed to send SSE heartbeat run_id=%s"
                 logger.warning(text, safe(self.entry.run_id))
         self.quiet_since = self.clock.now()  # also where nothing can be written
 
-    def beat_bytes(self) -> bytes:
-        if self._beat is None or not self._beat.keys() & {"event", "data"}:
-            return self.dressed(HEARTBEAT)
-        said = self.fill({"event": "", "data": {}, **self._beat})
-        return self.dressed(Event(in_one_line(said["event"]), said["data"]).numbered(None))
-
     async def relay(self, step: Step) -> None:
         """Deliver the next events of the log, waiting for them, until its end or the step's own."""
         if self.run is None or self.entry.status in BODILESS:
             return
-        wanted, modifiers = step.argument, step.modifiers
-        shared, every = modifiers.get("shared"), modifiers.get("every")
-        until = self.fill(wanted["until"]) if isinstance(wanted, dict) else None
-        alone = shared or until or every is not None
-        progress = RelayProgress(
-            cursor=self.run if shared else self,
-            left=wanted if isinstance(wanted, int) else math.inf,
-            until=until,
-            every=every,
-            within=self.draw(modifiers.get("within", math.inf)),
-            most=1 if alone else self.batch,
-            cut=modifiers.get("cut"),
-        )
-        progress.quiet = self.clock.now() + progress.within
-        await self.beating(partial(self.progress, progress))
-
-    async def progress(self, it: RelayProgress) -> None:
         log = self.run.log
-        while it.left > 0 or it.cut is not None:
-            if it.due > self.clock.now():
-                await self.write()
-                await self.clock.sleep(it.due - self.clock.now())
-            place = it.cursor.place
-            piece, last = log.read(place, most=min(it.left or 1, it.most))
-            names = log.names_of(place, last)
-            if names and it.left <= 0 and it.cut is not None:
-                block = self.dressed(piece, last)
-                size = it.cut if it.cut >= 1 else it.cut * len(block)
-                self.emit(block[: int(size)])
-                return
-            if piece:
-                await self.pass_step(piece, last, names, it)
-                if last < log.last:
-                    await trio.lowlevel.checkpoint()  # a write that fits the socket has none
-            elif log.ended:
-                return
-            elif self.said or (self.outlet and self.outlet.free):
-                await self.write()
-            else:
-                with self.clock.limit(it.quiet - self.clock.now()) as silence:
-                    await log.news()
-                if silence.cancelled_caught:
-                    return
+        wanted, modifiers = step.argument, step.modifiers
+        left = wanted if isinstance(wanted, int) else math.inf
+        until = self.fill(wanted["until"]) if isinstance(wanted, dict) else None
+        every = modifiers.get("every")
+        cut: Any = modifiers.get("cut")
+        cursor: Any = self.run if modifiers.get("shared") else self  # what has the place
+        alone = until or every is not None or self.outlet or self._frame
+        most = math.inf if cursor is self and not alone else 1  # events in one piece
+        within = self.draw(modifiers.get("within", math.inf))
+        quiet = self.clock.now() + within  # then it has been silent for so long
 
-    async def pass_step(
-        self, piece: bytes, last: int, names: list[str], it: RelayProgress
-    ) -> None:
-        self.emit(self.dressed(piece, last), last, names)
-        it.cursor.place = last
-        it.left = 0 if it.until in names else it.left - len(names)
-        final = self.run.log.ended and last == self.run.log.last
-        if self.outlet or not final:  # else it goes out with what follows
+        while left or cut is not None:
+            if not await self.more(cursor, quiet):
+                return
+            place = cursor.place
+            piece, last = log.read(place, most=min(left or 1, most))
+            names = log.names_of(place, last)
+            block = self.dressed(piece, last)
+            if names and not left:
+                self.emit(block[: int(cut if cut >= 1 else cut * len(block))])
+                return
+            self.emit(block, last, names)
+            cursor.place = last
+            left = 0 if until in names else left - len(names)
+            final = log.ended and last == log.last
+            if self.outlet or every is not None or not final:
+                await self.write()  # else it goes out with what follows
+            quiet = self.clock.now() + within
+            if every is not None and (left or cut is not None):
+                await self.sleep(Step("sleep", every))
+            await trio.lowlevel.checkpoint()  # a write that fits the socket has none
+
+    async def more(self, cursor: Any, quiet: float) -> bool:
+        """Wait until the log has more than this cursor has passed; whether it came in time."""
+        log = self.run.log
+
+        async def news() -> None:
+            while cursor.place >= log.last and not log.ended:
+                await log.news()
+
+        if cursor.place >= log.last and not log.ended:
             await self.write()
-        it.quiet = self.clock.now() + it.within
-        if it.every is not None:
-            it.due = self.clock.now() + self.draw(it.every)
+            with self.clock.limit(quiet - self.clock.now()):
+                await self.rest(news)
+        return bool(cursor.place < log.last)
 
     def dressed(self, block: bytes, number: int | None = None) -> bytes:
         """A block as this viewer gets it: mostly as it is, the one that all viewers share."""
@@ -3060,28 +2993,30 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
         wrap = in_one_line(self.fill(step.argument.get("wrap", "")))
         wanted = {**self.usual_frame, **step.argument, "wrap": wrap}
         self._frame = None if wanted == ScriptedDelivery.usual_frame else wanted
-        self.batch = 1
 
     async def heartbeat(self, step: Step) -> None:
         """From now on a beat after that much quiet."""
-        self._beat = step.argument if isinstance(step.argument, dict) else None
-        every = self._beat["every"] if self._beat else step.argument
+        self._beat = None
+        every = step.argument
+        if isinstance(every, dict):
+            self._beat = {"event": "", "data": {}, **every} if len(every) > 1 else None
+            every = every["every"]
         usual = every or self.hub.settings.heartbeat
         self.beat_every = math.inf if usual in ("never", 0) else float(usual)
 
     async def chunk(self, step: Step) -> None:
-        self.outlet, self.batch = self.outlet or Outlet(), 1
+        self.outlet = self.outlet or Outlet()
         self.outlet.chunk = step.argument
         self.outlet.every = step.modifiers.get("every")
 
     async def buffer(self, step: Step) -> None:
-        self.outlet, self.batch = self.outlet or Outlet(), 1
+        self.outlet = self.outlet or Outlet()
         self.outlet.hold = math.inf if step.argument == "all" else step.argument
 
     async def flush(self, step: Step) -> None:
         if self.outlet is not None:
             self.outlet.let_go()
-            await self.beating(self.write)
+            await self.write()
 
     async def hang(self, step: Step) -> None:
         """Silent until the other side leaves, heartbeats included."""
@@ -3092,26 +3027,23 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
         raise Over
 
     async def drop(self, step: Step) -> None:
-        await self.cut("drop")
+        await self.cut(Ending("server", step.verb, f"script: {step.verb}"))
 
-    async def reset(self, step: Step) -> None:
-        await self.cut("reset")
+    reset = drop  # what differs is the verb
 
     def close(self, how: str, farewell: bytes = b"") -> None:
         """End this delivery from outside, with a last word to its viewer; or at once, by cutting
         its connection, if there is none."""
         self.closed = True
         self.farewell = farewell
-        self.how = how
-        self.by = "admin"
-        self.reason = "closed by an operator"
+        self.ending = Ending("admin", how, "closed by an operator")
         if how != "end" and not farewell and self.connection.cut:
-            self.entry.finish(Ending(self.by, how, self.reason))
+            self.entry.finish(self.ending)
             self.connection.cut(reset=how == "reset")
         elif self.resting is not None:
             self.resting.cancel(reason="closed by an operator")
 
-    async def cut(self, how: str) -> None:
+    async def cut(self, ending: Ending) -> None:
         """Close the connection without an end, and wait to be cancelled: returning would be an
         end. An operator who has asked for an end gets one."""
         await self.write()
@@ -3119,13 +3051,14 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
             await trio.sleep_forever()
         if self.closed:
             raise Over
+        how = ending.how
         if not self.connection.cut:
             raise RuntimeError(f"{how!r} needs a socket, and this application runs without one")
         if self.entry.http_version == "1.0" and self.entry.status and how == "drop":
             self.entry.notes.append("to an HTTP/1.0 client a lost connection looks like an end")
         if how == "reset" and not sys.platform.startswith("linux"):
             self.entry.notes.append("a reset is sure on Linux only; elsewhere it may be a drop")
-        await self.finish(how)
+        await self.finish(ending)
         self.connection.cut(reset=how == "reset")
         await trio.sleep_forever()
 
@@ -3133,7 +3066,6 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
 class JobDelivery(ScriptedDelivery):
     """A job's, whose ids have its name in front, in every scenario."""
 
-    batch = 1
     usual_frame = {**ScriptedDelivery.usual_frame, **JOB_FRAME}
     _frame = usual_frame
 
@@ -5174,7 +5106,7 @@ class Metrics:
         for delivery in self.hub.deliveries:
             if delivery.entry.streams:
                 self.look(delivery.entry)
-        fold(tally := self.journal.tally)
+        tally = self.journal.tally
         for name in list(tally):
             self.of["sse_message_sent_total"].labels(name).inc(tally.pop(name))
         there = collections.Counter(run.status for run in self.hub.seen_by(None))
