@@ -870,7 +870,7 @@ async def whole(send: Send, message: Any) -> None:
         await send(message)
 
 
-class Exchange(TrioASGIHTTPConnection):
+class QuartRequest(TrioASGIHTTPConnection):
     """One request and its answer, at Quart's own seam: a delivery gets ASGI's `send` and writes by
     itself, when no request context is alive any more."""
 
@@ -1022,7 +1022,7 @@ def make_app(service: Service) -> QuartTrio:
     """The routes of a client's life: trigger, stream, state, cancel."""
     app = QuartTrio("aura_stream", static_folder=None)
     app.url_map.merge_slashes = False  # an empty runId is a 400, not a redirect
-    app.asgi_http_class = Exchange
+    app.asgi_http_class = QuartRequest
 
     @app.post("/aura/cases/<case_id>/analysis-runs")
     async def phase2_trigger(case_id: str) -> Response:
@@ -1454,7 +1454,7 @@ FASTEST = 1000.0  # or less: a jump never takes longer than it would at this spe
 STOPS = 1000  # deadlines that an advance stops at, one after the other; then it goes on at once
 
 
-class Time:
+class ScriptClock:
     """Script time: as fast as the wall clock, so many times faster, or (at `math.inf`) jumping to
     what is due next; and moved ahead by hand whenever somebody wishes."""
 
@@ -1462,7 +1462,7 @@ class Time:
         self.rate = rate
         self.pace = 1.0 if rate == math.inf else rate
         self.ahead = 0.0  # how far it was moved
-        self.waiting: set[Limit] = set()
+        self.waiting: set[ScriptDeadline] = set()
         self._wanted = trio.Event()
         self._moving = trio.Lock()
         self._stirred = 0.0
@@ -1474,10 +1474,10 @@ class Time:
         with self.limit(seconds):
             await trio.sleep_forever()
 
-    def limit(self, seconds: float, *, jump: bool = True) -> Limit:
+    def limit(self, seconds: float, *, jump: bool = True) -> ScriptDeadline:
         """A cancel scope, like `trio.move_on_after`, whose deadline is in script time; worth a
         jump, or not: then it fires when a jump comes past."""
-        return Limit(self, self.now() + seconds, jump)
+        return ScriptDeadline(self, self.now() + seconds, jump)
 
     async def advance(self, seconds: float) -> None:
         """Move script time ahead, from one deadline to the next, so that each comes in its turn;
@@ -1531,11 +1531,11 @@ async def all_wait(seconds: float = 0.0) -> None:
     await wait_all_tasks_blocked(seconds)
 
 
-class Limit:
+class ScriptDeadline:
     """`with` gives the Trio cancel scope; ask it for `cancelled_caught` afterwards."""
 
-    def __init__(self, time: Time, deadline: float, jump: bool) -> None:
-        self._time = time
+    def __init__(self, clock: ScriptClock, deadline: float, jump: bool) -> None:
+        self._clock = clock
         self.jump = jump
         self.scope = trio.CancelScope()
         self.move(deadline)
@@ -1543,16 +1543,16 @@ class Limit:
     def move(self, deadline: float) -> None:
         """Have this deadline from now on; on Trio's clock, it is when script time gets there."""
         self.deadline = deadline
-        self.scope.deadline = (deadline - self._time.ahead) / self._time.pace
+        self.scope.deadline = (deadline - self._clock.ahead) / self._clock.pace
 
     def __enter__(self) -> trio.CancelScope:
-        self._time.waiting.add(self)
-        self._time.stir()
+        self._clock.waiting.add(self)
+        self._clock.stir()
         return self.scope.__enter__()
 
     def __exit__(self, *error: Any) -> bool:
-        self._time.waiting.discard(self)
-        self._time.stir()
+        self._clock.waiting.discard(self)
+        self._clock.stir()
         return self.scope.__exit__(*error)
 
 
@@ -1798,7 +1798,7 @@ class Gates:
 
 
 @dataclass(eq=False)
-class Player:
+class ScriptPlayer:
     """Plays a script: one step after the other, each by the method that has its verb's name."""
 
     clock: Any
@@ -2101,7 +2101,7 @@ class AtGate(NamedTuple):
 
 
 @dataclass(eq=False, kw_only=True)
-class Performance(Player):
+class Performance(ScriptPlayer):
     """Plays a run script: an analysis made of data."""
 
     info: ScriptedInfo
@@ -2113,7 +2113,10 @@ class Performance(Player):
             async with self.gates.one_by_one:
                 await self.sending.send(self.made(step))
         else:
-            await send(self.sending, self.made(step))
+            try:
+                self.sending.send_nowait(self.made(step))  # as `send`, but one coroutine less
+            except trio.WouldBlock:
+                await self.sending.send(self.made(step))
 
     async def wait(self, step: Step) -> None:
         await self.sending.send(AtGate(True))
@@ -2482,8 +2485,8 @@ def may_see(tenant: str | None, owner: str | None) -> bool:
 class BoundedHub(Hub):
     """A hub that keeps logs and runs within limits, and knows who watches."""
 
-    def __init__(self, settings: DoubleSettings, nursery: Any, clock: Time | None = None) -> None:
-        super().__init__(settings, nursery, clock or Time(settings.rate))
+    def __init__(self, settings: DoubleSettings, nursery: Any, clock: Any = None) -> None:
+        super().__init__(settings, nursery, clock or ScriptClock(settings.rate))
         self.gates = Gates(settings.max_gates)
         self._forgotten: dict[str, str | None] = {}  # the last thousand ids, and their tenants
         self._held = 0  # bytes of all logs, and of what their runs were asked
@@ -2710,7 +2713,7 @@ class Over(Exception):
     """The delivery ends before its script does."""
 
 
-class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `play` of its own
+class ScriptedDelivery(ScriptPlayer, Delivery):  # type: ignore[misc]  # each has a `play` of its own
     """Plays a stream script to one viewer, against a run's log if there is one."""
 
     usual_frame: Mapping[str, Any] = {"newline": "\n", "wrap": ""}  # where no step says another
@@ -2734,7 +2737,7 @@ class ScriptedDelivery(Player, Delivery):  # type: ignore[misc]  # each has a `p
         connection: Any = None,
     ) -> None:
         words = words_of(run.info if run else entry)
-        Player.__init__(self, hub.clock, hub.gates, words, entry.seed)
+        ScriptPlayer.__init__(self, hub.clock, hub.gates, words, entry.seed)
         Delivery.__init__(self, run, entry, hub, {})  # type: ignore[arg-type]
         self.script = script
         self.entry = entry
@@ -3410,7 +3413,7 @@ UNSEEN = "[^!-~]|%"  # what is percent-encoded in a header, so that it can be re
 PLAIN = [phase.stream(DoubleSettings()) for phase in PHASES.values()]
 
 
-class Desk:
+class ScenarioChooser:
     """How a test chooses what happens to it, and which attempt it is at.
 
     What belongs to a test is kept under its `X-Test-Id`, so that tests can share a server: each
@@ -3505,7 +3508,7 @@ def below(scope: Any) -> Any:
     return scope.get("state", {}).get("connection") or NoSocket()
 
 
-class JournaledRequest(Exchange):
+class JournaledRequest(QuartRequest):
     """One request and its answer: here the journal's entry begins and ends.
 
     Only what is on the allow-list gets into an entry, and of a token only that there is one. What
@@ -3629,7 +3632,7 @@ def query(kind: Any) -> Any:
         raise Refusal(400, f"the query {wrong}") from None
 
 
-class Reception(Service):
+class ClientService(Service):
     """Which scenario a trigger starts, and which one a viewer gets.
 
     `doors` is its table of ways in, beside those of part 1: a method and a path, and what answers
@@ -3641,7 +3644,7 @@ class Reception(Service):
     def __init__(self, settings: Any, analysis: Any = None, catalogue: Any = None) -> None:
         super().__init__(settings, analysis)
         self.journal = Journal(settings.max_journal)
-        self.desk = Desk(settings, catalogue or known_scenarios(settings))
+        self.chooser = ScenarioChooser(settings, catalogue or known_scenarios(settings))
         self.ordinary = {
             name: Attempts((phase.stream(settings),)) for name, phase in PHASES.items()
         }
@@ -3650,7 +3653,7 @@ class Reception(Service):
         """All its doors, over the runs of this hub."""
         self.hub = hub
         self.began = hub.clock.now()
-        hub.also = self.desk.weight
+        hub.also = self.chooser.weight
         app = make_app(self)
         limits = self.settings
         app.config.update(MAX_CONTENT_LENGTH=limits.max_body, BODY_TIMEOUT=limits.body_timeout)
@@ -3718,7 +3721,7 @@ class Reception(Service):
             error = "where no token is needed, a scenario is a name of the catalogue"
             hint = "put yours into --scenarios FILE, or bind it to a job: POST /__aura/next"
             raise Refusal(400, error, hint=hint)
-        return self.desk.read(wanted)
+        return self.chooser.read(wanted)
 
     async def asked(self, case_id: str, phase: str) -> TriggerRequest:
         """What this trigger asks for, its known fields checked; a missing runId is minted."""
@@ -3731,14 +3734,14 @@ class Reception(Service):
         """The run a trigger asks for, if it may start; whether it was `started` or `known`; and
         how the scenario answers, if it does."""
         this = entry()
-        desk = self.desk
+        chooser = self.chooser
         this.run_id = order.run_id
         asked = self.chosen(order.body.get("scenario"))
         run = self.known(order, asked)
-        scenario = run.scenario if run else asked or desk.meant(order.run_id, order.case_id)
-        scenario = scenario or desk.ordinary(PHASES[order.phase].scenario)
+        scenario = run.scenario if run else asked or chooser.meant(order.run_id, order.case_id)
+        scenario = scenario or chooser.ordinary(PHASES[order.phase].scenario)
         whose = ("run", order.run_id) if order.given else ("case", order.case_id)
-        attempt = desk.count("trigger", scenario.name, *whose, this.tenant_id or "")
+        attempt = chooser.count("trigger", scenario.name, *whose, this.tenant_id or "")
         this.plays(scenario, attempt)
         script = scenario.trigger.of(attempt) if scenario.trigger else None
         if run is None and not refuses(script):
@@ -3771,7 +3774,7 @@ class Reception(Service):
     def start(self, order: TriggerRequest, scenario: Scenario) -> Any:
         """Start the run. It weighs what its request does, and its scenario, if that is its own: so
         what is held in memory is what is counted."""
-        kept = 0 if scenario in self.desk.catalogue.values() else scenario.weight
+        kept = 0 if scenario in self.chooser.catalogue.values() else scenario.weight
         evidence = 2 * weight(order.body.get("evidence"))  # in the request, and in its event
         info = ScriptedInfo(**{
             **vars(self.info(order)), "tenant_id": entry().tenant_id, "test_id": entry().test_id,
@@ -3867,17 +3870,17 @@ class Reception(Service):
         """A script that needs no log plays for an unknown run too, and only then it is an attempt.
         What could not play is not used up."""
         this = entry()
-        desk = self.desk
+        chooser = self.chooser
         if request.method == "HEAD":
             raise self.unknown(run_id)
-        scenario = asked or desk.meant(
+        scenario = asked or chooser.meant(
             run_id, this.case_id, lambda one: one.stream and not relays(one.stream.of(1)))
         if scenario and scenario.stream:
             what = ("stream", scenario.name, run_id, this.tenant_id or "")
-            script = scenario.stream.of(desk.count(*what, more=0) + 1)
+            script = scenario.stream.of(chooser.count(*what, more=0) + 1)
             if not relays(script):
                 self.make_room()
-                this.plays(scenario, desk.count(*what))
+                this.plays(scenario, chooser.count(*what))
                 return self.played(script)
         this.say("runId not found or already completed")
         raise self.unknown(run_id)
@@ -3991,7 +3994,7 @@ EMIT = form("runId event data", runId=RunId, event=Line, data=Any)
 CLOCK = form("advance", advance=number(float, 0, 10**9))
 
 
-class Control(Reception):
+class Control(ClientService):
     """The control of the double, for the one who tests with it: it sees the runs of all tenants."""
 
     def now(self) -> float:
@@ -4008,7 +4011,7 @@ class Control(Reception):
         }
 
     def list_scenarios(self) -> Told:
-        known = self.desk.catalogue.values()
+        known = self.chooser.catalogue.values()
         return {"scenarios": [{"name": one.name, "doc": one.doc} for one in known]}
 
     async def check_scenario(self) -> Told:
@@ -4019,10 +4022,10 @@ class Control(Reception):
     async def bind_next(self) -> Told:
         """The next triggers get this scenario: one, so many, or with null all until a reset."""
         body = await told(NEXT)
-        scenario = self.desk.read(body["scenario"])
+        scenario = self.chooser.read(body["scenario"])
         times = body.get("times", 1)
         case_id = checked(RunId | None, body.get("caseId"))  # as a text
-        bindings = self.desk.bindings
+        bindings = self.chooser.bindings
         most = self.settings.max_bindings
         limit = self.settings.max_log_bytes
         if len(bindings) >= most or scenario.weight + self.hub.held > limit:
@@ -4110,7 +4113,7 @@ class Control(Reception):
         why = Failure("the control API forgot the run", stage="cancelled", retryable=False)
         self.hub.reset(why, test_id)
         self.journal.forget(test_id)
-        self.desk.reset(test_id)
+        self.chooser.reset(test_id)
         if test_id is None:
             self.hub.gates.open.clear()
         return {"reset": test_id or "all"}
@@ -4122,10 +4125,10 @@ class Control(Reception):
         self.stop()
         return answer({"status": "stopping"}, 202)
 
-    doors = Reception.doors | {
+    doors = ClientService.doors | {
         "GET /__aura/health": control_health,
         "GET /__aura/scenarios": list_scenarios,
-        "GET /__aura/scenarios/<name>": lambda self, name: self.desk.named(name).source,
+        "GET /__aura/scenarios/<name>": lambda self, name: self.chooser.named(name).source,
         "POST /__aura/check": check_scenario,
         "POST /__aura/next": bind_next,
         "POST /__aura/signal": signal_gate,

@@ -53,7 +53,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 import aura_stream
-from aura_stream import DONE, Event, Failure, Settings, Time, main, parse_scenario, running
+from aura_stream import DONE, Event, Failure, ScriptClock, Settings, main, parse_scenario, running
 
 HERE = Path(__file__).parent
 SOURCE = (HERE / "aura_stream.py").read_text(encoding="utf-8")
@@ -830,7 +830,7 @@ def test_text_arrives_line_by_line(text):
 # ═══ Script time ════════════════════════════════════════════════════════════════════════════════
 
 async def test_script_time_moves_by_hand_and_wakes_what_is_due(autojump_clock):
-    script_time, woken = Time(), []
+    script_time, woken = ScriptClock(), []
 
     async def sleeper(seconds):
         await script_time.sleep(seconds)
@@ -848,7 +848,7 @@ async def test_script_time_moves_by_hand_and_wakes_what_is_due(autojump_clock):
 
 async def test_what_is_due_comes_in_its_turn_whoever_moves_the_time(mock_clock):
     """And past a million deadlines not each in its turn, but soon."""
-    script_time, woken = Time(), []
+    script_time, woken = ScriptClock(), []
 
     async def every(seconds):
         while True:
@@ -869,7 +869,7 @@ async def test_what_is_due_comes_in_its_turn_whoever_moves_the_time(mock_clock):
             nursery.cancel_scope.cancel()
 
 async def test_script_time_may_be_faster_than_real_and_a_limit_is_a_deadline_in_it(autojump_clock):
-    script_time, start = Time(20.0), trio.current_time()
+    script_time, start = ScriptClock(20.0), trio.current_time()
     await script_time.sleep(300)
     assert trio.current_time() - start == pytest.approx(15)
     with script_time.limit(40) as scope:
@@ -881,7 +881,7 @@ async def test_script_time_may_be_faster_than_real_and_a_limit_is_a_deadline_in_
 
 async def test_script_time_jumps_when_everybody_waits(mock_clock):
     """Trio's own clock stands still here: whatever moves is script time, and no protective deadline."""
-    script_time, woken = Time(float("inf")), []
+    script_time, woken = ScriptClock(float("inf")), []
 
     async def sleeper(seconds):
         await script_time.sleep(seconds)
@@ -898,7 +898,7 @@ async def test_script_time_jumps_when_everybody_waits(mock_clock):
     assert woken == [(10, 10), (300, 300), (86_400, 86_400)] and not protective.cancelled_caught
 
 async def test_a_heartbeat_alone_causes_no_jump_but_fires_when_one_passes(mock_clock):
-    script_time, fired = Time(float("inf")), []
+    script_time, fired = ScriptClock(float("inf")), []
 
     async def beat():
         with script_time.limit(30, jump=False):
@@ -1052,7 +1052,7 @@ async def test_templates_fill_five_names_and_nothing_else(client, autojump_clock
 
 def test_a_range_is_drawn_from_the_seed():
     def drawn(seed):
-        player = aura_stream.Player(Time(), aura_stream.Gates(1000), {}, seed)
+        player = aura_stream.ScriptPlayer(ScriptClock(), aura_stream.Gates(1000), {}, seed)
         return [player.draw([1, 2]) for _ in range(3)]
 
     assert drawn("a") == drawn("a") != drawn("b")
