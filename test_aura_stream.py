@@ -236,13 +236,13 @@ def test_what_stands_above_part_2_is_a_whole_server(tmp_path):
         assert "stream closed run_id=two by=server how=end" in said and "Traceback" not in said
 
 def test_part_1_alone_beats_when_it_is_quiet_and_fails_when_it_is_silent(tmp_path):
-    start = signalled("ServerSettings", event_delay=0.5, heartbeat=0.1, retry_ms=7, idle_timeout=0.3)
+    start = signalled("ServerSettings", event_delay=9, heartbeat=0.2, retry_ms=7, idle_timeout=1.2)
     with cut_behind(1, tmp_path, start) as (_, aura):
         asked_of(aura, "POST", "/aura/cases/1/analysis-runs", {"runId": "silent"})
         status, stream = asked_of(aura, "GET", "/aura/cases/1/analysis/stream?runId=silent")
     assert status == 200 and stream.startswith(": connected\n\nretry: 7\n\nevent: started\n")
     assert stream.count("id: 1\n\n: heartbeat\n\n") >= 1 and stream.endswith("\nid: 2\n\ndata: [DONE]\n\n")
-    assert '"stage": "timeout"' in stream and "the analysis said nothing for 0.3 s" in stream
+    assert '"stage": "timeout"' in stream and "the analysis said nothing for 1.2 s" in stream
 
 @pytest.fixture(scope="module")
 def half(tmp_path_factory):
