@@ -6054,7 +6054,7 @@ def about_end(main: Examined) -> Said:
     mute = main.ending == "limit" and not main.size and main.silence > LATE
     yield "dead", (mute or main.ending == "quiet") and how
     if main.ending in ("cut", "reset"):
-        whole_minutes = main.ended_at > 25 and main.ended_at % 30 < 1  # or half ones: a setting
+        whole_minutes = main.ended_at > 25 and main.ended_at % 30 < 2  # or half ones: a setting
         code = "time-limit" if whole_minutes else "cut"
         yield "idle-cut" if main.silence > 20 else code, how
     elif main.ending == "end" and main.events:
